@@ -1,0 +1,314 @@
+"""Every knob of the project: one frozen, validated class per concern, and the only home of each default.
+
+Public functions read their keyword defaults from these classes; the command line and the study files are parsed into
+them. A configuration is data: it goes to YAML and back unchanged, and :meth:`Config.fingerprint` names it.
+No torch here: the evidence side reads configurations too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+C = TypeVar("C", bound="Config")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the place, the value and the remedy."""
+
+
+def suggest(name: str, choices: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the closest of ``choices``, or an empty string when none is close."""
+    close = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def one_of(what: str, name: str, choices: Iterable[str]) -> str:
+    """Return ``name`` if it is one of ``choices``, else raise a ValueError that lists them."""
+    known = list(choices)
+    if name in known:
+        return name
+    raise ConfigError(f"unknown {what} {name!r}.{suggest(name, known)} Known: {', '.join(known)}.")
+
+
+class Config(BaseModel):
+    """Base of all configurations: frozen, keyword-only, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, data: Any) -> Any:
+        # pydantic's own message for an extra key does not say which key may have been meant
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise ValueError(
+                        f"unknown key {key!r} in {cls.__name__}.{suggest(key, cls.model_fields)} "
+                        f"Known: {', '.join(cls.model_fields)}."
+                    )
+        return data
+
+    def fingerprint(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 of the canonical JSON of this configuration."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML, every default spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def parse(cls: type[C], data: Any, *, where: str) -> C:
+        """Validate plain data; a :class:`ConfigError` names ``where``, the key and the remedy."""
+        if not isinstance(data, dict):
+            raise ConfigError(f"{where}: expected a mapping of keys to values, got {type(data).__name__}.")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            lines = []
+            for item in error.errors():
+                place = ".".join(str(part) for part in item["loc"])
+                message = item["msg"].removeprefix("Value error, ")
+                shown = ""
+                if item["type"] != "value_error" and item["type"] != "missing":
+                    shown = f" (got {item['input']!r})"
+                lines.append(f"{where}: {place + ': ' if place else ''}{message}{shown}")
+            raise ConfigError("\n".join(lines)) from None
+
+    @classmethod
+    def from_yaml(cls: type[C], path: str | Path) -> C:
+        """Read a YAML file; unreadable or malformed files raise :class:`ConfigError` naming the file."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error}).") from error
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: is no valid YAML ({error}).") from error
+        return cls.parse(data, where=str(path))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The loss
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class LossConfig(Config):
+    """One dispersion objective (:func:`decondense.dispersion_loss`)."""
+
+    form: str = "angular"
+    """Which objective; the names are the keys of ``decondense.losses.FORMS``."""
+    tau: float = Field(default=1.0, gt=0)
+    """Temperature of the log-mean-exp. Paper: 1."""
+    delta: float = Field(default=1e-3, ge=0, lt=1)
+    """Smoothing of the angle, theta = arccos(c / sqrt(1 + delta^2)); bounds the slope at c = 1."""
+    impl: Literal["auto", "reference", "chunked", "fused"] = "auto"
+    pairs: Literal["all", "grouped", "subset"] = "all"
+    group_size: int = Field(default=128, ge=2)
+    """Tokens in a random group when ``pairs="grouped"``."""
+    subset_size: int = Field(default=256, ge=2)
+    """Tokens of the random subset when ``pairs="subset"`` (the authors' 256)."""
+    within: Literal["sequence", "batch", "world"] = "sequence"
+    compat: str | None = None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Attaching it to a model
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class WeightSchedule(Config):
+    """How the weight lambda changes over training: weight(step) = weight * factor(step, total_steps)."""
+
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    """``linear`` and ``cosine`` decay from 1 to ``final`` between the end of warm-up and ``until``."""
+    warmup: float = Field(default=0.0, ge=0, le=1)
+    """Fraction of training over which the weight rises linearly from 0."""
+    until: float = Field(default=1.0, gt=0, le=1)
+    """Fraction of training at which a decay has ended, or after which a constant weight is off."""
+    final: float = Field(default=0.0, ge=0, le=1)
+    """What remains of the weight after ``until``."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> WeightSchedule:
+        if self.warmup > self.until:
+            raise ValueError(f"warmup {self.warmup} lies after until {self.until}.")
+        return self
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Factor for optimizer step ``step`` (0-based) of ``total_steps``, in [0, 1]."""
+        progress = step / max(1, total_steps)
+        if progress < self.warmup:
+            return progress / self.warmup
+        if self.kind == "constant":
+            return 1.0 if progress < self.until or self.until >= 1 else self.final
+        if progress >= self.until:
+            return self.final
+        done = (progress - self.warmup) / (self.until - self.warmup)
+        shape = 1 - done if self.kind == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return self.final + (1 - self.final) * shape
+
+
+class DispersionConfig(Config):
+    """What :func:`decondense.attach` adds to the training loss: lambda times the mean loss over layers."""
+
+    weight: float = Field(default=0.1, ge=0)
+    """lambda. Paper: 0.1."""
+    layers: Literal["all", "deep", "shallow", "last"] | tuple[int, ...] = "all"
+    """Blocks whose outputs are dispersed. Paper: all (tables 2, 5); the deep half does better (table 3)."""
+    loss: LossConfig = LossConfig()
+    schedule: WeightSchedule = WeightSchedule()
+    seed: int = 0
+    """Seed of the loss's own random generator (only ``pairs="grouped"`` and ``"subset"`` draw)."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Measuring
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class MeasureConfig(Config):
+    """How condensation is measured (:func:`decondense.measure`)."""
+
+    tokens: int = Field(default=512, ge=2)
+    """Length in tokens to which a passage is truncated. Paper: 512."""
+    bins: int = Field(default=128, ge=2)
+    """Bins of the cosine histogram on [-1, 1]. Paper: 128."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Studies: model x corpus x training x evaluation, arms, seeds
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class ModelConfig(Config):
+    """The model that every arm starts from."""
+
+    architecture: str = "gpt2"
+    """A Hugging Face ``model_type`` with a causal language model head, initialised from scratch."""
+    overrides: dict[str, int | float | str | bool | None] = Field(default_factory=dict)
+    """Fields of the architecture's configuration. The vocabulary size always follows the tokenizer."""
+    start: str | None = None
+    """Directory or hub id of a pretrained model to go on from (mid-training) instead of ``architecture``."""
+
+
+class CorpusConfig(Config):
+    """The text that is trained on and held out."""
+
+    source: str = "python_docs"
+    """``python_docs`` (embedded default) or the path of a text file or of a directory of text files."""
+    documents: Literal["standard_library", "all"] = "all"
+    """``python_docs`` only: documentation of the standard library alone, or of the installed packages too."""
+    vocabulary: int = Field(default=4096, ge=300, le=65_536)
+    """Entries of the byte-level BPE trained on the training split."""
+    held_out: float = Field(default=0.05, gt=0, lt=0.5)
+    """Share of the documents held out, chosen by the hash of their text."""
+
+
+class TrainConfig(Config):
+    """One training run. Defaults are the embedded study's; the paper's values are named where they differ."""
+
+    steps: int = Field(default=300, ge=1)
+    batch_sequences: int = Field(default=16, ge=1)
+    """Sequences of one optimizer step (over all ranks and accumulation steps)."""
+    micro_batch_sequences: int | None = Field(default=None, ge=1)
+    """Sequences of one forward pass on one rank; None: as many as the step has."""
+    sequence_tokens: int = Field(default=128, ge=2)
+    learning_rate: float = Field(default=3e-3, gt=0)
+    """Peak learning rate of AdamW. Paper: 5e-5 in mid-training."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.1, ge=0)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    """Largest global L2 norm of the gradient."""
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction of the steps over which the learning rate rises linearly. Paper: 0.2."""
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    threads: int | None = Field(default=1, ge=1)
+    """CPU threads of a run; fixed, because the number changes the last bits. None: what torch chooses."""
+    log_every: int = Field(default=10, ge=1)
+    """Optimizer steps between two logged rows."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Optimizer steps between two checkpoints a killed run can go on from."""
+
+
+class EvaluateConfig(Config):
+    """What is evaluated, and when. The final checkpoint is the one that counts, fixed in advance."""
+
+    points: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 1.0)
+    """Fractions of training at which condensation and held-out loss are measured; 0 and 1 always are."""
+    validation_tokens: int = Field(default=32_768, ge=1)
+    """Held-out tokens at most, taken as whole documents in a fixed order."""
+    passages: int = Field(default=32, ge=1)
+    """Held-out passages on which condensation is measured."""
+    passage_tokens: int = Field(default=128, ge=2)
+
+    @field_validator("points")
+    @classmethod
+    def _fractions(cls, points: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 <= point <= 1 for point in points):
+            raise ValueError(f"evaluation points are fractions of training between 0 and 1, got {points}.")
+        return tuple(sorted({0.0, 1.0, *points}))
+
+    def steps(self, total: int) -> list[int]:
+        """The optimizer steps after which an evaluation is due, ascending and without repeats."""
+        return sorted({round(point * total) for point in self.points})
+
+
+class ArmConfig(Config):
+    """One treatment; everything it does not name is the study's."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    label: str | None = None
+    """How tables and figures call the arm; None: its name."""
+    dispersion: DispersionConfig | None = None
+    learning_rate: float | None = Field(default=None, gt=0)
+
+
+class StudyConfig(Config):
+    """A paired comparison: arms x seeds from the same starts on the same data in the same order."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    title: str
+    question: str
+    scale: Literal["quick", "tiny", "gpu", "paper"] = "tiny"
+    baseline: str
+    """Name of the arm that the others are compared with."""
+    arms: tuple[ArmConfig, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    model: ModelConfig = ModelConfig()
+    corpus: CorpusConfig = CorpusConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StudyConfig:
+        names = [arm.name for arm in self.arms]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"arm {name!r} appears twice; arm names must differ.")
+        one_of("baseline arm", self.baseline, names)
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds must be different non-negative whole numbers, got {self.seeds}.")
+        if self.evaluate.passage_tokens > self.train.sequence_tokens:
+            raise ValueError(
+                f"evaluate.passage_tokens {self.evaluate.passage_tokens} exceeds train.sequence_tokens "
+                f"{self.train.sequence_tokens}, the length that the model is trained on."
+            )
+        return self
+
+    def arm(self, name: str) -> ArmConfig:
+        """The arm called ``name``; an unknown name raises with a suggestion."""
+        one_of("arm", name, [arm.name for arm in self.arms])
+        return next(arm for arm in self.arms if arm.name == name)

@@ -1,0 +1,343 @@
+"""Result rows: plain dictionaries with a schema, in append-only JSON lines, written so that a kill loses nothing.
+
+Everything that a table, a figure or a report shows is computed from these rows; nothing is ever parsed from a folder
+name. What differs between two runs of the same thing (clock readings, versions, devices) lives under the two keys
+``timing`` and ``provenance``, so that :func:`stable` can compare the rest. No torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime, timezone
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+SCHEMA_VERSION = 1
+VOLATILE = ("timing", "provenance")
+
+Row = dict[str, Any]
+
+
+class RecordError(ValueError):
+    """A row or a file of rows that cannot be used; the message names the file and the line."""
+
+
+class _Base(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    kind: str
+    schema_version: int = SCHEMA_VERSION
+
+
+class _CellRow(_Base):
+    study: str
+    study_fingerprint: str
+    arm: str
+    seed: int
+
+
+class RunRow(_CellRow):
+    """The life of one cell (arm x seed). Only a row with a terminal status makes a cell done."""
+
+    kind: Literal["run"]
+    status: Literal["started", "resumed", "finished", "failed"]
+    config: dict[str, Any]
+    """The full study configuration of this cell (arm resolved)."""
+    init_hash: str | None = None
+    """Hash of the weights that training started from."""
+    order_hash: str | None = None
+    """Hash of the token sequences in the order in which training reads them."""
+    corpus_hash: str | None = None
+    parameters: int | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    final_hash: str | None = None
+    """Hash of the trained weights."""
+    error: str | None = None
+    timing: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
+
+
+class StepRow(_CellRow):
+    """Training metrics at an optimizer step, averaged since the previous such row."""
+
+    kind: Literal["step"]
+    step: int
+    tokens: int
+    loss: float
+    """Cross-entropy in nats a token, without the auxiliary term."""
+    learning_rate: float
+    gradient_norm: float | None = None
+    dispersion: float | None = None
+    """Value of the dispersion loss (before its weight), mean over layers."""
+    dispersion_weight: float | None = None
+    timing: dict[str, Any] = {}
+
+
+class ProfileRow(_CellRow):
+    """Condensation of a checkpoint: see ``decondense.Profile``."""
+
+    kind: Literal["profile"]
+    step: int
+    tokens: int
+    layers: list[str]
+    mean_cosine: list[float]
+    spearman: float | None
+    kendall: float | None
+    passages: int
+    passage_tokens: int
+    norms: list[float] | None = None
+    histogram: list[list[int]] | None = None
+    """Pooled pair counts, one list a layer, equal bins on [-1, 1]."""
+    timing: dict[str, Any] = {}
+
+
+class EvalRow(_CellRow):
+    """One score of a checkpoint."""
+
+    kind: Literal["eval"]
+    step: int
+    tokens: int
+    task: str
+    metric: str
+    value: float
+    higher_is_better: bool
+    items: int
+    timing: dict[str, Any] = {}
+
+
+class EvalItemRow(_CellRow):
+    """One item's score of the final checkpoint, so that arms can be paired item by item."""
+
+    kind: Literal["eval_item"]
+    step: int
+    task: str
+    metric: str
+    item: str
+    """Hash of the item's content: equal items have equal names in every run."""
+    value: float
+    weight: float = 1.0
+    """What the item counts for in the task's mean (tokens of a document, 1 for a question)."""
+
+
+class BenchmarkRow(_Base):
+    """One measurement of a benchmark program."""
+
+    kind: Literal["benchmark"]
+    name: str
+    variant: str
+    params: dict[str, Any]
+    metrics: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+_KINDS: dict[str, type[_Base]] = {
+    "run": RunRow,
+    "step": StepRow,
+    "profile": ProfileRow,
+    "eval": EvalRow,
+    "eval_item": EvalItemRow,
+    "benchmark": BenchmarkRow,
+}
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null, so that any reader can open a file of rows."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def make_row(kind: str, **fields: Any) -> Row:
+    """A validated row as a plain dictionary; a wrong field raises :class:`RecordError` naming it."""
+    if kind not in _KINDS:
+        raise RecordError(f"unknown row kind {kind!r}; known: {', '.join(_KINDS)}.")
+    try:
+        # floats that JSON cannot hold are only allowed where the schema allows null
+        return _KINDS[kind].model_validate({"kind": kind, **_plain(fields)}).model_dump(mode="json")
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise RecordError(f"{kind} row: {place}: {first['msg']} (got {first['input']!r}).") from error
+
+
+def check_row(row: Mapping[str, Any], *, where: str = "row") -> Row:
+    """Validate a row that was read; the message names ``where``."""
+    fields = dict(row)
+    try:
+        return make_row(str(fields.pop("kind", None)), **fields)
+    except RecordError as error:
+        raise RecordError(f"{where}: {error}") from error
+
+
+def stable(row: Mapping[str, Any]) -> Row:
+    """The row without what differs between two runs of the same thing (clock readings, machine)."""
+    return {key: value for key, value in row.items() if key not in VOLATILE}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that replaces it when the block ends well, and vanishes when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; an output file is not
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def atomic_write(path: str | Path, data: str | bytes) -> None:
+    """Write a whole file or leave what was there."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows durably. A torn line left by a kill is cut off first; a full disk leaves the earlier rows valid."""
+    text = "".join(_line(row) for row in rows).encode()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as handle:
+        end = _whole_length(path)
+        handle.truncate(end)
+        try:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                handle.truncate(end)
+            raise
+
+
+def _whole_length(path: Path) -> int:
+    """Bytes up to and including the last line end."""
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        position = size
+        while position > 0:
+            start = max(0, position - 65536)
+            handle.seek(start)
+            found = handle.read(position - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            position = start
+    return 0
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a whole file of rows atomically."""
+    atomic_write(path, "".join(_line(row) for row in rows))
+
+
+def read_rows(path: str | Path, *, check: bool = True) -> list[Row]:
+    """All rows of a file. A torn last line (a kill while writing) is dropped; any other bad line raises."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    lines = data.split(b"\n")
+    rows: list[Row] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("a row is a JSON object")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise RecordError(f"{path}, line {number}: is no row ({error}).") from error
+        rows.append(check_row(row, where=f"{path}, line {number}") if check else row)
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Provenance
+# --------------------------------------------------------------------------------------------------------------------
+
+_PACKAGES = ("decondense", "torch", "transformers", "accelerate", "tokenizers", "numpy", "scipy")
+
+
+@cache
+def _git_commit() -> str | None:
+    """Commit of the source tree that the package runs from, with ``+`` when files differ; None when installed."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+        dirty = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "--", "src"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if commit.returncode:
+        return None
+    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+@cache
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def provenance(**extra: Any) -> dict[str, Any]:
+    """What made a row: versions, commit, processor, time (UTC). ``extra`` adds, for example, the device."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "versions": versions,
+        "commit": _git_commit(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else None,
+        **extra,
+    }

@@ -1,0 +1,73 @@
+r"""Randomness with an owner: named generators, a fence around everything that is not the training step, and hashes.
+
+A run is paired with another when both start from the same weights and see the same tokens in the same order. That only
+holds if nothing else draws from the generators that training uses, so whatever needs random numbers takes a generator
+named after its purpose, and whatever cannot be trusted runs inside :func:`fence`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def derive(seed: int, purpose: str, step: int = 0) -> int:
+    """A 63-bit seed for (seed, purpose, step): the head of their SHA-256, so that neighbours are unrelated."""
+    digest = hashlib.sha256(f"{seed}\x1f{purpose}\x1f{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(seed: int, purpose: str, step: int = 0, device: str | torch.device = "cpu") -> torch.Generator:
+    """A torch generator of its own for (seed, purpose, step); the global generators are neither read nor moved."""
+    return torch.Generator(device=device).manual_seed(derive(seed, purpose, step))
+
+
+@contextlib.contextmanager
+def fence() -> Iterator[None]:
+    """Restore the random state of Python, numpy and torch (CPU and every CUDA device) on leaving."""
+    state = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    # only a process that uses CUDA has a state there; asking must not start the driver
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda._initialized else None
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def seed_everything(seed: int, purpose: str) -> None:
+    """Set the global generators of Python, numpy and torch. For the one owner of a process: a training run."""
+    value = derive(seed, purpose)
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)
+
+
+def hash_array(array: np.ndarray[Any, Any]) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of an array's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def hash_parameters(model: nn.Module) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of all parameters and buffers, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        data = tensor.detach().cpu().contiguous()
+        # bfloat16 has no numpy type; its bytes do
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b"")
+    return digest.hexdigest()[:16]
