@@ -1,0 +1,227 @@
+"""Find the transformer blocks of a model, and turn ``"deep"`` or ``[0, -1]`` into block numbers.
+
+No list of architecture names: in every decoder and encoder family tried, the blocks are the only *outermost*
+``nn.ModuleList`` below the decoder (lists of experts are nested in a block, so they never match). Where that is not so,
+the error names the candidates and the argument that settles it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from decondense.config import one_of, suggest
+
+LAYER_NAMES = ("all", "deep", "shallow", "last")
+
+# what the families call the norm between the last block and the output head, inside the module that owns the blocks
+_FINAL_NORM_NAMES = (
+    "norm",
+    "ln_f",
+    "final_layer_norm",
+    "final_layernorm",
+    "final_norm",
+    "norm_f",
+    "ln_out",
+    "norm_out",
+)
+
+
+class BlocksError(ValueError):
+    """The blocks (or the final norm) of a model cannot be told; the message lists the candidates."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The transformer blocks of a model, in the order in which they run."""
+
+    path: str
+    """Where the list of blocks is: ``root.get_submodule(path)``."""
+    modules: list[nn.Module]
+    root: nn.Module
+    """The unwrapped model whose ``forward`` runs them (for PEFT: the PeftModel)."""
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside ``torch.compile`` and distributed wrappers; PEFT models stay as they are."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # torch.compile's OptimizedModule
+        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
+        if inner is None and type(model).__name__ == "FullyShardedDataParallel":  # FSDP1; FSDP2 wraps nothing
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def base_model(root: nn.Module) -> nn.Module:
+    """The Hugging Face model inside a PEFT model; any other module as it is."""
+    get_base_model = getattr(root, "get_base_model", None)
+    core = get_base_model() if callable(get_base_model) else root
+    return core if isinstance(core, nn.Module) else root
+
+
+def find_blocks(model: nn.Module, blocks: str | None = None) -> Blocks:
+    """Find the transformer blocks of ``model``.
+
+    Args:
+        model: Any causal or masked language model; ``torch.compile``, DDP and PEFT wrappers are looked through.
+        blocks: Dotted path of the ``nn.ModuleList`` (or ``nn.ModuleDict`` with digit keys) that holds the blocks,
+            relative to the model. Only needed where the rule cannot decide.
+
+    Raises:
+        BlocksError: no list, or more than one, could be meant; the message lists the candidates.
+
+    The rule: of the decoder (``get_decoder()``), the base model and the model itself, in this order, the first that has
+    exactly one outermost list of modules; if each has several, the one with ``config.num_hidden_layers`` entries.
+    """
+    root = unwrap(model)
+    names = {id(module): name for name, module in root.named_modules()}
+    if blocks is not None:
+        return Blocks(blocks, _by_path(root, blocks), root)
+
+    core = base_model(root)
+    n_layers = _configured_layers(core)
+    seen: dict[str, int] = {}
+    several: list[tuple[str, list[nn.Module]]] = []
+    for start in _starts(core):
+        found = [(names[id(holder)], members) for holder, members in _outermost_lists(start)]
+        if len(found) == 1:
+            return Blocks(found[0][0], found[0][1], root)
+        several = several or [(path, members) for path, members in found if len(members) == n_layers]
+        seen.update({path: len(members) for path, members in found})
+        if len(several) == 1:
+            return Blocks(several[0][0], several[0][1], root)
+    if not seen:
+        raise BlocksError(
+            f"{type(core).__name__} holds no nn.ModuleList of transformer blocks. Put the blocks into one, or name the "
+            "one that you mean: blocks='dotted.path'."
+        )
+    listed = ", ".join(f"{path!r} ({length} modules)" for path, length in sorted(seen.items()))
+    raise BlocksError(
+        f"{type(core).__name__} has more than one list that could hold the transformer blocks: {listed}. "
+        "Name the one that you mean: blocks='dotted.path'."
+    )
+
+
+def find_final_norm(blocks: Blocks) -> nn.Module:
+    """The norm that the last block's output passes before the output head.
+
+    Raises:
+        BlocksError: the model has none (post-norm models such as BERT) or several modules could be meant.
+    """
+    parent = blocks.root.get_submodule(blocks.path.rpartition(".")[0])
+    found = [(name, child) for name, child in parent.named_children() if name in _FINAL_NORM_NAMES]
+    if len(found) == 1:
+        return found[0][1]
+    children = ", ".join(name for name, _ in parent.named_children())
+    what = "no final norm" if not found else "more than one module that could be the final norm"
+    raise BlocksError(
+        f"{type(parent).__name__} has {what} beside its blocks (it holds: {children}). "
+        "Use the state before the norm: final_norm=False."
+    )
+
+
+def resolve_layers(spec: str | Sequence[int], n_blocks: int) -> list[int]:
+    """Block numbers (from 0, ascending) for a choice of layers.
+
+    Args:
+        spec: ``"all"``; ``"deep"``, the second half (blocks ``n_blocks // 2`` and up; Liu et al. 2026,
+            arXiv:2602.00217, table 3: better than all or the shallow half); ``"shallow"``, the first half;
+            ``"last"``; or block numbers, negative ones counted from the end.
+        n_blocks: Number of blocks of the model.
+
+    Raises:
+        ValueError: an unknown name, a number out of range, a repeated number, or no layer at all.
+    """
+    half = n_blocks // 2
+    if isinstance(spec, str):
+        one_of("choice of layers", spec, LAYER_NAMES)
+        chosen = {
+            "all": range(n_blocks),
+            "deep": range(half, n_blocks),
+            "shallow": range(max(half, 1)),
+            "last": range(n_blocks - 1, n_blocks),
+        }[spec]
+        return list(chosen)
+    numbers = list(spec)
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise ValueError(f"layers must be block numbers or one of {', '.join(LAYER_NAMES)}; got {number!r}.")
+        if not -n_blocks <= number < n_blocks:
+            raise ValueError(f"layer {number} does not exist: the model has blocks 0 to {n_blocks - 1}.")
+    result = sorted({number % n_blocks for number in numbers})
+    if not result:
+        raise ValueError("layers is empty; name at least one block, or do not attach the loss.")
+    if len(result) != len(numbers):
+        raise ValueError(f"layers {numbers} name a block twice (the model has {n_blocks} blocks).")
+    return result
+
+
+def _starts(core: nn.Module) -> Iterator[nn.Module]:
+    get_decoder = getattr(core, "get_decoder", None)
+    if callable(get_decoder):
+        try:
+            decoder = get_decoder()
+        except (AttributeError, NotImplementedError):  # some families declare it and cannot answer
+            decoder = None
+        # ModernBERT answers with the Linear of its masked-LM head: it contains no list, and is passed over
+        if isinstance(decoder, nn.Module):
+            yield decoder
+    base = getattr(core, "base_model", core)
+    if isinstance(base, nn.Module):
+        yield base
+    yield core
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    for child in module.children():
+        members = _members(child)
+        if members:
+            yield child, members
+        else:
+            yield from _outermost_lists(child)
+
+
+def _members(module: nn.Module) -> list[nn.Module]:
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    # torchtitan keeps its blocks in a dictionary whose keys are the layer numbers
+    if isinstance(module, nn.ModuleDict) and all(str(key).isdigit() for key in module):
+        return list(module.values())
+    return []
+
+
+def _by_path(root: nn.Module, path: str) -> list[nn.Module]:
+    modules = dict(root.named_modules())
+    if path not in modules:
+        lists = [name for name, module in modules.items() if _members(module)]
+        raise BlocksError(
+            f"{type(root).__name__} has no module {path!r}.{suggest(path, lists)} "
+            f"Lists of modules in it: {', '.join(lists) or 'none'}."
+        )
+    chosen = modules[path]
+    if isinstance(chosen, nn.Sequential):
+        return list(chosen)
+    members = _members(chosen)
+    if not members:
+        raise BlocksError(
+            f"blocks={path!r} is a {type(chosen).__name__}; expected a non-empty nn.ModuleList, nn.Sequential, or "
+            "nn.ModuleDict with digit keys."
+        )
+    return members
+
+
+def _configured_layers(core: nn.Module) -> int | None:
+    config = getattr(core, "config", None)
+    if config is None:
+        return None
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    value = getattr(text, "num_hidden_layers", None)
+    return value if isinstance(value, int) else None
