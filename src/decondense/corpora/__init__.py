@@ -1,0 +1,1 @@
+"""Text and tokens: the embedded corpus, passages to measure on, tokenised and packed training data."""
