@@ -119,7 +119,27 @@ class LossConfig(Config):
     subset_size: int = Field(default=256, ge=2)
     """Tokens of the random subset when ``pairs="subset"`` (the authors' 256)."""
     within: Literal["sequence", "batch", "world"] = "sequence"
+    """Whose tokens are paired: those of one sequence, of the batch, of the batches of all ranks."""
     compat: str | None = None
+    """Reproduce a published version of the authors' code; the names are the keys of ``decondense.losses.COMPAT``."""
+    gradient: Literal["forward", "recompute"] = "forward"
+    """Produce the gradient in the forward sweep (fast), or sweep again in backward (nothing is kept in between)."""
+    margin: float = Field(default=0.5, ge=0)
+    """``hinge``: cosines above -margin are pushed."""
+    norm_weight: float = Field(default=0.1, ge=0)
+    """``l2_repel``: weight of the mean squared element of the hidden states."""
+    variance_weight: float = Field(default=25.0, ge=0)
+    """``vicreg``: weight of the variance term. VICReg: 25."""
+    covariance_weight: float = Field(default=1.0, ge=0)
+    """``vicreg``: weight of the covariance term. VICReg: 1."""
+    target_std: float = Field(default=1.0, gt=0)
+    """``vicreg``: standard deviation below which a feature is pushed. VICReg: 1."""
+    slices: int = Field(default=256, ge=1)
+    """``sigreg``: number of random directions."""
+    knots: int = Field(default=17, ge=2)
+    """``sigreg``: points of the quadrature on [0, 3]."""
+    seed: int = 0
+    """Seed of the module's own generator (random groups, subsets, directions)."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -241,6 +261,20 @@ class TrainConfig(Config):
     """Optimizer steps between two logged rows."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Optimizer steps between two checkpoints a killed run can go on from."""
+
+    @model_validator(mode="after")
+    def _aligned(self) -> TrainConfig:
+        if self.checkpoint_every % self.log_every:
+            # a logged row averages since the previous one; a run that goes on between two could not know the first half
+            raise ValueError(
+                f"checkpoint_every {self.checkpoint_every} must be a multiple of log_every {self.log_every}."
+            )
+        if self.micro_batch_sequences is not None and self.batch_sequences % self.micro_batch_sequences:
+            raise ValueError(
+                f"batch_sequences {self.batch_sequences} must be a multiple of micro_batch_sequences "
+                f"{self.micro_batch_sequences}."
+            )
+        return self
 
 
 class EvaluateConfig(Config):

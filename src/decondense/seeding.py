@@ -2,7 +2,8 @@ r"""Randomness with an owner: named generators, a fence around everything that i
 
 A run is paired with another when both start from the same weights and see the same tokens in the same order. That only
 holds if nothing else draws from the generators that training uses, so whatever needs random numbers takes a generator
-named after its purpose, and whatever cannot be trusted runs inside :func:`fence`.
+named after its purpose, and whatever cannot be trusted runs inside :func:`fence`. torch is imported by the functions
+that need it: the order of the data is decided by processes that never do.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -28,12 +29,16 @@ def derive(seed: int, purpose: str, step: int = 0) -> int:
 
 def generator(seed: int, purpose: str, step: int = 0, device: str | torch.device = "cpu") -> torch.Generator:
     """A torch generator of its own for (seed, purpose, step); the global generators are neither read nor moved."""
+    import torch
+
     return torch.Generator(device=device).manual_seed(derive(seed, purpose, step))
 
 
 @contextlib.contextmanager
 def fence() -> Iterator[None]:
     """Restore the random state of Python, numpy and torch (CPU and every CUDA device) on leaving."""
+    import torch
+
     state = (random.getstate(), np.random.get_state(), torch.get_rng_state())
     # only a process that uses CUDA has a state there; asking must not start the driver
     cuda = torch.cuda.get_rng_state_all() if torch.cuda._initialized else None
@@ -49,6 +54,8 @@ def fence() -> Iterator[None]:
 
 def seed_everything(seed: int, purpose: str) -> None:
     """Set the global generators of Python, numpy and torch. For the one owner of a process: a training run."""
+    import torch
+
     value = derive(seed, purpose)
     random.seed(value)
     np.random.seed(value % 2**32)
@@ -64,6 +71,8 @@ def hash_array(array: np.ndarray[Any, Any]) -> str:
 
 def hash_parameters(model: nn.Module) -> str:
     """First 16 hexadecimal digits of the SHA-256 of all parameters and buffers, in the order of their names."""
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())

@@ -52,7 +52,9 @@ MINIMUM_DOCSTRING = 60
 """Characters; shorter ones are labels rather than prose."""
 MINIMUM_DOCUMENT = 400
 """Characters of a module's documentation; less makes no document."""
-_SKIPPED_FOLDERS = frozenset({"test", "tests", "testing", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"})
+_SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "testing", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__"}
+)
 _RECIPE = 1  # raise when the code below would produce other text from the same installation
 
 

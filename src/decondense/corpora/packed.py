@@ -22,7 +22,7 @@ import numpy as np
 
 from decondense.config import ConfigError, CorpusConfig
 from decondense.corpora.embedded import Document, Progress, cache_directory, python_docs
-from decondense.seeding import hash_array
+from decondense.seeding import derive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -96,8 +96,6 @@ class PackedCorpus:
                 f"the training text holds {len(self.train_tokens)} tokens, less than one sequence of {length}; "
                 "give more text or a smaller train.sequence_tokens."
             )
-        from decondense.seeding import derive
-
         epochs = []
         for epoch in range(-(-count // available)):
             epochs.append(np.random.default_rng(derive(seed, "data order", epoch)).permutation(available))
@@ -122,7 +120,9 @@ class PackedCorpus:
         found: list[tuple[str, IntArray]] = []
         left = most_tokens
         for number, name in enumerate(self.held_out_names):
-            ids = np.asarray(self.held_out_tokens[self.held_out_starts[number] : self.held_out_starts[number + 1]])[:left]
+            ids = np.asarray(self.held_out_tokens[self.held_out_starts[number] : self.held_out_starts[number + 1]])[
+                :left
+            ]
             if len(ids) >= least:
                 found.append((name, ids))
                 left -= len(ids)
@@ -137,7 +137,7 @@ class PackedCorpus:
             ValueError: fewer documents are long enough.
         """
         starts = self.held_out_starts
-        long_enough = [int(begin) for begin, end in zip(starts[:-1], starts[1:], strict=True) if end - begin >= tokens]
+        long_enough = starts[:-1][np.diff(starts) >= tokens].tolist()
         if len(long_enough) < count:
             raise ValueError(
                 f"only {len(long_enough)} held-out documents have {tokens} tokens, {count} are needed; "
@@ -172,7 +172,9 @@ def prepare(config: CorpusConfig, *, cache: Path | None = None, progress: Progre
         return found
     train = [item for item in documents if not is_held_out(item, config.held_out)]
     # by identity, so that a budget of held-out tokens takes a random part of the sources and not the first one
-    held_out = sorted((item for item in documents if is_held_out(item, config.held_out)), key=lambda item: item.identity)
+    held_out = sorted(
+        (item for item in documents if is_held_out(item, config.held_out)), key=lambda item: item.identity
+    )
     if not train or not held_out:
         raise ValueError(
             f"the text of {config.source!r} has {len(documents)} documents, too few to hold {config.held_out:.0%} of them "
@@ -220,7 +222,9 @@ def load(path: Path) -> PackedCorpus | None:
 
 def _file_hash(path: Path) -> str:
     with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow_hash(path)
+        return (
+            hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow_hash(path)
+        )
 
 
 def _slow_hash(path: Path) -> str:  # Python 3.10
@@ -317,6 +321,3 @@ def _tokenise(
         if progress is not None:
             progress(what, min(first + batch, len(documents)), len(documents))
     return np.concatenate(pieces), np.asarray(starts, dtype=np.int64)
-
-
-__all__ = ["END", "PackedCorpus", "hash_array", "is_held_out", "load", "prepare", "read_documents"]

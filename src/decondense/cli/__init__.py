@@ -1,0 +1,99 @@
+"""The command line. Every verb imports what it needs when it runs, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+import decondense
+from decondense.cli import evidence, measure, run
+
+app = typer.Typer(
+    name="decondense",
+    help="Is my model condensed, does dispersion loss cure it, and is the cure worth it?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"decondense {decondense.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version.", callback=_version, is_eager=True),
+) -> None:
+    """Is my model condensed, does dispersion loss cure it, and is the cure worth it?"""
+
+
+app.command("demo")(run.demo)
+app.command("measure")(measure.measure_command)
+app.command("train")(run.train)
+app.command("study")(run.study)
+app.command("compare")(evidence.compare)
+app.command("report")(evidence.report)
+app.command("env")(evidence.env)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; user errors become one message on stderr and exit status 2.
+
+    ``DECONDENSE_DEBUG=1`` shows the traceback instead.
+    """
+    debug = os.environ.get("DECONDENSE_DEBUG", "") not in ("", "0")
+    try:
+        result = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        return int(result) if isinstance(result, int) else 0
+    except KeyboardInterrupt:
+        _complain("interrupted. Rows written so far are valid; the same command goes on from the last checkpoints.")
+        return 130
+    except typer.Abort:
+        return 130
+    except BrokenPipeError:  # `decondense ... | head`
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.ClickException):
+            error.show()
+            return error.exit_code
+        if debug or not isinstance(error, (ValueError, OSError, RuntimeError)):
+            raise
+        _complain(_say(error))
+        return 1 if isinstance(error, RuntimeError) else 2
+
+
+def _say(error: Exception) -> str:
+    """What went wrong in one sentence and, for the operating system's refusals, what to do about it."""
+    if isinstance(error, OSError) and error.errno is not None:
+        import errno
+
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = {
+            errno.ENOSPC: " Rows written so far are valid: free some space and run the same command again.",
+            errno.EACCES: " Choose a directory you may write to (--out, DECONDENSE_CACHE).",
+            errno.EROFS: " Choose a directory you may write to (--out, DECONDENSE_CACHE).",
+        }.get(error.errno, "")
+        return f"{where}{error.strerror}.{remedy}"
+    return str(error)
+
+
+def _complain(message: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(f"[bold red]error:[/] {_escape(message)}", highlight=False, soft_wrap=True)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,121 @@
+r"""Scores of a checkpoint on text that it was not trained on.
+
+The held-out loss is the cross-entropy in nats of every token of a document but the first of each window,
+
+    loss = - (1 / M) \sum_d \sum_{t \in d} log p(x_t | x_{<t} in the window),
+
+over the M scored tokens of all documents. It is kept document by document, because the same documents are scored under
+every arm and a comparison pairs them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from decondense.seeding import fence
+
+
+@dataclass(frozen=True)
+class DocumentLoss:
+    """Held-out loss of one document: the sum of its scored tokens' losses in nats, and their number."""
+
+    identity: str
+    total: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Nats a token."""
+        return self.total / self.tokens
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Held-out loss of a checkpoint, document by document."""
+
+    documents: tuple[DocumentLoss, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Scored tokens."""
+        return sum(item.tokens for item in self.documents)
+
+    @property
+    def mean(self) -> float:
+        """Nats a token over all scored tokens; perplexity is its exponential."""
+        return math.fsum(item.total for item in self.documents) / self.tokens
+
+
+def held_out_loss(
+    model: nn.Module,
+    documents: Sequence[tuple[str, np.ndarray[Any, Any]]],
+    *,
+    window: int,
+    batch_windows: int = 32,
+    device: torch.device | str | None = None,
+) -> HeldOutLoss:
+    """Cross-entropy of each document, cut into windows of ``window`` tokens that do not overlap.
+
+    Args:
+        model: a causal language model that returns ``logits`` [B, T, V]; its training mode and every random state are
+            what they were afterwards.
+        documents: (identity, token ids [n]); windows of a single token have nothing to predict and are left out.
+        window: tokens of a window, at most the model's positions.
+        batch_windows: windows of one forward pass; the result does not depend on it beyond rounding.
+        device: where the batch goes; None: where the model's parameters are.
+
+    Raises:
+        ValueError: no document has two tokens, or the model returned a loss that is no number (document named).
+    """
+    pieces = [
+        (number, ids[first : first + window])
+        for number, (_, ids) in enumerate(documents)
+        for first in range(0, len(ids), window)
+        if len(ids[first : first + window]) >= 2
+    ]
+    if not pieces:
+        raise ValueError("no held-out document has two tokens: there is nothing to predict; give more text.")
+    # windows of like length share a batch, so that little is padded; a stable sort keeps the order reproducible
+    pieces.sort(key=lambda piece: -len(piece[1]))
+    device = device or next(model.parameters()).device
+    totals = [0.0] * len(documents)
+    counts = [0] * len(documents)
+    was_training = model.training
+    model.eval()
+    try:
+        with fence(), torch.inference_mode():
+            for first in range(0, len(pieces), batch_windows):
+                chunk = pieces[first : first + batch_windows]
+                length = len(chunk[0][1])
+                ids_BT = torch.zeros(len(chunk), length, dtype=torch.long)
+                mask_BT = torch.zeros(len(chunk), length, dtype=torch.long)
+                for row, (_, ids) in enumerate(chunk):
+                    ids_BT[row, : len(ids)] = torch.from_numpy(np.asarray(ids, dtype=np.int64))
+                    mask_BT[row, : len(ids)] = 1
+                ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
+                logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT).logits
+                loss_BT = nn.functional.cross_entropy(
+                    logits_BTV[:, :-1].float().transpose(1, 2), ids_BT[:, 1:], reduction="none"
+                )
+                sums = (loss_BT * mask_BT[:, 1:]).double().sum(1).tolist()
+                for (number, ids), value in zip(chunk, sums, strict=True):
+                    totals[number] += value
+                    counts[number] += len(ids) - 1
+    finally:
+        model.train(was_training)
+    found = []
+    for (identity, _), total, count in zip(documents, totals, counts, strict=True):
+        if count:
+            if not math.isfinite(total):
+                raise ValueError(
+                    f"the held-out loss of document {identity} is {total}: the model's logits are no numbers."
+                )
+            found.append(DocumentLoss(identity, total, count))
+    return HeldOutLoss(tuple(found))

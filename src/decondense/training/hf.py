@@ -1,0 +1,594 @@
+"""One cell of a study (an arm with a seed) on the Hugging Face Trainer: trained, measured, recorded, resumable.
+
+The same code runs in one process, under ``torchrun`` and under ``accelerate launch``. A cell owns a folder:
+
+    rows.jsonl        what happened so far; the cell is done when its last run row has a terminal status
+    checkpoint-K/     Trainer checkpoints; one counts only when it holds the file COMPLETE
+    final/            the trained model and its tokenizer (safetensors), written in one move
+
+A killed cell starts again from its newest complete checkpoint: rows of later steps are dropped first, so that a
+finished cell has the same rows whether it was interrupted or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from decondense.attaching import attach_trainer
+from decondense.config import ArmConfig, ConfigError, ModelConfig, StudyConfig, TrainConfig, suggest
+from decondense.corpora.packed import PackedCorpus
+from decondense.evaluate import held_out_loss
+from decondense.measuring import measure
+from decondense.records import Row, append_rows, make_row, provenance, read_rows, write_rows
+from decondense.seeding import hash_parameters, seed_everything
+
+if TYPE_CHECKING:
+    from decondense.attaching import DispersionHandle
+
+COMPLETE = "COMPLETE"
+"""Name of the file that makes a checkpoint one to go on from."""
+
+_TERMINAL = ("finished", "failed")
+
+
+class CellBusy(RuntimeError):
+    """Another process is working on this cell."""
+
+
+class Diverged(RuntimeError):
+    """Training produced a number that is none; the message names the step and, when found, the layer."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The start
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def build_model(config: ModelConfig, vocabulary: int, positions: int, end_token: int) -> PreTrainedModel:
+    """The model that an arm starts from; the caller seeds the global generators first.
+
+    Args:
+        config: architecture and overrides, or a pretrained start.
+        vocabulary: entries of the tokenizer.
+        positions: tokens of a training sequence.
+        end_token: id of the end-of-text token.
+
+    Raises:
+        ConfigError: unknown architecture or field, or a start whose vocabulary is not the tokenizer's.
+    """
+    if config.start is not None:
+        model = AutoModelForCausalLM.from_pretrained(config.start, use_safetensors=True, dtype=torch.float32)
+        if model.config.vocab_size < vocabulary:
+            raise ConfigError(
+                f"model.start {config.start!r} has a vocabulary of {model.config.vocab_size}, the corpus one of "
+                f"{vocabulary}: they do not belong together."
+            )
+    else:
+        try:
+            blank = AutoConfig.for_model(config.architecture)
+        except ValueError as error:
+            from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+            raise ConfigError(
+                f"model.architecture {config.architecture!r} is no Hugging Face model type."
+                f"{suggest(config.architecture, CONFIG_MAPPING_NAMES)}"
+            ) from error
+        known = {*blank.to_dict(), *type(blank).attribute_map}
+        for name in config.overrides:
+            if name not in known:
+                raise ConfigError(
+                    f"model.overrides: {config.architecture} has no field {name!r}.{suggest(name, sorted(known))}"
+                )
+        values = {
+            "vocab_size": vocabulary,
+            "bos_token_id": end_token,
+            "eos_token_id": end_token,
+            "pad_token_id": end_token,
+        }
+        for name in ("n_positions", "max_position_embeddings"):
+            if name in blank.to_dict() and name not in config.overrides:
+                values[name] = positions
+        settings = AutoConfig.for_model(config.architecture, **{**values, **config.overrides})
+        try:
+            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+        except (ValueError, ZeroDivisionError, TypeError) as error:
+            raise ConfigError(
+                f"model: {config.architecture} with {config.overrides} cannot be built: {error}"
+            ) from error
+    # GPT-2 declares no loss type; the Trainer then counts the labels before the shift and scales the cross-entropy
+    # by (T - 1) / T
+    model.loss_type = "ForCausalLM"
+    model.config.use_cache = False
+    return model  # type: ignore[no-any-return]
+
+
+class _OrderedSequences(Dataset[dict[str, torch.Tensor]]):
+    """The training sequences in the order in which the run reads them: item k is the k-th sequence of the run."""
+
+    def __init__(self, corpus: PackedCorpus, order: np.ndarray[Any, Any], length: int) -> None:
+        self.corpus, self.order, self.length = corpus, order, length
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(self.corpus.sequence(int(self.order[index]), self.length).astype(np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The run
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _StudyTrainer(Trainer):
+    """The Trainer with the study's order of data, and the plain cross-entropy kept apart from what is added to it."""
+
+    cross_entropy: torch.Tensor | None = None
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        assert self.train_dataset is not None
+        loader: DataLoader[Any] = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            sampler=SequentialSampler(self.train_dataset),
+            collate_fn=self.data_collator,
+            drop_last=True,
+        )
+        return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().compute_loss(*args, **kwargs)
+        loss = found[0] if isinstance(found, tuple) else found
+        # already divided by the tokens of the whole optimizer step, so micro-batches add up
+        value = loss.detach().float()
+        self.cross_entropy = value if self.cross_entropy is None else self.cross_entropy + value
+        return found
+
+
+def world_size() -> int:
+    """Processes of this run (torchrun's WORLD_SIZE)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the rows."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _arguments(train: TrainConfig, folder: Path, seed: int) -> TrainingArguments:
+    world = world_size()
+    per_rank, rest = divmod(train.batch_sequences, world)
+    micro = min(train.micro_batch_sequences or per_rank, per_rank)
+    if rest or micro < 1 or per_rank % micro:
+        raise ConfigError(
+            f"train.batch_sequences {train.batch_sequences} cannot be shared by {world} processes in micro-batches of "
+            f"{train.micro_batch_sequences or per_rank}."
+        )
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=per_rank // micro,
+        max_steps=train.steps,
+        learning_rate=train.learning_rate,
+        adam_beta1=train.betas[0],
+        adam_beta2=train.betas[1],
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.gradient_clip,
+        lr_scheduler_type=train.decay,
+        warmup_steps=round(train.warmup * train.steps),
+        logging_strategy="steps",
+        logging_steps=train.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=train.checkpoint_every,
+        # two, because a checkpoint counts only once it is marked, and rotation comes before the mark
+        save_total_limit=2,
+        seed=seed,
+        bf16=train.precision == "bf16",
+        gradient_checkpointing=train.gradient_checkpointing,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+class _Recorder(TrainerCallback):
+    """Writes the rows of a cell: training metrics when the Trainer logs, evaluations at the study's points."""
+
+    def __init__(self, cell: _Cell, trainer: _StudyTrainer, model: PreTrainedModel) -> None:
+        self.cell, self.trainer, self.model = cell, trainer, model
+        self.due = set(cell.study.evaluate.steps(cell.train.steps))
+        self.step_wall: list[float] = []
+        self.step_cpu: list[float] = []
+        self.since_log = 0
+        self._began = (0.0, 0.0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            self.cell.evaluate(self.model, 0)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._began = (time.perf_counter(), time.process_time())
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.step_wall.append(time.perf_counter() - self._began[0])
+        self.step_cpu.append(time.process_time() - self._began[1])
+        self.since_log += 1
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+        if state.global_step in self.due:
+            self.cell.evaluate(self.model, state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs or self.trainer.cross_entropy is None:
+            return  # the summary at the end of training
+        total = self.trainer.cross_entropy
+        if world_size() > 1:
+            torch.distributed.all_reduce(total)
+            total = total / world_size()
+        loss = float(total) / self.since_log
+        wall, cpu = self.step_wall[-self.since_log :], self.step_cpu[-self.since_log :]
+        self.trainer.cross_entropy, self.since_log = None, 0
+        if not math.isfinite(loss) or not math.isfinite(float(logs["loss"])):
+            raise self.cell.diverged(self.model, state.global_step, loss)
+        norm = float(logs.get("grad_norm", math.nan))
+        self.cell.write(
+            make_row(
+                "step",
+                **self.cell.identity,
+                step=state.global_step,
+                tokens=state.global_step * self.cell.tokens_per_step,
+                loss=loss,
+                learning_rate=float(logs["learning_rate"]),
+                gradient_norm=norm if math.isfinite(norm) else None,
+                dispersion=logs.get("dispersion"),
+                dispersion_weight=logs.get("dispersion_weight"),
+                timing={"step_wall_ms": 1e3 * median(wall), "step_cpu_ms": 1e3 * median(cpu)},
+            )
+        )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if is_main_process():
+            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+class _Cell:
+    """What the pieces of a run share: who it is, where its rows go, how its checkpoints are evaluated."""
+
+    def __init__(
+        self,
+        study: StudyConfig,
+        arm: ArmConfig,
+        seed: int,
+        corpus: PackedCorpus,
+        folder: Path,
+        watch: Callable[[], None],
+    ) -> None:
+        self.study, self.arm, self.seed, self.corpus, self.folder, self.watch = study, arm, seed, corpus, folder, watch
+        self.train = study.train.model_copy(
+            update={} if arm.learning_rate is None else {"learning_rate": arm.learning_rate}
+        )
+        self.tokens_per_step = self.train.batch_sequences * self.train.sequence_tokens
+        self.identity: dict[str, Any] = {
+            "study": study.name,
+            "study_fingerprint": study.fingerprint(),
+            "arm": arm.name,
+            "seed": seed,
+        }
+        self.rows_path = folder / "rows.jsonl"
+
+    def write(self, *rows: Row) -> None:
+        self.watch()
+        if is_main_process():
+            append_rows(self.rows_path, rows)
+
+    def evaluate(self, model: PreTrainedModel, step: int) -> None:
+        """Condensation on held-out passages and held-out loss; the last step's is kept document by document."""
+        settings = self.study.evaluate
+        began = time.perf_counter()
+        tokens = step * self.tokens_per_step
+        profile = self._profile(model, step)
+        scores = held_out_loss(
+            model, self.corpus.held_out_documents(settings.validation_tokens), window=self.train.sequence_tokens
+        )
+        rows = [
+            make_row("profile", **self.identity, step=step, tokens=tokens, **profile),
+            make_row(
+                "eval",
+                **self.identity,
+                step=step,
+                tokens=tokens,
+                task="validation",
+                metric="loss",
+                value=scores.mean,
+                higher_is_better=False,
+                items=len(scores.documents),
+                timing={"wall_s": time.perf_counter() - began},
+            ),
+        ]
+        if step == self.train.steps:
+            rows += [
+                make_row(
+                    "eval_item",
+                    **self.identity,
+                    step=step,
+                    task="validation",
+                    metric="loss",
+                    item=document.identity,
+                    value=document.mean,
+                    weight=float(document.tokens),
+                )
+                for document in scores.documents
+            ]
+        self.write(*rows)
+
+    def _profile(self, model: PreTrainedModel, step: int) -> dict[str, Any]:
+        settings = self.study.evaluate
+        ids = torch.from_numpy(self.corpus.passages(settings.passages, settings.passage_tokens).astype(np.int64))
+        try:
+            return measure(model, input_ids=ids, tokens=settings.passage_tokens).to_row()
+        except ValueError as error:
+            raise Diverged(f"step {step}: {error}") from error
+
+    def diverged(self, model: PreTrainedModel, step: int, loss: float) -> Diverged:
+        """Say at which step the loss stopped being a number, and in which layer when the states tell."""
+        try:
+            self._profile(model, step)
+        except Diverged as error:
+            return error
+        return Diverged(f"step {step}: the training loss is {loss}, though the hidden states are finite.")
+
+
+def is_done(rows: list[Row]) -> Row | None:
+    """The terminal run row of a cell, or None while there is work left."""
+    ended = [row for row in rows if row["kind"] == "run" and row["status"] in _TERMINAL]
+    return ended[-1] if ended else None
+
+
+@contextlib.contextmanager
+def _claim(folder: Path) -> Iterator[None]:
+    """Own the cell while the block runs. The lock is the operating system's: it goes when the process does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CellBusy(f"{folder}: another process is training this cell.") from error
+        yield
+
+
+def _newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
+    found = [
+        (int(path.name.rsplit("-", 1)[1]), path)
+        for path in folder.glob("checkpoint-*")
+        if (path / COMPLETE).exists() and path.name.rsplit("-", 1)[1].isdigit()
+    ]
+    return max(found, default=None)
+
+
+def run_cell(
+    study: StudyConfig,
+    arm: ArmConfig,
+    seed: int,
+    corpus: PackedCorpus,
+    folder: Path,
+    *,
+    retry_failed: bool = False,
+    watch: Callable[[], None] | None = None,
+) -> Row:
+    """Train one arm with one seed, from where it was left, and return its terminal run row.
+
+    Args:
+        study: the whole study; its fingerprint goes into every row.
+        arm: one of the study's arms.
+        seed: one of the study's seeds: it alone decides the initial weights and the order of the data.
+        corpus: the prepared text.
+        folder: the cell's own folder.
+        retry_failed: start a failed cell again instead of returning its row.
+        watch: called whenever rows are written; it may raise to stop the run where it can be resumed.
+
+    Raises:
+        CellBusy: another process holds the cell.
+        ConfigError: the configuration cannot be run here.
+        OSError: rows or checkpoints cannot be written; what was written stays valid.
+    """
+    with contextlib.ExitStack() as stack:
+        if is_main_process():
+            stack.enter_context(_claim(folder))
+        cell = _Cell(study, arm, seed, corpus, folder, watch or (lambda: None))
+        rows = read_rows(cell.rows_path) if cell.rows_path.exists() else []
+        foreign = [row for row in rows if any(row[key] != value for key, value in cell.identity.items())]
+        if foreign:
+            raise ConfigError(
+                f"{cell.rows_path} holds rows of another run ({foreign[0]['study']!r}); choose another directory."
+            )
+        ended = is_done(rows)
+        if ended is not None and not (retry_failed and ended["status"] == "failed"):
+            return ended
+        if ended is not None:
+            rows = []
+            _discard_checkpoints(folder)
+        if study.train.threads is not None and not torch.cuda.is_available():
+            torch.set_num_threads(study.train.threads)
+        try:
+            row = _train(cell, rows)
+        except (Diverged, torch.OutOfMemoryError) as error:
+            # a result, not an accident: the same start would end here again
+            reason = f"out of memory: {error}" if isinstance(error, torch.OutOfMemoryError) else str(error)
+            row = make_row(
+                "run",
+                **cell.identity,
+                status="failed",
+                config=study.model_dump(mode="json"),
+                steps=cell.train.steps,
+                error=reason,
+                provenance=provenance(device=_device_name()),
+            )
+        cell.write(row)
+        _discard_checkpoints(folder)
+        return row
+
+
+def _train(cell: _Cell, rows: list[Row]) -> Row:
+    study, folder, train = cell.study, cell.folder, cell.train
+    tokenizer = cell.corpus.tokenizer()
+    seed_everything(cell.seed, "initial weights")
+    model = build_model(study.model, cell.corpus.vocabulary, train.sequence_tokens, tokenizer.eos_token_id)
+    init_hash = hash_parameters(model)
+    order = cell.corpus.order(cell.seed, train.steps * train.batch_sequences, train.sequence_tokens)
+    order_hash = cell.corpus.order_hash(order, train.sequence_tokens)
+    described: dict[str, Any] = {
+        **cell.identity,
+        "config": study.model_dump(mode="json"),
+        "init_hash": init_hash,
+        "order_hash": order_hash,
+        "corpus_hash": cell.corpus.content_hash,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": train.steps,
+        "tokens": train.steps * cell.tokens_per_step,
+    }
+    resume = _prepare_rows(cell, rows, described)
+
+    seed_everything(cell.seed, "training")
+    trainer = _StudyTrainer(
+        model=model,
+        args=_arguments(train, folder, cell.seed),
+        train_dataset=_OrderedSequences(cell.corpus, order, train.sequence_tokens),
+        processing_class=None,
+    )
+    for callback in list(trainer.callback_handler.callbacks):
+        # the Trainer's own reporters write to the terminal; ours write rows
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(callback)
+    handle: DispersionHandle | None = None
+    if cell.arm.dispersion is not None:
+        handle = attach_trainer(trainer, config=cell.arm.dispersion)
+    recorder = _Recorder(cell, trainer, model)
+    trainer.add_callback(recorder)
+    began = time.perf_counter()
+    with _quiet():
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    wall = time.perf_counter() - began
+    if handle is not None:
+        handle.detach()
+
+    if is_main_process():
+        final = folder / "final"
+        staging = folder / ".final"
+        shutil.rmtree(staging, ignore_errors=True)
+        model.save_pretrained(staging, safe_serialization=True)
+        tokenizer.save_pretrained(staging)
+        shutil.rmtree(final, ignore_errors=True)
+        staging.rename(final)
+    resumed = [row["timing"]["from_step"] for row in rows if row["kind"] == "run" and row["status"] == "resumed"]
+    if resume is not None:
+        resumed.append(int(resume.name.rsplit("-", 1)[1]))
+    if is_main_process():
+        # how often the run was interrupted is no result: it moves into the terminal row's timing
+        write_rows(cell.rows_path, [row for row in read_rows(cell.rows_path) if row.get("status") != "resumed"])
+    return make_row(
+        "run",
+        **described,
+        status="finished",
+        final_hash=hash_parameters(model),
+        timing={
+            "train_wall_s": wall,
+            "step_wall_ms": 1e3 * median(recorder.step_wall) if recorder.step_wall else None,
+            "step_cpu_ms": 1e3 * median(recorder.step_cpu) if recorder.step_cpu else None,
+            "peak_rss_bytes": _peak_rss(),
+            "resumed_from_steps": resumed,
+        },
+        provenance=provenance(device=_device_name(), threads=torch.get_num_threads(), world_size=world_size()),
+    )
+
+
+def _prepare_rows(cell: _Cell, rows: list[Row], described: dict[str, Any]) -> Path | None:
+    """Bring the rows to the state of the checkpoint to go on from, and return its folder (None: start afresh)."""
+    newest = _newest_checkpoint(cell.folder)
+    started = [row for row in rows if row["kind"] == "run" and row["status"] == "started"]
+    if newest is None or not started:
+        _discard_checkpoints(cell.folder)
+        if is_main_process():
+            write_rows(
+                cell.rows_path,
+                [make_row("run", **described, status="started", provenance=provenance(device=_device_name()))],
+            )
+        return None
+    step, path = newest
+    for key in ("init_hash", "order_hash", "corpus_hash"):
+        if started[0][key] != described[key]:
+            raise ConfigError(
+                f"{cell.folder} cannot be resumed: its {key} was {started[0][key]} and is now {described[key]} "
+                "(another version of torch, transformers or of the text?). Start again in another directory."
+            )
+    kept = [row for row in rows if row["kind"] == "run" or row["step"] <= step]
+    marker = make_row("run", **described, status="resumed", timing={"from_step": step}, provenance=provenance())
+    if is_main_process():
+        write_rows(cell.rows_path, [*kept, marker])
+    return path
+
+
+def _discard_checkpoints(folder: Path) -> None:
+    if is_main_process():
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The Trainer warns about what is meant here (no tokenizer, aligned special tokens); keep the terminal readable."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _peak_rss() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
