@@ -1,0 +1,458 @@
+"""The result of a measurement: per-layer statistics of one model on one set of passages."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from decondense.config import MeasureConfig, one_of, suggest
+from decondense.measuring import depth
+from decondense.records import atomic_path, atomic_write
+
+_D = MeasureConfig()
+_FORMAT = 1
+
+Array = NDArray[np.float64]
+Counts = NDArray[np.int64]
+Final = Literal["after", "before"]
+Kind = Literal["pooled", "averaged"]
+
+
+def _check_bins(bins: int, finest: int) -> int:
+    if bins < 2 or bins > finest or bins & (bins - 1):
+        raise ValueError(f"bins must be a power of two from 2 to {finest}, got {bins}; the published heat maps use 128.")
+    return bins
+
+
+@dataclass(frozen=True)
+class Profile:
+    r"""Token geometry of a model, layer by layer.
+
+    What is plain (``layers``, ``mean_cosine``, ``spearman``, ...) follows the convention of the paper (Liu et al. 2026,
+    arXiv:2602.00217): L + 1 values, the token embedding first, and the last block's state *after* the final norm, which
+    is what Hugging Face returns as the last hidden state. :meth:`at` gives the same profile with the state *before* the
+    norm. All states that were measured, the logits too if wanted, are in ``all_layers`` and reachable by name.
+
+    Of a passage of N tokens, :math:`\mu = N^{-2} \sum_{ij} c_{ij}` (diagonal included); a layer's mean cosine is the
+    mean of that over passages, each passage counting the same. Intervals resample passages (percentile bootstrap).
+    """
+
+    all_layers: tuple[str, ...]
+    """Names of all measured states, in the order of the computation."""
+    lengths: NDArray[np.int64]
+    """Tokens of each passage [P]."""
+    cosine: Array
+    """Mean cosine of each state and passage, diagonal included [states, P]."""
+    cosine_others: Array
+    """The same over the pairs i != j [states, P]."""
+    norm: Array
+    """Mean token norm [states, P]."""
+    norm_sd: Array
+    """Standard deviation of the token norms within a passage [states, P]."""
+    norm_max: Array
+    """Largest token norm [states, P]."""
+    metrics: dict[str, Array] = field(default_factory=dict)
+    """Side metrics by name, each [states, P]; see ``decondense.measuring.METRICS``."""
+    pooled: Counts | None = None
+    """Fine counts of the cosines of the ordered pairs i != j of all passages [states, 2048]."""
+    summed: Array | None = None
+    """Upper triangle (row by row, diagonal included) of the cosine matrix, summed over passages [states, N(N+1)/2]."""
+    no_averaged: str = ""
+    """Why there is no averaged histogram, when there is none."""
+    final: Final = "after"
+    """Which state the last layer is: after or before the final norm."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """What was measured: model, passages' source, settings, versions."""
+
+    # ---- layers ----------------------------------------------------------------------------------------------------
+
+    @property
+    def n_passages(self) -> int:
+        """Number of passages."""
+        return len(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the longest passage."""
+        return int(self.lengths.max())
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether the model does something to the last block's output before its head."""
+        return any(name in self.all_layers for name in ("final norm", "stack output"))
+
+    def _rows(self) -> list[int]:
+        blocks = [i for i, name in enumerate(self.all_layers) if name == "embedding" or name.startswith("block ")]
+        if self.final == "after" and self.has_final_norm:
+            last = next(i for i, name in enumerate(self.all_layers) if name in ("final norm", "stack output"))
+            blocks[-1] = last
+        return blocks
+
+    def row(self, layer: str | int) -> int:
+        """Position of a state in the arrays: by its name in ``all_layers``, or by depth in ``layers``."""
+        if isinstance(layer, int):
+            return self._rows()[layer]
+        if layer not in self.all_layers:
+            raise ValueError(
+                f"no layer {layer!r} in this profile.{suggest(layer, self.all_layers)} "
+                f"It has: {', '.join(self.all_layers)}."
+            )
+        return self.all_layers.index(layer)
+
+    def at(self, final: Final) -> Profile:
+        """The same measurement with the last layer taken ``"after"`` or ``"before"`` the final norm."""
+        one_of("place of the last layer", final, ("after", "before"))
+        return replace(self, final=final)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the L + 1 layers over which depth is counted."""
+        return [self.all_layers[row] for row in self._rows()]
+
+    # ---- means -----------------------------------------------------------------------------------------------------
+
+    @property
+    def mean_cosine(self) -> Array:
+        """Mean cosine of each layer, diagonal included [L + 1]."""
+        return np.asarray(self.cosine[self._rows()].mean(axis=1))
+
+    @property
+    def mean_cosine_others(self) -> Array:
+        """Mean cosine of each layer over pairs of different tokens [L + 1]."""
+        return np.asarray(self.cosine_others[self._rows()].mean(axis=1))
+
+    @property
+    def norms(self) -> Array:
+        """Mean token norm of each layer [L + 1]."""
+        return np.asarray(self.norm[self._rows()].mean(axis=1))
+
+    def metric(self, name: str) -> Array:
+        """A side metric of each layer, averaged over passages [L + 1]."""
+        if name not in self.metrics:
+            raise ValueError(
+                f"metric {name!r} was not measured.{suggest(name, self.metrics)} Measured: "
+                f"{', '.join(self.metrics) or 'none'}. Ask for it: measure(..., metrics=[{name!r}])."
+            )
+        return np.asarray(self.metrics[name][self._rows()].mean(axis=1))
+
+    def last(self, n: int | None = None) -> float:
+        """Mean of the last ``n`` layers' mean cosines; None: half of the blocks (Liu et al. 2026, "last n")."""
+        mu = self.mean_cosine
+        n = max(1, (len(mu) - 1) // 2) if n is None else n
+        if not 1 <= n <= len(mu):
+            raise ValueError(f"last n layers: n must be from 1 to {len(mu)}, got {n}.")
+        return float(mu[-n:].mean())
+
+    @property
+    def spearman(self) -> float:
+        """Spearman's rho of the mean cosine against depth."""
+        return float(depth.spearman(self.mean_cosine))
+
+    @property
+    def kendall(self) -> float:
+        """Kendall's tau-b of the mean cosine against depth."""
+        return float(depth.kendall(self.mean_cosine))
+
+    def interval(
+        self,
+        what: str = "mean_cosine",
+        *,
+        confidence: float = _D.confidence,
+        resamples: int = _D.resamples,
+        seed: int = 0,
+    ) -> tuple[Any, Any]:
+        """Percentile bootstrap interval over passages.
+
+        Args:
+            what: ``"mean_cosine"``, ``"mean_cosine_others"``, ``"norms"``, ``"spearman"``, ``"kendall"``,
+                ``"last 1"``, ``"last 2"``, ..., or the name of a measured side metric.
+            confidence: Share of the resamples inside.
+            resamples: Bootstrap draws, from a generator of its own.
+            seed: Seed of that generator.
+
+        Returns:
+            (low, high): arrays over the layers, or floats. nan with a single passage, which says nothing of others.
+        """
+        rows = self._rows()
+        known = ["mean_cosine", "mean_cosine_others", "norms", "spearman", "kendall", "last 1", *self.metrics]
+        name, _, number = what.partition(" ")
+        if name == "last" and number.isdigit() and 1 <= int(number) <= len(rows):
+            values = self.cosine[rows[-int(number) :]].mean(axis=0, keepdims=True)
+        elif what in self.metrics:
+            values = self.metrics[what][rows]
+        else:
+            one_of("statistic", what, known)
+            table = {"mean_cosine_others": self.cosine_others, "norms": self.norm}
+            values = table.get(what, self.cosine)[rows]
+        scalar = what in ("spearman", "kendall") or name == "last"
+        if self.n_passages < 2:
+            nan = float("nan") if scalar else np.full(len(rows), np.nan)
+            return nan, nan
+        samples = depth.resample_weights(self.n_passages, resamples, seed) @ values.T
+        if what == "spearman":
+            samples = depth.spearman(samples)
+        elif what == "kendall":
+            samples = depth.kendall(samples)
+        elif scalar:
+            samples = samples[:, 0]
+        low, high = depth.percentile_interval(samples, confidence)
+        return (float(low), float(high)) if scalar else (low, high)
+
+    # ---- distributions ---------------------------------------------------------------------------------------------
+
+    def counts(self, kind: Kind = "pooled", *, bins: int = _D.bins, diagonal: bool = True) -> Counts:
+        """Integer counts of cosines in equal bins on [-1, 1], for all measured states [states, bins].
+
+        ``"pooled"``: every ordered pair of tokens of every passage. ``"averaged"``: the entries of the matrix averaged
+        position by position over the passages (the published heat maps); its width shrinks as passages are added, so
+        compare only equal numbers of them. ``diagonal=False`` leaves out the pairs of a token with itself.
+        """
+        one_of("histogram", kind, ("pooled", "averaged"))
+        if kind == "pooled":
+            if self.pooled is None:
+                raise ValueError("the pooled histogram was not measured; ask for it: measure(..., histograms=('pooled',)).")
+            _check_bins(bins, self.pooled.shape[1])
+            result = self.pooled.reshape(self.pooled.shape[0], bins, -1).sum(axis=2)
+            if diagonal:
+                result[:, -1] += int(self.lengths.sum())
+            return np.asarray(result)
+        if self.summed is None:
+            raise ValueError(self.no_averaged or "the averaged histogram was not measured; ask for it: "
+                             "measure(..., histograms=('averaged',)).")  # fmt: skip
+        _check_bins(bins, 1 << 20)
+        n = self.tokens
+        start = np.concatenate([[0], np.cumsum(np.arange(n, 1, -1))])  # where row i, that is entry (i, i), begins
+        result = np.zeros((len(self.all_layers), bins), dtype=np.int64)
+        for row, packed in enumerate(self.summed):
+            index = np.clip(np.floor(packed / self.n_passages * (bins / 2)) + bins // 2, 0, bins - 1).astype(np.int64)
+            own = np.bincount(index[start], minlength=bins)
+            result[row] = 2 * (np.bincount(index, minlength=bins) - own) + (own if diagonal else 0)
+        return result
+
+    def histogram(self, kind: Kind = "pooled", *, bins: int = _D.bins, diagonal: bool = True) -> tuple[Array, Array]:
+        """Density of the cosines of each layer [L + 1, bins] and the bin edges [bins + 1]; see :meth:`counts`."""
+        counts = self.counts(kind, bins=bins, diagonal=diagonal)[self._rows()]
+        density = counts / counts.sum(axis=1, keepdims=True) * (bins / 2)
+        return density, np.linspace(-1, 1, bins + 1)
+
+    def quantiles(self, q: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95)) -> Array:
+        """Quantiles of the pooled cosines of different tokens [L + 1, len(q)], exact to half a fine bin (5e-4)."""
+        if self.pooled is None:
+            raise ValueError("quantiles need the pooled histogram: measure(..., histograms=('pooled',)).")
+        levels = np.asarray(q, dtype=np.float64)
+        if levels.size == 0 or levels.min() < 0 or levels.max() > 1:
+            raise ValueError(f"quantile levels must lie between 0 and 1, got {list(q)}.")
+        cells = self.pooled.shape[1]
+        edges = np.linspace(-1, 1, cells + 1)
+        result = np.empty((len(self._rows()), levels.size))
+        for out, row in enumerate(self._rows()):
+            cumulative = np.concatenate([[0], np.cumsum(self.pooled[row])]) / self.pooled[row].sum()
+            cell = np.clip(np.searchsorted(cumulative, levels, side="left") - 1, 0, cells - 1)
+            inside = cumulative[cell + 1] - cumulative[cell]
+            share = np.divide(levels - cumulative[cell], inside, out=np.full(levels.size, 0.5), where=inside > 0)
+            result[out] = edges[cell] + share * (2 / cells)
+        return result
+
+    # ---- putting together ------------------------------------------------------------------------------------------
+
+    def merge(self, *others: Profile) -> Profile:
+        """One profile of the passages of all: shards, ranks or several sources of the same model's passages.
+
+        Raises:
+            ValueError: the profiles are not of the same layers, or have nothing in common to add.
+        """
+        every = (self, *others)
+        for other in others:
+            if other.all_layers != self.all_layers:
+                raise ValueError(
+                    f"profiles of different layers cannot be merged: {len(self.all_layers)} states ending in "
+                    f"{self.all_layers[-1]!r} against {len(other.all_layers)} ending in {other.all_layers[-1]!r}."
+                )
+            if set(other.metrics) != set(self.metrics):
+                raise ValueError(
+                    f"profiles with different metrics cannot be merged: {sorted(self.metrics)} against "
+                    f"{sorted(other.metrics)}."
+                )
+
+        def joined(name: str) -> Array:
+            return np.concatenate([getattr(profile, name) for profile in every], axis=1)
+
+        pooled = [profile.pooled for profile in every if profile.pooled is not None]
+        summed = [profile.summed for profile in every if profile.summed is not None]
+        lengths = np.concatenate([profile.lengths for profile in every])
+        one_length = len(set(lengths.tolist())) == 1
+        reason = next((profile.no_averaged for profile in every if profile.no_averaged), "")
+        if not one_length:
+            reason = unequal(lengths)
+        return replace(
+            self,
+            lengths=lengths,
+            cosine=joined("cosine"),
+            cosine_others=joined("cosine_others"),
+            norm=joined("norm"),
+            norm_sd=joined("norm_sd"),
+            norm_max=joined("norm_max"),
+            metrics={
+                name: np.concatenate([profile.metrics[name] for profile in every], axis=1) for name in self.metrics
+            },
+            pooled=np.sum(pooled, axis=0) if len(pooled) == len(every) else None,
+            summed=np.sum(summed, axis=0) if len(summed) == len(every) and one_length else None,
+            no_averaged=reason,
+        )
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def to_row(self) -> dict[str, Any]:
+        """Plain data of a ``profile`` row (see ``decondense.records``): the summary that tables and figures use."""
+        return {
+            "layers": self.layers,
+            "mean_cosine": self.mean_cosine.tolist(),
+            "spearman": _number(self.spearman),
+            "kendall": _number(self.kendall),
+            "passages": self.n_passages,
+            "passage_tokens": self.tokens,
+            "norms": self.norms.tolist(),
+            "histogram": None if self.pooled is None else self.counts("pooled")[self._rows()].tolist(),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Everything readable: :meth:`to_row`, intervals, all measured states, side metrics, what was measured."""
+        low, high = self.interval("mean_cosine")
+        result = self.to_row()
+        for kind in ("spearman", "kendall"):
+            result[f"{kind}_interval"] = [_number(value) for value in self.interval(kind)]
+        result["mean_cosine_interval"] = [[_number(a), _number(b)] for a, b in zip(low, high, strict=True)]
+        result["mean_cosine_others"] = self.mean_cosine_others.tolist()
+        result["last"] = {str(n): self.last(n) for n in range(1, min(5, len(self.layers)) + 1)}
+        result["last"]["half"] = self.last()
+        result["metrics"] = {name: [_number(v) for v in self.metric(name)] for name in self.metrics}
+        result["quantiles"] = None if self.pooled is None else self.quantiles().tolist()
+        result["all_layers"] = {
+            name: {"mean_cosine": float(self.cosine[i].mean()), "norm": float(self.norm[i].mean())}
+            for i, name in enumerate(self.all_layers)
+        }
+        result["final"] = self.final
+        result["info"] = self.info
+        return result
+
+    def save(self, path: str | Path, *, sums: bool = True) -> Path:
+        """Write ``PATH.json`` (readable summary) and ``PATH.npz`` (all arrays); a suffix on ``path`` is replaced.
+
+        ``sums=False`` leaves out the position-wise sums, by far the largest part; the loaded profile then has no
+        averaged histogram.
+
+        Returns:
+            The path of the JSON file.
+        """
+        stem = Path(path)
+        stem = stem.with_suffix("") if stem.suffix in (".json", ".npz") else stem
+        arrays: dict[str, Any] = {
+            "lengths": self.lengths,
+            "cosine": self.cosine,
+            "cosine_others": self.cosine_others,
+            "norm": self.norm,
+            "norm_sd": self.norm_sd,
+            "norm_max": self.norm_max,
+        }
+        arrays.update({f"metric:{name}": values for name, values in self.metrics.items()})
+        if self.pooled is not None:
+            arrays["pooled"] = self.pooled
+        if self.summed is not None and sums:
+            arrays["summed"] = self.summed
+        head = {
+            "format": _FORMAT,
+            "all_layers": list(self.all_layers),
+            "no_averaged": self.no_averaged if sums or self.summed is None else "the sums were not saved (sums=False).",
+            "final": self.final,
+            "summary": self.summary(),
+        }
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        target = stem.with_name(stem.name + ".npz")
+        with atomic_path(target) as temporary:
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **arrays)
+            temporary.write_bytes(buffer.getvalue())
+        readable = stem.with_name(stem.name + ".json")
+        atomic_write(readable, json.dumps(head, ensure_ascii=False, indent=1) + "\n")
+        return readable
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read what :meth:`save` wrote; ``path`` as given to it, with or without suffix, or its directory."""
+        stem = Path(path)
+        if stem.is_dir():
+            stem = stem / "profile"
+        stem = stem.with_suffix("") if stem.suffix in (".json", ".npz") else stem
+        readable, arrays_path = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".npz")
+        for wanted in (readable, arrays_path):
+            if not wanted.is_file():
+                raise ValueError(f"no profile at {path}: {wanted} is missing. A profile is a .json and a .npz file.")
+        try:
+            head = json.loads(readable.read_text(encoding="utf-8"))
+            if head["format"] != _FORMAT:
+                raise ValueError(f"{readable} has format {head['format']}, this version reads {_FORMAT}.")
+            with np.load(arrays_path, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+            return cls(
+                all_layers=tuple(head["all_layers"]),
+                metrics={n.removeprefix("metric:"): arrays.pop(n) for n in list(arrays) if n.startswith("metric:")},
+                no_averaged=head["no_averaged"],
+                final=head["final"],
+                info=head["summary"]["info"],
+                **arrays,
+            )
+        except (KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+            raise ValueError(f"{readable} and its .npz are no readable profile ({error!r}).") from error
+
+    def __repr__(self) -> str:
+        model = self.info.get("model", "model")
+        return (
+            f"Profile({model}: {len(self.layers) - 1} blocks, {self.n_passages} passages of up to {self.tokens} tokens, "
+            f"mean cosine {self.mean_cosine[0]:.3f} -> {self.mean_cosine[-1]:.3f}, spearman {self.spearman:.2f}, "
+            f"kendall {self.kendall:.2f})"
+        )
+
+
+def unequal(lengths: Any) -> str:
+    """Why passages of these lengths have no averaged matrix, with the remedy."""
+    shortest, longest = int(np.min(lengths)), int(np.max(lengths))
+    return (
+        f"the averaged histogram needs passages of one length, these have {shortest} to {longest} tokens: positions "
+        f"cannot be averaged. Measure with tokens={shortest}, give longer texts, or use the pooled histogram."
+    )
+
+
+def _number(value: Any) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def as_mapping(profile: Profile | Mapping[str, Any]) -> dict[str, Any]:
+    """A profile as the plain arrays that the figures take."""
+    if not isinstance(profile, Profile):
+        return dict(profile)
+    result: dict[str, Any] = {
+        "label": profile.info.get("model", "model"),
+        "layers": profile.layers,
+        "mean_cosine": profile.mean_cosine,
+        "spearman": profile.spearman,
+        "kendall": profile.kendall,
+        "spearman_interval": profile.interval("spearman"),
+        "kendall_interval": profile.interval("kendall"),
+        "parameters": profile.info.get("parameters"),
+        "passages": profile.n_passages,
+    }
+    for kind in ("pooled", "averaged"):
+        try:
+            result[kind] = profile.histogram(kind)[0]
+        except ValueError:
+            result[kind] = None
+    return result

@@ -1,0 +1,457 @@
+"""``measure``: run the passages through a model and reduce every layer's states as they appear."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from decondense.blocks import Blocks, base_model, find_blocks, unwrap
+from decondense.config import MeasureConfig, one_of
+from decondense.measuring.metrics import resolve_metrics
+from decondense.measuring.profile import Profile, unequal
+from decondense.measuring.states import StateTap, accepts
+from decondense.measuring.statistics import LayerStatistics
+from decondense.seeding import fence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_D = MeasureConfig()
+
+Progress = Callable[[str, int, int], None]
+
+
+class MeasureError(ValueError):
+    """A measurement that cannot be made; the message names the cause and the remedy."""
+
+
+def measure(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    texts: Sequence[str] | None = None,
+    *,
+    input_ids: Tensor | Sequence[Any] | None = None,
+    attention_mask: Tensor | None = None,
+    tokens: int | None = None,
+    histograms: Sequence[str] = _D.histograms,
+    metrics: str | Iterable[str] = _D.metrics,
+    logits: bool = _D.logits,
+    blocks: str | None = None,
+    batch_size: int | None = _D.batch_size,
+    progress: Progress | None = None,
+) -> Profile:
+    r"""Measure the token geometry of a model, layer by layer, in one pass over the passages.
+
+    For each layer l and passage of N tokens, with :math:`c_{ij} = \langle z_i, z_j \rangle / \lvert z_i \rvert \lvert
+    z_j \rvert`, the mean cosine :math:`\mu^{(l)} = N^{-2} \sum_{ij} c_{ij}` (Liu et al. 2026, arXiv:2602.00217), the
+    distribution of the cosines, and token norms. Every state is reduced when it appears, so the memory is that of the
+    forward pass. Padding never counts. The model keeps its mode, and the random state is not moved.
+
+    Args:
+        model: Any Hugging Face decoder, encoder or encoder-decoder (whose decoder is measured, reading the same passage
+            as the encoder), or any ``nn.Module`` with a list of blocks that maps token ids to something.
+        tokenizer: Its tokenizer; needed for ``texts``.
+        texts: Passages. None (and no ``input_ids``): 100 passages of the embedded corpus.
+        input_ids: Instead of texts: a tensor [P, T] or a list of lists of token ids.
+        attention_mask: [P, T], for a tensor of ``input_ids``: 1 marks a token, 0 padding on either side.
+        tokens: Length to which passages are truncated. None: 512, or the model's positions if it has fewer.
+        histograms: ``"pooled"`` (all pairs of all passages) and/or ``"averaged"`` (of the matrix averaged over
+            passages, as published; needs passages of one length). ``()``: means only.
+        metrics: Names of side metrics (``decondense.measuring.METRICS``), or ``"all"``.
+        logits: Measure the logits as one more state (needs a model with a head).
+        blocks: Dotted path of the list of blocks, where it cannot be found.
+        batch_size: Passages of one forward pass; None: from the memory that is free. The statistics do not depend
+            on it; the model's own rounding may.
+        progress: Called with ("measuring", passages done, passages in all).
+
+    Returns:
+        The :class:`Profile`.
+
+    Raises:
+        ValueError: no tokenizer, no or too short passages, more tokens than the model has positions, token ids outside
+            its vocabulary, NaN or infinite states (named by layer and passage), blocks that cannot be told.
+    """
+    for kind in histograms:
+        one_of("histogram", kind, ("pooled", "averaged"))
+    chosen = resolve_metrics(metrics)
+    found = find_blocks(model, blocks)
+    passages = _passages(model, tokenizer, texts, input_ids, attention_mask, tokens)
+    lengths = np.array([len(ids) for ids in passages], dtype=np.int64)
+    averaged = "averaged" in histograms
+    no_averaged = ""
+    if averaged and len(set(lengths.tolist())) > 1:
+        averaged, no_averaged = False, unequal(lengths)
+        if tuple(histograms) == ("averaged",):
+            raise MeasureError(no_averaged)
+
+    def attempt(size: int | None) -> tuple[dict[str, LayerStatistics], int]:
+        return _run(found, passages, lengths, size, chosen, "pooled" in histograms, averaged, logits, progress)
+
+    with _undisturbed(model):
+        size = batch_size
+        while True:
+            try:
+                layers, size = attempt(size)
+                break
+            except torch.cuda.OutOfMemoryError:
+                # a clean restart: half a batch may have been counted already
+                if batch_size is not None or size == 1:
+                    raise
+                size = max(1, (size or 64) // 2)
+                torch.cuda.empty_cache()
+
+    rows = list(layers.values())
+    pooled = [row.pairs.pooled_counts() for row in rows if row.pairs is not None]
+    summed = [row.pairs.packed_sum() for row in rows if row.pairs is not None]
+    return Profile(
+        all_layers=tuple(layers),
+        lengths=lengths,
+        cosine=np.stack([row.cosine_P for row in rows]),
+        cosine_others=np.stack([row.cosine_others_P for row in rows]),
+        norm=np.stack([row.norm_P for row in rows]),
+        norm_sd=np.stack([row.norm_sd_P for row in rows]),
+        norm_max=np.stack([row.norm_max_P for row in rows]),
+        metrics={name: np.stack([row.metric_P[name] for row in rows]) for name in chosen},
+        pooled=np.stack([c for c in pooled if c is not None]) if "pooled" in histograms else None,
+        summed=np.stack([s for s in summed if s is not None]) if averaged else None,
+        no_averaged=no_averaged,
+        info=_info(model),
+    )
+
+
+# ---- passages --------------------------------------------------------------------------------------------------------
+
+
+def _passages(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: Sequence[str] | None,
+    input_ids: Tensor | Sequence[Any] | None,
+    attention_mask: Tensor | None,
+    tokens: int | None,
+) -> list[Tensor]:
+    """The passages as 1-D tensors of real tokens, checked against the model."""
+    positions = model_positions(model)
+    if tokens is not None and tokens < 2:
+        raise MeasureError(f"tokens must be at least 2, got {tokens}: one token has no pairs.")
+    if tokens is not None and positions is not None and tokens > positions:
+        raise MeasureError(
+            f"tokens={tokens} is longer than the {positions} positions of {type(unwrap(model)).__name__}; "
+            f"use tokens={positions} or fewer."
+        )
+    limit = tokens if tokens is not None else min(_D.tokens, positions or _D.tokens)
+    if input_ids is not None:
+        if texts is not None:
+            raise MeasureError("give either texts or input_ids, not both.")
+        passages = [ids[:limit] for ids in _from_ids(input_ids, attention_mask)]
+    else:
+        if attention_mask is not None:
+            raise MeasureError("attention_mask belongs to input_ids; for texts the tokenizer makes it.")
+        if tokenizer is None:
+            raise MeasureError(
+                "a model without its tokenizer cannot read text: give measure(model, tokenizer, ...), or token ids as "
+                "input_ids=."
+            )
+        if isinstance(texts, str):
+            raise MeasureError("texts is one string; give a list of passages: texts=[...].")
+        if texts is None:
+            from decondense.corpora.passages import sample_passages
+
+            texts = sample_passages(_D.dataset, count=_D.passages, words=_D.passage_words, seed=_D.passage_seed)
+        passages = [_tokenise(tokenizer, text, number, limit) for number, text in enumerate(texts)]
+    if not passages:
+        raise MeasureError("there are no passages to measure; give at least one text.")
+    vocabulary = vocabulary_size(model)
+    for number, ids in enumerate(passages):
+        if len(ids) < 2:
+            raise MeasureError(
+                f"passage {number} has {len(ids)} token{'' if len(ids) == 1 else 's'}; a cosine needs two. Leave it "
+                "out, or give a longer text."
+            )
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or (vocabulary is not None and high >= vocabulary):
+            bad = low if low < 0 else high
+            raise MeasureError(
+                f"passage {number} holds token id {bad}, but the model's vocabulary is 0 to {(vocabulary or 0) - 1}: "
+                "the tokenizer belongs to another model. Load both from the same place, or resize the embeddings."
+            )
+    return passages
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: Any, number: int, limit: int) -> Tensor:
+    if not isinstance(text, str):
+        raise MeasureError(f"text {number} is a {type(text).__name__}, expected a string.")
+    ids = tokenizer(text, truncation=True, max_length=limit, padding=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def _from_ids(input_ids: Tensor | Sequence[Any], attention_mask: Tensor | None) -> Iterator[Tensor]:
+    if isinstance(input_ids, Tensor):
+        if input_ids.ndim != 2:
+            raise MeasureError(f"input_ids must be [passages, tokens], got shape {tuple(input_ids.shape)}.")
+        if input_ids.is_floating_point():
+            raise MeasureError(f"input_ids must be integers, got {input_ids.dtype}.")
+        if attention_mask is None:
+            yield from input_ids.detach().cpu().long()
+            return
+        if attention_mask.shape != input_ids.shape:
+            raise MeasureError(
+                f"attention_mask {tuple(attention_mask.shape)} does not fit input_ids {tuple(input_ids.shape)}."
+            )
+        for number, (ids, mask) in enumerate(zip(input_ids.cpu().long(), attention_mask.cpu().bool(), strict=True)):
+            real = mask.nonzero()[:, 0]
+            if len(real) and len(real) != int(real[-1] - real[0]) + 1:
+                raise MeasureError(
+                    f"the attention mask of passage {number} has a hole; padding may be on the left or on the right."
+                )
+            yield ids[mask]
+        return
+    if attention_mask is not None:
+        raise MeasureError("attention_mask goes with a tensor of input_ids; lists of ids need none.")
+    for number, ids in enumerate(input_ids):
+        row = torch.as_tensor(ids)
+        if row.ndim != 1 or (row.numel() and row.is_floating_point()):
+            raise MeasureError(f"input_ids[{number}] must be one flat list of token ids.")
+        yield row.detach().cpu().long()
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(base_model(unwrap(model)), "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        # of an encoder-decoder the decoder is measured
+        with contextlib.suppress(Exception):
+            return config.get_text_config(decoder=True)
+    return config
+
+
+def model_positions(model: nn.Module) -> int | None:
+    """Most tokens that a model has positions for, or None where its configuration does not say."""
+    config = _text_config(model)
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            break
+    else:
+        return None
+    for name, module in unwrap(model).named_modules():
+        # RoBERTa counts its positions from the padding index on, so that many rows of the table are never used
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return value - module.padding_idx - 1
+    return value
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Rows of the input embedding, or None where there is no such table."""
+    core = base_model(unwrap(model))
+    getter = getattr(core, "get_input_embeddings", None)
+    if callable(getter):
+        with contextlib.suppress(NotImplementedError, AttributeError):
+            count = getattr(getter(), "num_embeddings", None)
+            if isinstance(count, int):
+                return count
+    value = getattr(_text_config(model), "vocab_size", None)
+    if isinstance(value, int):
+        return value
+    tables = [module.num_embeddings for module in core.modules() if isinstance(module, nn.Embedding)]
+    return max(tables) if tables else None
+
+
+# ---- the pass --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients inside; every module's own mode and the random state afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    with fence(), torch.no_grad():
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def _run(
+    found: Blocks,
+    passages: list[Tensor],
+    lengths: np.ndarray[Any, Any],
+    batch_size: int | None,
+    metrics: dict[str, Callable[[Tensor, Tensor], float]],
+    pooled: bool,
+    averaged: bool,
+    logits: bool,
+    progress: Progress | None,
+) -> tuple[dict[str, LayerStatistics], int]:
+    root = found.root
+    target = _forward_module(root, logits)
+    can_mask = accepts(target, "attention_mask") or target is not root or _is_peft(root)
+    layers: dict[str, LayerStatistics] = {}
+    batch: list[int] = []
+    longest = int(lengths.max())
+
+    def observe(name: str, state: Tensor) -> None:
+        wanted = (len(batch), int(lengths[batch].max()))
+        if state.ndim != 3 or tuple(state.shape[:2]) != wanted:
+            raise MeasureError(
+                f"layer '{name}' has states of shape {tuple(state.shape)} for {wanted[0]} passages of {wanted[1]} tokens: "
+                "its tokens are not those of the passage (prompt tuning, merged or flattened tokens), so they cannot be "
+                "compared."
+            )
+        if name not in layers:
+            layers[name] = LayerStatistics(
+                name,
+                passages=len(passages),
+                device=state.device,
+                pooled=pooled,
+                averaged=averaged,
+                tokens=longest,
+                metrics=metrics,
+            )
+        layers[name].add(state, [int(lengths[p]) for p in batch], batch)
+
+    device = _input_device(root)
+    size = batch_size or _batch_size(root, found, longest, logits, device)
+    # neighbours in length share a batch, so that little is padded; every passage keeps its own number
+    order = np.argsort(-lengths, kind="stable").tolist()
+    done = 0
+    tap = StateTap(found, observe)
+    with tap.attached():
+        while done < len(order):
+            batch = order[done : done + size]
+            if not can_mask:
+                batch = [p for p in batch if lengths[p] == lengths[batch[0]]]
+            tap.start()
+            output = target(**_inputs(target, [passages[p] for p in batch], device))
+            tap.finish()
+            if logits:
+                observe("logits", _logits(output, root))
+            del output
+            done += len(batch)
+            if progress is not None:
+                progress("measuring", done, len(order))
+    if any(np.isnan(row.cosine_P).any() for row in layers.values()):
+        raise MeasureError("the model did not run the same layers for every passage; it cannot be measured.")
+    return layers, size
+
+
+def _is_peft(root: nn.Module) -> bool:
+    return callable(getattr(root, "get_base_model", None))
+
+
+def _forward_module(root: nn.Module, logits: bool) -> nn.Module:
+    """What to call: without logits the language-model head is a waste (a third of a small model's time)."""
+    if logits or _is_peft(root):
+        return root
+    base = getattr(root, "base_model", None)
+    sharded = any(type(module).__name__.startswith("FSDP") for module in (root, base))
+    if isinstance(base, nn.Module) and hasattr(root, "config") and not sharded:
+        return base
+    return root
+
+
+def _inputs(target: nn.Module, passages: list[Tensor], device: torch.device) -> dict[str, Any]:
+    longest = max(len(ids) for ids in passages)
+    # padding stands on the right: causal models never see it from a real token, the others get the mask
+    ids = torch.zeros(len(passages), longest, dtype=torch.long)
+    mask = torch.zeros(len(passages), longest, dtype=torch.long)
+    for row, passage in enumerate(passages):
+        ids[row, : len(passage)] = passage
+        mask[row, : len(passage)] = 1
+    ids, mask = ids.to(device), mask.to(device)
+    inputs: dict[str, Any] = {_ids_name(target): ids}
+    padded = bool((mask == 0).any())
+    if padded:
+        inputs["attention_mask"] = mask
+    if getattr(getattr(target, "config", None), "is_encoder_decoder", False) and accepts(target, "decoder_input_ids"):
+        inputs["decoder_input_ids"] = ids
+        if padded:
+            inputs["decoder_attention_mask"] = mask
+    if accepts(target, "use_cache"):  # keys and values of all layers would be kept for nothing
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _ids_name(target: nn.Module) -> str:
+    import inspect
+
+    parameters = inspect.signature(target.forward).parameters
+    if "input_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return "input_ids"
+    first = next(iter(parameters), None)
+    if first is None:
+        raise MeasureError(f"{type(target).__name__}.forward takes no arguments; expected token ids first.")
+    return first
+
+
+def _input_device(root: nn.Module) -> torch.device:
+    for tensor in root.parameters():
+        if tensor.device.type != "meta":
+            return tensor.device
+    return torch.device("cpu")  # everything is offloaded: accelerate's hooks move the inputs
+
+
+def _logits(output: Any, root: nn.Module) -> Tensor:
+    found = getattr(output, "logits", None)
+    if found is None and isinstance(output, dict):
+        found = output.get("logits")
+    if found is None and isinstance(output, Tensor):
+        found = output
+    if found is None and isinstance(output, (tuple, list)):
+        found = next((item for item in output if isinstance(item, Tensor) and item.ndim == 3), None)
+    if not isinstance(found, Tensor):
+        raise MeasureError(
+            f"{type(root).__name__} returns no logits; load it with its head (AutoModelForCausalLM) or use logits=False."
+        )
+    return found
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def _batch_size(root: nn.Module, found: Blocks, tokens: int, logits: bool, device: torch.device) -> int:
+    """Passages of one pass, from a rough count of one block's activations and the memory that is free."""
+    config = _text_config(root)
+    width = getattr(config, "hidden_size", None) or max(
+        (p.shape[-1] for p in found.modules[0].parameters() if p.ndim == 2), default=1024
+    )
+    inner = max((max(p.shape) for p in found.modules[0].parameters() if p.ndim >= 2), default=4 * width)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    vocabulary = (getattr(config, "vocab_size", None) or 0) if logits else 0
+    a_token = 4 * (12 * width + 2 * inner + heads * tokens + 3 * vocabulary)
+    offloaded = any(p.device.type == "meta" for p in root.parameters())
+    if device.type == "cuda":
+        budget = int(0.4 * torch.cuda.mem_get_info(device)[0])
+    else:
+        # more than fills the cores costs memory and gains nothing, unless every pass reads the weights from disk
+        budget = min(_free_bytes() // 4, (1 << 30) if offloaded else (64 << 20))
+    return max(1, min(64, budget // (a_token * tokens)))
+
+
+def _free_bytes() -> int:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 1 << 30
+
+
+def _info(model: nn.Module) -> dict[str, Any]:
+    root = unwrap(model)
+    config = getattr(base_model(root), "config", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parameters = sum(p.numel() for p in root.parameters())
+    return {
+        "model": str(getattr(config, "name_or_path", "") or type(root).__name__),
+        "architecture": type(root).__name__,
+        "model_type": getattr(config, "model_type", None),
+        "parameters": parameters,
+        "dtype": str(next((p.dtype for p in root.parameters() if p.is_floating_point()), "")).removeprefix("torch."),
+    }

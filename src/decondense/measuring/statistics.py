@@ -1,0 +1,201 @@
+r"""Running statistics of one layer: everything that can be told of token geometry in one pass.
+
+With unit rows :math:`\hat z_i = z_i / \lvert z_i \rvert` the mean over all N x N cosines needs no pairs,
+
+.. math:: \frac1{N^2} \sum_{ij} \langle \hat z_i, \hat z_j \rangle = \Bigl\lvert \frac1N \sum_i \hat z_i \Bigr\rvert^2,
+
+so the means cost O(N D) a layer. Histograms do need the pairs; they are taken tile by tile above the diagonal and
+reduced at once to integer counts, so that memory depends neither on the number of passages nor on N squared
+(except for the position-wise average, which is an N x N object by definition).
+
+Shape suffixes: B passages of a batch, T tokens (padded), N tokens of one passage, D width, K histogram cells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+FINE_BINS = 2048
+"""Cells of the counted histogram on [-1, 1]. Any coarser power of two is an exact sum of them."""
+_HALF = FINE_BINS // 2
+# cosines of rounded unit vectors reach 1 + 1e-7: one spare cell at either end catches them and is folded inwards
+_CELLS = FINE_BINS + 3
+_TILE_CPU = 128
+_TILE_GPU = 1024
+
+Array = NDArray[np.float64]
+
+
+class NotFiniteError(ValueError):
+    """A hidden state is NaN or infinite; the message names the layer and the passage."""
+
+
+@contextlib.contextmanager
+def exact_matmul(device: torch.device) -> Iterator[None]:
+    """Full float32 products, whatever the caller has allowed for the model (autocast, TF32, bf16 products)."""
+    precision = torch.get_float32_matmul_precision()
+    try:
+        if precision != "highest":
+            torch.set_float32_matmul_precision("highest")
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)
+
+
+def fold(counts_K: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Counts with the spare end cells folded into the first and the last bin of [-1, 1]."""
+    folded = counts_K[..., 1 : FINE_BINS + 1].copy()
+    folded[..., 0] += counts_K[..., 0]
+    folded[..., -1] += counts_K[..., FINE_BINS + 1 :].sum(axis=-1)
+    return folded
+
+
+def coarsen(counts_K: NDArray[np.int64], bins: int) -> NDArray[np.int64]:
+    """Sum neighbouring fine cells to ``bins`` (a power of two); exact, because the cells are nested."""
+    return counts_K.reshape(*counts_K.shape[:-1], bins, -1).sum(axis=-1)
+
+
+def count_cosines(cos: Tensor) -> NDArray[np.int64]:
+    """Counts of cosines in the FINE_BINS equal bins on [-1, 1]; equal to ``numpy.histogram`` of the clipped values.
+
+    floor(c * bins / 2) is exact for a power of two: the product only moves the exponent.
+    """
+    return fold(_cells(cos.reshape(-1) * _HALF).cpu().numpy())
+
+
+def _cells(scaled: Tensor) -> Tensor:
+    """Counts [_CELLS] of cosines that come multiplied by _HALF. Overwrites its argument."""
+    index = scaled.floor_().add_(_HALF + 1).to(torch.int16)  # int16 halves the memory traffic of the count
+    return torch.bincount(index.reshape(-1), minlength=_CELLS)
+
+
+class PairStream:
+    """Pair statistics of one layer: pooled counts and, if wanted, the sum of the matrices over passages."""
+
+    def __init__(self, *, pooled: bool, averaged: bool, tokens: int, device: torch.device) -> None:
+        self.tile = _TILE_CPU if device.type == "cpu" else _TILE_GPU
+        self.pooled = torch.zeros(_CELLS, dtype=torch.int64, device=device) if pooled else None
+        self.strips: list[Tensor] | None = None
+        if averaged:
+            # float64 where there is: the sum then does not depend on the order of the passages
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self.strips = [
+                torch.zeros(min(self.tile, tokens - row), tokens - row, dtype=dtype, device=device)
+                for row in range(0, tokens, self.tile)
+            ]
+
+    def add(self, unit_ND: Tensor) -> None:
+        """Take in one passage's unit rows."""
+        scaled_ND = unit_ND * _HALF
+        for strip, row in enumerate(range(0, unit_ND.shape[0], self.tile)):
+            block = slice(row, row + self.tile)
+            # rows of the block against everything from the block's own start on: the upper triangle by blocks
+            cos = scaled_ND[block] @ unit_ND[row:].T
+            if self.strips is not None:
+                self.strips[strip] += cos
+            if self.pooled is not None:
+                index = cos.floor_().add_(_HALF + 1).to(torch.int16)
+                square = index[:, : index.shape[0]]
+                every = torch.bincount(index.reshape(-1), minlength=_CELLS)
+                own = torch.bincount(square.reshape(-1), minlength=_CELLS)
+                self_pairs = torch.bincount(square.diagonal(), minlength=_CELLS)
+                # right of the square each pair stands for (i, j) and (j, i); inside it both are there already
+                self.pooled += 2 * every - own - self_pairs
+
+    def pooled_counts(self) -> NDArray[np.int64] | None:
+        """Counts [FINE_BINS] of the ordered pairs i != j of all passages."""
+        return None if self.pooled is None else fold(self.pooled.cpu().numpy())
+
+    def packed_sum(self) -> Array | None:
+        """The upper triangle (diagonal included) of the summed cosine matrix, row by row."""
+        if self.strips is None:
+            return None
+        parts = []
+        for strip in self.strips:
+            full = strip.cpu().numpy().astype(np.float64, copy=False)
+            parts.extend(full[row, row:] for row in range(full.shape[0]))
+        packed: Array = np.concatenate(parts)
+        packed /= _HALF
+        return packed
+
+
+class LayerStatistics:
+    """All statistics of one layer over the passages seen so far, addressed by passage number."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        passages: int,
+        device: torch.device,
+        pooled: bool,
+        averaged: bool,
+        tokens: int,
+        metrics: dict[str, Callable[[Tensor, Tensor], float]],
+    ) -> None:
+        self.name = name
+        empty = (passages,)
+        self.cosine_P = np.full(empty, np.nan)
+        self.cosine_others_P = np.full(empty, np.nan)
+        self.norm_P = np.full(empty, np.nan)
+        self.norm_sd_P = np.full(empty, np.nan)
+        self.norm_max_P = np.full(empty, np.nan)
+        self.metrics = metrics
+        self.metric_P = {metric: np.full(empty, np.nan) for metric in metrics}
+        self.pairs = (
+            PairStream(pooled=pooled, averaged=averaged, tokens=tokens, device=device) if pooled or averaged else None
+        )
+
+    def add(self, z_BTD: Tensor, lengths: Sequence[int], passages: Sequence[int]) -> None:
+        """Take in the states of a batch: passage ``passages[b]`` has its tokens at ``z_BTD[b, :lengths[b]]``."""
+        z_BTD = z_BTD.detach()
+        if z_BTD.dtype not in (torch.float32, torch.float64):
+            z_BTD = z_BTD.float()
+        with exact_matmul(z_BTD.device):
+            for b, (length, passage) in enumerate(zip(lengths, passages, strict=True)):
+                self._add_passage(z_BTD[b, :length], passage)
+
+    def _add_passage(self, z_ND: Tensor, passage: int) -> None:
+        n = z_ND.shape[0]
+        norm_N = torch.linalg.vector_norm(z_ND, dim=-1)
+        if not torch.isfinite(norm_N).all():
+            # the squares of large finite states may overflow in float32, and in float64 may not
+            norm_N = torch.linalg.vector_norm(z_ND, dim=-1, dtype=torch.float64)
+            if not torch.isfinite(norm_N).all():
+                bad = int((~torch.isfinite(norm_N)).nonzero()[0, 0])
+                raise NotFiniteError(
+                    f"the hidden states of layer '{self.name}' are NaN or infinite for passage {passage} (first at "
+                    f"token {bad} of {n}). The model itself computes them: load it in float32 or bfloat16 instead of "
+                    "float16, or check its weights."
+                )
+        # a zero row has no direction: its cosine with everything, itself included, counts as 0
+        unit_ND = (z_ND / norm_N.clamp_min(torch.finfo(norm_N.dtype).tiny)[:, None]).to(z_ND.dtype)
+        wide = torch.float32 if z_ND.device.type == "mps" else torch.float64
+        sum_D = unit_ND.sum(dim=0, dtype=wide)
+        norms = norm_N.to(wide)
+        square, own, mean, spread, largest = torch.stack(
+            [
+                sum_D.square().sum(),
+                (norms > 0).sum().to(wide),
+                norms.mean(),
+                norms.std(correction=0),
+                norms.max(),
+            ]
+        ).tolist()
+        self.cosine_P[passage] = square / n**2
+        self.cosine_others_P[passage] = (square - own) / (n * (n - 1))
+        self.norm_P[passage] = mean
+        self.norm_sd_P[passage] = spread
+        self.norm_max_P[passage] = largest
+        for metric, function in self.metrics.items():
+            self.metric_P[metric][passage] = function(z_ND, unit_ND)
+        if self.pairs is not None:
+            self.pairs.add(unit_ND)
