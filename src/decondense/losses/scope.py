@@ -1,0 +1,191 @@
+"""Which pairs of tokens a loss is about: masks, packed documents, random groups and subsets, one sequence or a batch.
+
+Every implementation works on *rows* of tokens ``z_RND`` and a :class:`Scope` that says which of the pairs within a row
+count and to which *unit* (the thing that gets one log-mean-exp or one mean: a sequence, or a document of a packed
+sequence) they belong. Nothing here looks at the value of a tensor from Python, so nothing waits for a device.
+
+Shape suffixes: ``B`` sequences, ``T`` tokens of a sequence, ``D`` features, ``R`` rows, ``N`` tokens of a row,
+``U`` units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Scope", "gather_rows", "sum_by_index"]
+
+
+def sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """``out[u] = sum of values where index == u``, deterministic on every device; differentiable."""
+    out = values.new_zeros(size)
+    if values.device.type == "cpu":
+        return out.index_add(0, index.reshape(-1), values.reshape(-1))
+    # index_add uses atomics on CUDA, whose order varies; accumulating index_put sorts first
+    return out.index_put((index.reshape(-1),), values.reshape(-1), accumulate=True)
+
+
+def _dense(label_BT: Tensor) -> Tensor:
+    """Renumber the labels of each row 0, 1, ... in sorted order, without a data-dependent shape."""
+    ordered, order = label_BT.sort(dim=1, stable=True)
+    step = torch.zeros_like(ordered)
+    step[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).to(step.dtype)
+    return torch.empty_like(ordered).scatter_(1, order, step.cumsum(dim=1))
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The pairs that count. ``None`` tensors mean the common case: every token is real, a unit is a block of rows."""
+
+    rows: int
+    row_size: int
+    n_units: int
+    valid_RN: Tensor | None
+    """True for real tokens."""
+    label_RN: Tensor | None
+    """Pairs need equal labels; -1 for tokens that are not real. None: all pairs of the row."""
+    unit_RN: Tensor | None
+    """Unit of each token, int64. None: unit u holds the rows ``u * rows_per_unit ... (u + 1) * rows_per_unit - 1``."""
+    tokens_U: Tensor
+    """Real tokens of each unit (float)."""
+    pairs_U: Tensor
+    """Ordered pairs i != j of each unit (float)."""
+
+    @property
+    def rows_per_unit(self) -> int:
+        """Rows of a unit where units are blocks of rows."""
+        assert self.unit_RN is None
+        return self.rows // self.n_units
+
+    def count_U(self, *, least: int = 1) -> Tensor:
+        """1.0 for units that have at least ``least`` ordered pairs, else 0.0."""
+        return (self.pairs_U >= least).to(self.pairs_U.dtype)
+
+    def to_units(self, values_RN: Tensor) -> Tensor:
+        """Sum a quantity per token over the real tokens of each unit: ``[R, N]`` to ``[U]``."""
+        if self.valid_RN is not None:
+            values_RN = torch.where(self.valid_RN, values_RN, 0.0)
+        if self.unit_RN is None:
+            return values_RN.reshape(self.n_units, -1).sum(dim=1)
+        return sum_by_index(values_RN, self.unit_RN, self.n_units)
+
+    def features_to_units(self, values_RND: Tensor) -> Tensor:
+        """Sum a vector per token over the real tokens of each unit: ``[R, N, D]`` to ``[U, D]``."""
+        width = values_RND.shape[-1]
+        if self.valid_RN is not None:
+            values_RND = torch.where(self.valid_RN.unsqueeze(-1), values_RND, 0.0)
+        if self.unit_RN is None:
+            return values_RND.reshape(self.n_units, -1, width).sum(dim=1)
+        out = values_RND.new_zeros(self.n_units, width)
+        index = self.unit_RN.reshape(-1)
+        if out.device.type == "cpu":
+            return out.index_add(0, index, values_RND.reshape(-1, width))
+        return out.index_put((index,), values_RND.reshape(-1, width), accumulate=True)
+
+    def to_tokens(self, values_U: Tensor) -> Tensor:
+        """Give every token the value of its unit: ``[U, ...]`` to ``[R, N, ...]`` (a view where it can be)."""
+        if self.unit_RN is not None:
+            return values_U[self.unit_RN]
+        rest = values_U.shape[1:]
+        rows = values_U.unsqueeze(1).expand(self.n_units, self.rows_per_unit, *rest).reshape(self.rows, *rest)
+        return rows.unsqueeze(1).expand(self.rows, self.row_size, *rest)
+
+    def pairs_RNN(self, *, diagonal: bool = False, device: torch.device | None = None) -> Tensor:
+        """The ordered pairs that count, bool ``[R, N, N]`` (the reference implementation only)."""
+        n = self.row_size
+        eye = torch.eye(n, dtype=torch.bool, device=device)
+        pairs = (eye | ~eye) if diagonal else ~eye
+        pairs = pairs.expand(self.rows, n, n)
+        if self.valid_RN is not None:
+            pairs = pairs & self.valid_RN.unsqueeze(2) & self.valid_RN.unsqueeze(1)
+        if self.label_RN is not None:
+            pairs = pairs & (self.label_RN.unsqueeze(2) == self.label_RN.unsqueeze(1))
+        return pairs
+
+    @classmethod
+    def of(
+        cls,
+        shape: tuple[int, int],
+        mask_BT: Tensor | None,
+        segments_BT: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Scope:
+        """All pairs of each sequence, or of each segment of it."""
+        rows, size = shape
+        valid = None if mask_BT is None else mask_BT.bool()
+        if segments_BT is None:
+            if valid is None:
+                tokens = torch.full((rows,), float(size), dtype=dtype, device=device)
+            else:
+                tokens = valid.sum(dim=1).to(dtype)
+            return cls(rows, size, rows, valid, None, None, tokens, tokens * (tokens - 1))
+        label = _dense(segments_BT.long())
+        real = torch.ones_like(label) if valid is None else valid.long()
+        unit = label + size * torch.arange(rows, device=device).unsqueeze(1)
+        # integers: the order of the atomics does not matter
+        tokens_long = torch.zeros(rows * size, dtype=torch.long, device=device)
+        tokens = tokens_long.scatter_add_(0, unit.reshape(-1), real.reshape(-1)).to(dtype)
+        if valid is not None:
+            label = torch.where(valid, label, -1)
+        return cls(rows, size, rows * size, valid, label, unit, tokens, tokens * (tokens - 1))
+
+    def grouped(self, group_size: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Scope]:
+        """Random groups of ``group_size`` tokens, pairs within a group only.
+
+        Returns the token that each place of a group takes, int64 ``[B, groups * group_size]``, and the scope of the
+        groups (one row per group). Tokens that are not real come last, segments stay together.
+        """
+        assert self.unit_RN is None or self.label_RN is not None
+        rows, size = self.rows, self.row_size
+        key = torch.rand(rows, size, generator=generator, device=generator.device, dtype=torch.float64).to(device)
+        if self.label_RN is not None:
+            key = key + self.label_RN
+        if self.valid_RN is not None:
+            key = torch.where(self.valid_RN, key, float(size) + 1.0)
+        order = key.argsort(dim=1)
+        group_size = min(group_size, size)
+        groups = -(-size // group_size)
+        padding = groups * group_size - size
+        valid = None if self.valid_RN is None else self.valid_RN.gather(1, order)
+        label = None if self.label_RN is None else self.label_RN.gather(1, order)
+        unit = None if self.unit_RN is None else self.unit_RN.gather(1, order)
+        if padding:
+            if valid is None:
+                valid = torch.ones(rows, size, dtype=torch.bool, device=device)
+            pad = torch.nn.functional.pad
+            order, valid = pad(order, (0, padding)), pad(valid, (0, padding))
+            label = None if label is None else pad(label, (0, padding), value=-1)
+            unit = None if unit is None else pad(unit, (0, padding))
+        shape = (rows * groups, group_size)
+        valid = None if valid is None else valid.reshape(shape)
+        label = None if label is None else label.reshape(shape)
+        if unit is None:
+            if valid is None:
+                in_group = torch.full((rows, groups), float(group_size), dtype=self.pairs_U.dtype, device=device)
+            else:
+                in_group = valid.sum(dim=1).to(self.pairs_U.dtype).reshape(rows, groups)
+            pairs = (in_group * (in_group - 1)).sum(dim=1)
+        else:
+            unit = unit.reshape(shape)
+            assert label is not None
+            # a cell is a segment's share of a group; its tokens are counted, then its pairs go to the segment
+            cell = _dense(label) + group_size * torch.arange(shape[0], device=device).unsqueeze(1)
+            real = torch.ones_like(cell) if valid is None else valid.long()
+            in_cell = torch.zeros(cell.numel(), dtype=torch.long, device=device)
+            in_cell.scatter_add_(0, cell.reshape(-1), real.reshape(-1))
+            partners = (in_cell[cell] - 1) * real
+            pairs = torch.zeros(self.n_units, dtype=torch.long, device=device)
+            pairs = pairs.scatter_add_(0, unit.reshape(-1), partners.reshape(-1)).to(self.pairs_U.dtype)
+        scope = Scope(shape[0], group_size, self.n_units, valid, label, unit, self.tokens_U, pairs)
+        return order, scope
+
+
+def gather_rows(z_BTD: Tensor, order_BS: Tensor, row_size: int) -> Tensor:
+    """Take tokens ``order_BS`` of each sequence and cut them into rows: ``[B, T, D]`` to ``[R, N, D]``."""
+    width = z_BTD.shape[-1]
+    taken = z_BTD.gather(1, order_BS.unsqueeze(-1).expand(-1, -1, width))
+    return taken.reshape(-1, row_size, width)
