@@ -228,20 +228,25 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
 
 def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append rows durably. A torn line left by a kill is cut off first; a full disk leaves the earlier rows valid."""
-    text = "".join(_line(row) for row in rows).encode()
+    text = memoryview("".join(_line(row) for row in rows).encode())
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as handle:
+    # no buffer of Python's between us and the file: what a full disk refused must not be written again on closing
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
         end = _whole_length(path)
-        handle.truncate(end)
+        os.ftruncate(descriptor, end)
         try:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        except OSError:
+            while text:
+                text = text[os.write(descriptor, text) :]
+            os.fsync(descriptor)
+        except OSError as error:
             with contextlib.suppress(OSError):
-                handle.truncate(end)
+                os.ftruncate(descriptor, end)
+            error.filename = error.filename or str(path)
             raise
+    finally:
+        os.close(descriptor)
 
 
 def _whole_length(path: Path) -> int:

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from decondense.config import (
+    ConfigError,
+    DispersionConfig,
+    EvaluateConfig,
+    StudyConfig,
+    TrainConfig,
+    WeightSchedule,
+    one_of,
+    suggest,
+)
+
+MINIMAL = {
+    "name": "s",
+    "title": "t",
+    "question": "q",
+    "baseline": "ce",
+    "arms": [{"name": "ce"}, {"name": "disp", "dispersion": {"weight": 0.5}}],
+}
+
+
+def test_a_study_survives_yaml_and_keeps_its_fingerprint() -> None:
+    study = StudyConfig.parse(MINIMAL, where="here")
+    again = StudyConfig.parse(yaml.safe_load(study.to_yaml()), where="there")
+    assert again == study
+    assert again.fingerprint() == study.fingerprint()
+
+
+def test_every_knob_changes_the_fingerprint() -> None:
+    study = StudyConfig.parse(MINIMAL, where="here")
+    other = study.model_copy(update={"train": TrainConfig(learning_rate=1e-3)})
+    assert other.fingerprint() != study.fingerprint()
+
+
+def test_configurations_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        TrainConfig().steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"titel": "x"}, r"file\.yaml: unknown key 'titel'.*Did you mean 'title'"),
+        ({"arms": [{"name": "ce", "dispersion": {"wieght": 1}}]}, r"arms\.0\.dispersion: unknown key 'wieght'.*'weight'"),
+        ({"baseline": "cee"}, r"unknown baseline arm 'cee'.*Did you mean 'ce'"),
+        ({"seeds": [1, 1]}, r"seeds must be different"),
+        ({"seeds": []}, r"seeds must be different"),
+        ({"arms": [{"name": "ce"}, {"name": "ce"}]}, r"arm 'ce' appears twice"),
+        ({"train": {"steps": "many"}}, r"train\.steps.*'many'"),
+        ({"train": {"checkpoint_every": 15, "log_every": 10}}, r"multiple of log_every 10"),
+        ({"train": {"batch_sequences": 6, "micro_batch_sequences": 4}}, r"multiple of micro_batch_sequences"),
+        ({"evaluate": {"passage_tokens": 4096}}, r"passage_tokens 4096 exceeds train\.sequence_tokens 128"),
+        ({"arms": [{"name": "../up"}]}, r"arms\.0\.name"),
+    ],
+)
+def test_a_bad_study_says_where_what_and_what_was_meant(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)" + message):
+        StudyConfig.parse({**MINIMAL, **change}, where="file.yaml")
+
+
+def test_unreadable_and_malformed_files_are_named(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="nothing.yaml"):
+        StudyConfig.from_yaml(tmp_path / "nothing.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="no valid YAML"):
+        StudyConfig.from_yaml(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- a")
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        StudyConfig.from_yaml(tmp_path / "list.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        StudyConfig.from_yaml(tmp_path / "binary.yaml")
+
+
+def test_names() -> None:
+    assert suggest("angulr", ["angular", "hinge"]) == " Did you mean 'angular'?"
+    assert suggest("zzz", ["angular"]) == ""
+    assert one_of("form", "hinge", ["hinge"]) == "hinge"
+    with pytest.raises(ConfigError, match=r"unknown form 'hing'\. Did you mean 'hinge'\? Known: angular, hinge"):
+        one_of("form", "hing", ["angular", "hinge"])
+
+
+def test_unknown_arm_is_suggested() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'disp'"):
+        StudyConfig.parse(MINIMAL, where="x").arm("dips")
+
+
+def test_evaluation_points_always_hold_start_and_end() -> None:
+    assert EvaluateConfig(points=(0.5,)).steps(10) == [0, 5, 10]
+    assert EvaluateConfig(points=(0.001,)).steps(10) == [0, 10]
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        EvaluateConfig(points=(2.0,))
+
+
+def test_the_papers_defaults() -> None:
+    assert DispersionConfig().weight == 0.1
+    assert DispersionConfig().loss.tau == 1.0
+    assert DispersionConfig().layers == "all"
+
+
+@given(total=st.integers(1, 2000), kind=st.sampled_from(["constant", "linear", "cosine"]))
+def test_schedules_stay_within_bounds_and_start_at_one(total: int, kind: str) -> None:
+    schedule = WeightSchedule.model_validate({"kind": kind})
+    assert schedule.factor(0, total) == pytest.approx(1.0)
+    assert all(0 <= schedule.factor(step, total) <= 1 for step in range(0, total + 1, max(1, total // 50)))
