@@ -40,11 +40,12 @@ def _largest_eigenvalue(gram_MM: Tensor) -> float:
 
 
 def _singular_values(z_ND: Tensor) -> Tensor:
-    return torch.linalg.eigvalsh(_gram(_wide(z_ND))).clamp_min(0).sqrt()
+    values: Tensor = torch.linalg.eigvalsh(_gram(_wide(z_ND)))
+    return values.clamp_min(0).sqrt()
 
 
 def singular_value_entropy(z_ND: Tensor, unit_ND: Tensor | None = None) -> float:
-    r"""Entropy of the normalised singular values, in nats: :math:`H = -\sum_k p_k \ln p_k,\ p_k = \sigma_k / \sum \sigma`.
+    r"""Entropy in nats of the normalised singular values, :math:`-\sum_k p_k \ln p_k,\ p_k = \sigma_k / \sum \sigma`.
 
     0 for rank one, :math:`\ln \min(N, D)` when all singular values are equal. Roy and Vetterli, "The effective rank",
     EUSIPCO 2007. Route: eigenvalues of the smaller Gram matrix, O(N D min(N, D)).
@@ -73,7 +74,9 @@ def explainable_variance(z_ND: Tensor, unit_ND: Tensor | None = None) -> float:
 
 
 def hfc_lfc(z_ND: Tensor, unit_ND: Tensor | None = None) -> float:
-    r"""High- over low-frequency component, :math:`\lVert X_c \rVert_2 / \lVert 1 \bar z^T \rVert_2 = \sigma_1(X_c) / (\sqrt N \lvert \bar z \rvert)`.
+    r"""High- over low-frequency component: :math:`\lVert X_c \rVert_2 / \lVert 1 \bar z^T \rVert_2`.
+
+    Equal to :math:`\sigma_1(X_c) / (\sqrt N \lvert \bar z \rvert)`.
 
     The low-frequency component of a sequence of tokens is its constant part, the mean row (Wang et al., "Anti-
     oversmoothing in deep vision transformers via the Fourier domain analysis", ICLR 2022); matrix 2-norms as in Liu et
@@ -113,8 +116,10 @@ def isoscore(z_ND: Tensor, unit_ND: Tensor | None = None) -> float:
 
 
 def mean_square_cosine(z_ND: Tensor, unit_ND: Tensor | None = None) -> float:
-    r"""Mean squared cosine over all N x N pairs, :math:`\lVert \hat Z^T \hat Z \rVert_F^2 / N^2`: with the mean cosine it
-    gives the standard deviation of the cosines. Route: the smaller Gram matrix of the unit rows."""
+    r"""Mean squared cosine over all N x N pairs, :math:`\lVert \hat Z^T \hat Z \rVert_F^2 / N^2`.
+
+    With the mean cosine it gives the standard deviation of the cosines. Route: the smaller Gram matrix of unit rows.
+    """
     if unit_ND is None:
         unit_ND = torch.nn.functional.normalize(z_ND, dim=-1, eps=torch.finfo(z_ND.dtype).tiny)
     return float(_gram(_wide(unit_ND)).square().sum()) / z_ND.shape[0] ** 2

@@ -28,7 +28,7 @@ Kind = Literal["pooled", "averaged"]
 
 def _check_bins(bins: int, finest: int) -> int:
     if bins < 2 or bins > finest or bins & (bins - 1):
-        raise ValueError(f"bins must be a power of two from 2 to {finest}, got {bins}; the published heat maps use 128.")
+        raise ValueError(f"bins must be a power of two from 2 to {finest}, got {bins}; the paper uses 128.")
     return bins
 
 
@@ -218,7 +218,7 @@ class Profile:
         one_of("histogram", kind, ("pooled", "averaged"))
         if kind == "pooled":
             if self.pooled is None:
-                raise ValueError("the pooled histogram was not measured; ask for it: measure(..., histograms=('pooled',)).")
+                raise ValueError("no pooled histogram was measured; ask for it: measure(..., histograms=('pooled',)).")
             _check_bins(bins, self.pooled.shape[1])
             result = self.pooled.reshape(self.pooled.shape[0], bins, -1).sum(axis=2)
             if diagonal:
@@ -415,9 +415,9 @@ class Profile:
     def __repr__(self) -> str:
         model = self.info.get("model", "model")
         return (
-            f"Profile({model}: {len(self.layers) - 1} blocks, {self.n_passages} passages of up to {self.tokens} tokens, "
-            f"mean cosine {self.mean_cosine[0]:.3f} -> {self.mean_cosine[-1]:.3f}, spearman {self.spearman:.2f}, "
-            f"kendall {self.kendall:.2f})"
+            f"Profile({model}: {len(self.layers) - 1} blocks, {self.n_passages} passages of up to {self.tokens} "
+            f"tokens, mean cosine {self.mean_cosine[0]:.3f} -> {self.mean_cosine[-1]:.3f}, "
+            f"spearman {self.spearman:.2f}, kendall {self.kendall:.2f})"
         )
 
 

@@ -301,9 +301,9 @@ def _run(
         wanted = (len(batch), int(lengths[batch].max()))
         if state.ndim != 3 or tuple(state.shape[:2]) != wanted:
             raise MeasureError(
-                f"layer '{name}' has states of shape {tuple(state.shape)} for {wanted[0]} passages of {wanted[1]} tokens: "
-                "its tokens are not those of the passage (prompt tuning, merged or flattened tokens), so they cannot be "
-                "compared."
+                f"layer '{name}' has states of shape {tuple(state.shape)} for {wanted[0]} passages of {wanted[1]} "
+                "tokens: its tokens are not those of the passage (prompt tuning, merged or flattened tokens), so they "
+                "cannot be compared."
             )
         if name not in layers:
             layers[name] = LayerStatistics(
@@ -408,7 +408,8 @@ def _logits(output: Any, root: nn.Module) -> Tensor:
         found = next((item for item in output if isinstance(item, Tensor) and item.ndim == 3), None)
     if not isinstance(found, Tensor):
         raise MeasureError(
-            f"{type(root).__name__} returns no logits; load it with its head (AutoModelForCausalLM) or use logits=False."
+            f"{type(root).__name__} returns no logits; load it with its head (AutoModelForCausalLM), or leave out "
+            "logits=True."
         )
     return found
 

@@ -1,8 +1,8 @@
 """Hand every layer's hidden state to an observer while the model runs, and keep none of them.
 
-Forward hooks on the blocks see each state as it is produced, so that the peak memory is that of the forward pass; asking
-the model for ``output_hidden_states`` would hold all L + 1 of them. The states are those that ``output_hidden_states``
-lists (bit for bit), and the residual stream before the final norm, which it does not.
+Forward hooks on the blocks see each state as it is produced, so that the peak memory is that of the forward pass;
+asking the model for ``output_hidden_states`` would hold all L + 1 of them. The states are those that
+``output_hidden_states`` lists (bit for bit), and the residual stream before the final norm, which it does not.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ class StateTap:
         state = _first_state(args, kwargs)
         if state is None:
             raise StateError(
-                f"the first block ({type(module).__name__}) was called without a hidden state that could be recognised; "
-                "its first argument must be the tensor [batch, tokens, width]."
+                f"the first block ({type(module).__name__}) was called without a recognisable hidden state: its first "
+                "argument must be the tensor [batch, tokens, width]."
             )
         self._observe("embedding", state)
 

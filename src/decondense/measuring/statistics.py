@@ -52,7 +52,7 @@ def exact_matmul(device: torch.device) -> Iterator[None]:
 
 def fold(counts_K: NDArray[np.int64]) -> NDArray[np.int64]:
     """Counts with the spare end cells folded into the first and the last bin of [-1, 1]."""
-    folded = counts_K[..., 1 : FINE_BINS + 1].copy()
+    folded: NDArray[np.int64] = counts_K[..., 1 : FINE_BINS + 1].copy()
     folded[..., 0] += counts_K[..., 0]
     folded[..., -1] += counts_K[..., FINE_BINS + 1 :].sum(axis=-1)
     return folded
@@ -60,7 +60,7 @@ def fold(counts_K: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def coarsen(counts_K: NDArray[np.int64], bins: int) -> NDArray[np.int64]:
     """Sum neighbouring fine cells to ``bins`` (a power of two); exact, because the cells are nested."""
-    return counts_K.reshape(*counts_K.shape[:-1], bins, -1).sum(axis=-1)
+    return np.asarray(counts_K.reshape(*counts_K.shape[:-1], bins, -1).sum(axis=-1))
 
 
 def count_cosines(cos: Tensor) -> NDArray[np.int64]:
@@ -118,7 +118,7 @@ class PairStream:
         """The upper triangle (diagonal included) of the summed cosine matrix, row by row."""
         if self.strips is None:
             return None
-        parts = []
+        parts: list[Array] = []
         for strip in self.strips:
             full = strip.cpu().numpy().astype(np.float64, copy=False)
             parts.extend(full[row, row:] for row in range(full.shape[0]))
