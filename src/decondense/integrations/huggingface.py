@@ -1,0 +1,296 @@
+r"""The transformers ``Trainer`` and what is built on it (TRL's ``SFTTrainer``).
+
+:func:`attach_trainer` adds the loss around ``trainer.compute_loss``, with the divisor that makes one optimizer step the
+gradient of
+
+.. math:: L_{CE} + \lambda \, \frac{1}{S} \sum_{s=1}^{S} D_s
+
+over all S sequences of the step: of all micro-batches and of all ranks, however they are cut. A term that is merely
+added to ``outputs.loss`` comes out (accumulation steps x ranks) times too large, because the Trainer does not divide a
+loss that the model has divided by ``num_items_in_batch`` already.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from decondense.attaching import AttachError, DispersionHandle, attach, attached
+from decondense.sequences import SequencesError, count_in_batch
+
+
+def attach_trainer(trainer: Any, *arguments: Any, **keywords: Any) -> DispersionHandle:
+    """Add the dispersion loss to the training of a transformers or TRL trainer.
+
+    Args:
+        trainer: A ``transformers.Trainer`` or ``trl.SFTTrainer``, before ``train()``.
+        *arguments: As for :func:`decondense.attach`: ``weight``, ``layers``.
+        **keywords: As for :func:`decondense.attach`: ``config``, ``schedule``, ``form``, ``tau``, ...
+
+    Returns:
+        The handle. The values go through ``trainer.log`` beside ``loss`` (which includes the weighted term), the
+        schedule follows the trainer's steps, and checkpoints keep the settings. ``handle.detach()`` gives the trainer
+        back as it was.
+
+    Raises:
+        AttachError: where the gradient would not be exact: ``nn.DataParallel``, tensor or context parallelism, trainers
+            that run the model twice for one loss (DPO, GRPO).
+
+    Exact for any number of sequences per micro-batch and rank, packed ones included (a document counts as a sequence),
+    for ``average_tokens_across_devices`` on or off, label smoothing and ``compute_loss_func``.
+    """
+    _refuse(trainer)
+    return _TrainerHandle(trainer, attach(trainer.model, *arguments, **keywords)).handle
+
+
+class _TrainerHandle:
+    """Ties one handle to one trainer: wraps three methods of this instance, and takes the wraps off again."""
+
+    def __init__(self, trainer: Any, handle: DispersionHandle) -> None:
+        self.trainer, self.handle = trainer, handle
+        handle.defer = True
+        self.sequences: Tensor | None = None  # of the whole optimizer step, over all ranks
+        self.expected = self.seen = torch.zeros(())
+        self.callback = DispersionState(handle)
+        trainer.add_callback(self.callback)
+        self.wrapped = {name: trainer.__dict__.get(name) for name in ("compute_loss", "get_batch_samples", "log")}
+        self.compute_loss = self.wrap("compute_loss", self.add_to_loss)
+        self.get_batch_samples = self.wrap("get_batch_samples", self.count_step)
+        self.log = self.wrap("log", self.add_to_log)
+        handle.on_detach(self.unwrap)
+
+    def wrap(self, name: str, replacement: Callable[..., Any]) -> Callable[..., Any]:
+        original: Callable[..., Any] = getattr(self.trainer, name)
+        setattr(self.trainer, name, replacement)
+        return original
+
+    def unwrap(self) -> None:
+        for name, previous in self.wrapped.items():
+            if previous is None:
+                self.trainer.__dict__.pop(name, None)
+            else:
+                setattr(self.trainer, name, previous)
+        self.trainer.remove_callback(self.callback)
+
+    def follow(self) -> None:
+        """Move the weight schedule to the trainer's step."""
+        state = self.trainer.state
+        self.handle.set_progress(state.global_step, max(state.max_steps, 1))
+
+    def count_step(self, *arguments: Any, **keywords: Any) -> Any:
+        """The trainer has fetched all micro-batches of one optimizer step: count their sequences, over all ranks."""
+        batches, items = self.get_batch_samples(*arguments, **keywords)
+        self.sequences = None
+        self.follow()
+        if self.handle.is_off or not batches:
+            return batches, items
+        try:
+            counts = [1 if self.handle.counts_batches else count_in_batch(_mapping(batch)) for batch in batches]
+        except SequencesError as error:
+            raise AttachError(str(error)) from None
+        device = self.trainer.args.device
+        count = torch.stack([torch.as_tensor(count, device=device) for count in counts]).sum().float()
+        self.expected = self.expected.to(device) + count
+        self.sequences = self.reduce(count)
+        return batches, items
+
+    def add_to_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **keywords: Any
+    ) -> Any:
+        trainer, handle = self.trainer, self.handle
+        if model.training:
+            self.follow()
+        handle.take_sum_and_count()
+        before = handle.training_forwards
+        result = self.compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **keywords
+        )
+        taken = handle.take_sum_and_count()
+        if taken is None:
+            if model.training and torch.is_grad_enabled() and not handle.is_off and handle.training_forwards == before:
+                raise AttachError(
+                    "the trainer computed a training loss without running the model that the dispersion loss is "
+                    "attached to; "
+                    "attach after the trainer's model has been wrapped or replaced."
+                )
+            return result
+        total, count = taken
+        loss = result[0] if return_outputs else result
+        self.seen = self.seen.to(count.device) + count
+        # What follows undoes what comes later: the mean over ranks of the gradients, and the division of an unscaled
+        # loss.
+        steps = getattr(trainer, "current_gradient_accumulation_steps", 1)
+        divided_later = 1 if self.is_scaled(num_items_in_batch) else steps
+        if self.sequences is not None:
+            share = total / self.sequences.clamp(min=1).to(total.dtype) * (_world_size() * divided_later)
+        else:  # training_step called by hand: one micro-batch is all that is known
+            share = total / count.clamp(min=1) * (divided_later / steps)
+        extra = handle.weighted(share)
+        handle.measure_gradient_ratio(loss, extra)
+        loss = loss + extra
+        return (loss, result[1]) if return_outputs else loss
+
+    def is_scaled(self, num_items_in_batch: Any) -> bool:
+        """Whether ``training_step`` takes the loss for divided already (the rule of transformers 5, and of 4.46 and "
+        "up)."""
+        trainer = self.trainer
+        declared = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if declared is not None:
+            return bool(declared)
+        by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return bool(by_model or trainer.compute_loss_func is not None)
+
+    def add_to_log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> Any:
+        if "loss" in logs:
+            self.check_counts()
+            logs = {**logs, **self.handle.pop(self.reduce)}
+        return self.log(logs, *arguments, **keywords)
+
+    def check_counts(self) -> None:
+        seen, expected = float(self.seen), float(self.expected)
+        self.seen, self.expected = torch.zeros_like(self.seen), torch.zeros_like(self.expected)
+        if seen and expected and seen != expected:
+            raise AttachError(
+                f"the batches of the last steps held {expected:g} sequences and the model saw {seen:g}: the trainer "
+                f"changes "
+                "its batches between fetching and the forward, so the mean over sequences would be wrong."
+            )
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """Sum over ranks."""
+        if _world_size() == 1:
+            return values
+        values = values.to(self.trainer.args.device)
+        torch.distributed.all_reduce(values)
+        return values
+
+
+class DispersionState(TrainerCallback, ExportableState):
+    """Keeps the settings of the loss in the trainer's checkpoints, and notices a resume with other settings.
+
+    The schedule itself needs no state: it follows the trainer's step, which the Trainer restores.
+    """
+
+    def __init__(self, handle: DispersionHandle | None = None) -> None:
+        self.handle = handle
+        self.saved: dict[str, Any] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """The state in the form of transformers' exportable callbacks."""
+        return {"args": {}, "attributes": {"saved": None if self.handle is None else self.handle.state_dict()}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **keywords: Any) -> None:
+        """Compare with what a checkpoint says."""
+        if self.handle is None and model is not None:  # rebuilt by the Trainer from the checkpoint
+            self.handle = attached(model)
+        stored = state.stateful_callbacks.get(type(self).__name__) or {}
+        saved = (stored.get("attributes") or {}).get("saved")
+        if self.handle is None or not saved or not state.global_step:
+            return
+        then, now = saved["config"], self.handle.config.model_dump(mode="json")
+        if then != now:
+            different = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
+            warnings.warn(
+                "resuming with another dispersion loss than the checkpoint was trained with; these settings differ: "
+                f"{', '.join(different)}.",
+                stacklevel=2,
+            )
+
+
+class DispersionCallback(TrainerCallback):
+    """For launchers that take callbacks and hide the trainer (LLaMA-Factory). Attaches when training begins.
+
+    Takes the arguments of :func:`decondense.attach`. The loss is added inside the model, where the sequences of the
+    other micro-batches are not seen: exact if all micro-batches have the same number of sequences. With access to the
+    trainer, prefer :func:`attach_trainer`, which is exact without this condition.
+    """
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        self.arguments, self.keywords = arguments, keywords
+        self.handle: DispersionHandle | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **keywords: Any) -> None:
+        """Attach to the model that is trained."""
+        if getattr(args, "n_gpu", 1) > 1:
+            raise AttachError("nn.DataParallel is not supported; start with torchrun or accelerate launch.")
+        if getattr(args, "label_smoothing_factor", 0):
+            raise AttachError("label smoothing takes the loss out of the model; use attach_trainer(trainer).")
+        self.handle = attach(model, *self.arguments, **self.keywords)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        """Move the weight schedule and say how many micro-batches this step has."""
+        if self.handle is None:
+            return
+        self.handle.set_progress(state.global_step, max(state.max_steps, 1))
+        micro_batches = args.gradient_accumulation_steps
+        loader = keywords.get("train_dataloader")
+        if loader is not None and hasattr(loader, "__len__"):
+            steps_of_epoch = -(-len(loader) // micro_batches)
+            # the last step takes what is left of the epoch
+            if state.global_step % steps_of_epoch == steps_of_epoch - 1:
+                micro_batches = len(loader) % micro_batches or micro_batches
+        # with this setting the Trainer multiplies the whole loss by the number of ranks
+        ranks = _world_size() if getattr(args, "average_tokens_across_devices", False) else 1
+        self.handle.micro_batches = micro_batches * ranks
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **keywords: Any) -> None:
+        """Add the values to the log. Callbacks that ran before this one have not seen them; the history has."""
+        if self.handle is not None and logs is not None and "loss" in logs:
+            values = self.handle.pop(_sum_over_ranks(args.device))
+            logs.update(values)
+            if state.log_history:
+                state.log_history[-1].update(values)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        """Detach."""
+        if self.handle is not None:
+            self.handle.detach()
+
+
+def _sum_over_ranks(device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    if _world_size() == 1:
+        return None
+
+    def reduce(values: Tensor) -> Tensor:
+        values = values.to(device)
+        torch.distributed.all_reduce(values)
+        return values
+
+    return reduce
+
+
+def _refuse(trainer: Any) -> None:
+    if not hasattr(trainer, "compute_loss") or not hasattr(trainer, "get_batch_samples"):
+        raise AttachError(
+            f"attach_trainer() needs a transformers Trainer (4.46 or newer), got {type(trainer).__name__}; "
+            "use attach(model) for other loops."
+        )
+    if trainer.args.n_gpu > 1:
+        raise AttachError("nn.DataParallel is not supported; start with torchrun or accelerate launch.")
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    for kind in ("tp", "cp", "sp"):
+        if getattr(parallel, f"{kind}_enabled", False):
+            raise AttachError(
+                f"{kind.upper()} parallelism is not supported, because a rank does not hold whole sequences of whole "
+                f"states; "
+                "use data parallelism (DDP, FSDP2, HSDP)."
+            )
+
+
+def _mapping(batch: Any) -> Mapping[str, Any]:
+    if not isinstance(batch, Mapping):
+        raise AttachError(
+            f"the batches are {type(batch).__name__} objects; dispersion needs mappings with 'input_ids'."
+        )
+    return batch
+
+
+def _world_size() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
