@@ -47,7 +47,10 @@ def test_configurations_are_frozen() -> None:
     ("change", "message"),
     [
         ({"titel": "x"}, r"file\.yaml: unknown key 'titel'.*Did you mean 'title'"),
-        ({"arms": [{"name": "ce", "dispersion": {"wieght": 1}}]}, r"arms\.0\.dispersion: unknown key 'wieght'.*'weight'"),
+        (
+            {"arms": [{"name": "ce", "dispersion": {"wieght": 1}}]},
+            r"arms\.0\.dispersion: unknown key 'wieght'.*'weight'",
+        ),
         ({"baseline": "cee"}, r"unknown baseline arm 'cee'.*Did you mean 'ce'"),
         ({"seeds": [1, 1]}, r"seeds must be different"),
         ({"seeds": []}, r"seeds must be different"),

@@ -5,7 +5,14 @@ import sys
 
 import pytest
 
-EVIDENCE = ["decondense", "decondense.config", "decondense.records", "decondense.compare", "decondense.figures", "decondense.report"]
+EVIDENCE = [
+    "decondense",
+    "decondense.config",
+    "decondense.records",
+    "decondense.compare",
+    "decondense.figures",
+    "decondense.report",
+]
 BLOCK = """
 import sys
 class Refuse:

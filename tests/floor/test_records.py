@@ -24,7 +24,9 @@ CELL = {"study": "s", "study_fingerprint": "f", "arm": "a", "seed": 0}
 
 
 def step(number: int, **more):
-    return make_row("step", **{**CELL, "step": number, "tokens": 10 * number, "loss": 1.5, "learning_rate": 1e-3, **more})
+    return make_row(
+        "step", **{**CELL, "step": number, "tokens": 10 * number, "loss": 1.5, "learning_rate": 1e-3, **more}
+    )
 
 
 def test_rows_come_back_as_they_were(tmp_path) -> None:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 END = "<|endoftext|>"
 _TOKENIZER_TEXT = 12_000_000
 """Characters of training text the BPE merges are learnt from; more changes few of 4096 entries and costs seconds."""
+_PIECE = 4_000
+"""Characters after which an undivided text file is cut at the next paragraph."""
 _RECIPE = 1  # raise when the code below would prepare other tokens from the same documents
 
 IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
@@ -177,8 +179,8 @@ def prepare(config: CorpusConfig, *, cache: Path | None = None, progress: Progre
     )
     if not train or not held_out:
         raise ValueError(
-            f"the text of {config.source!r} has {len(documents)} documents, too few to hold {config.held_out:.0%} of them "
-            f"out ({len(train)} to train on, {len(held_out)} held out). Give more documents: one file each, or "
+            f"the text of {config.source!r} has {len(documents)} documents, too few to hold {config.held_out:.0%} "
+            f"of them out ({len(train)} to train on, {len(held_out)} held out). Give more documents: one file each, or "
             f"separated by a line {END}."
         )
     return _build(path, train, held_out, config, progress)
@@ -197,16 +199,38 @@ def read_documents(config: CorpusConfig, *, cache: Path, progress: Progress | No
 
 
 def _local(source: Path) -> Iterable[Document]:
-    from decondense.corpora.passages import read_text_file
+    """Documents of local files: a record each, or a part of a text file each.
+
+    A text file is divided at lines ``<|endoftext|>``; one without any is a document when it stands in a directory with
+    others, and is cut between paragraphs when it is all there is, because a single document cannot be held out.
+    """
+    from decondense.corpora.passages import read_file, text_files
 
     if not source.exists():
         raise ConfigError(
             f"corpus.source {str(source)!r} is neither 'python_docs' nor an existing file or directory of text."
         )
-    paths = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
-    for path in paths:
-        for number, text in enumerate(read_text_file(path)):
-            yield Document(f"{path.name}#{number}", text)
+    files = text_files(source)
+    for path in files:
+        rows = read_file(path)
+        if any(kind in path.suffixes for kind in (".jsonl", ".json", ".parquet")):
+            texts = rows
+        else:
+            texts = "".join(rows).split(END)
+            if len(texts) == 1 and len(files) == 1:
+                texts = _cut(rows)
+        for number, text in enumerate(texts):
+            if text.strip():
+                yield Document(f"{path.name}#{number}", text.strip())
+
+
+def _cut(paragraphs: Sequence[str]) -> list[str]:
+    pieces = [""]
+    for paragraph in paragraphs:
+        if len(pieces[-1]) >= _PIECE:
+            pieces.append("")
+        pieces[-1] += paragraph
+    return pieces
 
 
 def load(path: Path) -> PackedCorpus | None:

@@ -126,7 +126,7 @@ def read_rows(source: str | Path | Sequence[str], *, split: str = "train", field
         return _hub(hub_id, configuration, split, field or published)
     path = Path(name)
     if path.exists():
-        return [row for file in _files(path) for row in read_file(file, field=field)]
+        return [row for file in text_files(path) for row in read_file(file, field=field)]
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and not _kind(path):
         hub_id, _, configuration = name.partition(":")
         return _hub(hub_id, configuration or None, split, field)
@@ -210,7 +210,8 @@ def _kind(path: Path) -> str:
     return suffixes[-1] if suffixes and suffixes[-1] in _KINDS else ""
 
 
-def _files(path: Path) -> list[Path]:
+def text_files(path: Path) -> list[Path]:
+    """The file itself, or every file of a known kind below a directory, sorted."""
     if path.is_file():
         return [path]
     found = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
@@ -236,7 +237,7 @@ def _hub(hub_id: str, configuration: str | None, split: str, field: str | None) 
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PassageError(
             f"the data set {label} (split {split}) cannot be loaded: {reason}. Without network, use a local file "
-            f"(--text FILE), the embedded corpus (--dataset {EMBEDDED}), or a cache that was filled elsewhere (HF_HOME)."
+            f"(--text FILE), the embedded corpus (--dataset {EMBEDDED}), or a filled cache (HF_HOME)."
         ) from error
     column = _column(data.column_names, lambda c: str(getattr(data.features[c], "dtype", "")), field, label)
     return _Column(data, column)

@@ -13,7 +13,7 @@ from decondense.studies.runner import cell_folder, opened_corpus, plan
 
 
 def work(out: Path, *, retry_failed: bool = False, parent: int | None = None) -> None:
-    """Train every cell of the study in ``out`` that is neither done nor held by another process.
+    """Train every cell of the study in ``out`` that nobody else trains, and return when all of them are done.
 
     Args:
         out: directory with ``study.yaml`` and ``corpus.json``.
@@ -31,13 +31,20 @@ def work(out: Path, *, retry_failed: bool = False, parent: int | None = None) ->
         time.sleep(0.1)
     study = StudyConfig.from_yaml(out / "study.yaml")
     corpus = opened_corpus(out)
-    for arm, seed in plan(study):
-        try:
-            run_cell(
-                study, study.arm(arm), seed, corpus, cell_folder(out, arm, seed), retry_failed=retry_failed, watch=watch
-            )
-        except CellBusy:
-            continue
+    left = plan(study)
+    while left:
+        busy = []
+        for arm, seed in left:
+            folder = cell_folder(out, arm, seed)
+            try:
+                run_cell(study, study.arm(arm), seed, corpus, folder, retry_failed=retry_failed, watch=watch)
+            except CellBusy:
+                busy.append((arm, seed))
+        # a cell that another process holds ends there, or is left behind by it when it dies: look again later
+        if len(busy) == len(left):
+            watch()
+            time.sleep(0.5)
+        left = busy
 
 
 def main() -> int:

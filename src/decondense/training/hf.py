@@ -39,6 +39,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.utils import logging as transformers_logging
 
 from decondense.attaching import attach_trainer
 from decondense.config import ArmConfig, ConfigError, ModelConfig, StudyConfig, TrainConfig, suggest
@@ -212,12 +213,18 @@ def _arguments(train: TrainConfig, folder: Path, seed: int) -> TrainingArguments
         save_total_limit=2,
         seed=seed,
         bf16=train.precision == "bf16",
-        gradient_checkpointing=train.gradient_checkpointing,
+        **_checkpointing(train.gradient_checkpointing),
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         report_to=[],
     )
+
+
+def _checkpointing(on: bool) -> dict[str, Any]:
+    # renamed in transformers 5.23: the old name warns there, the new one does not exist before
+    new = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    return {"activation_checkpointing" if new else "gradient_checkpointing": True} if on else {}
 
 
 class _Recorder(TrainerCallback):
@@ -515,8 +522,9 @@ def _train(cell: _Cell, rows: list[Row]) -> Row:
         final = folder / "final"
         staging = folder / ".final"
         shutil.rmtree(staging, ignore_errors=True)
-        model.save_pretrained(staging, safe_serialization=True)
-        tokenizer.save_pretrained(staging)
+        with _quiet():
+            model.save_pretrained(staging)  # safetensors
+            tokenizer.save_pretrained(staging)
         shutil.rmtree(final, ignore_errors=True)
         staging.rename(final)
     resumed = [row["timing"]["from_step"] for row in rows if row["kind"] == "run" and row["status"] == "resumed"]
@@ -577,12 +585,15 @@ def _discard_checkpoints(folder: Path) -> None:
 def _quiet() -> Iterator[None]:
     """The Trainer warns about what is meant here (no tokenizer, aligned special tokens); keep the terminal readable."""
     logger = logging.getLogger("transformers")
-    level = logger.level
+    level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _device_name() -> str:

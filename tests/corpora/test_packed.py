@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from decondense.config import CorpusConfig
+from decondense.corpora.embedded import Document
+from decondense.corpora.packed import END, is_held_out, load, prepare
+
+
+def words(seed: int, count: int) -> str:
+    rng = np.random.default_rng(seed)
+    return " ".join(f"w{number}" for number in rng.integers(0, 300, count))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(words(number, 120))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(source) -> CorpusConfig:
+    return CorpusConfig(source=str(source), vocabulary=400, held_out=0.3)
+
+
+@pytest.fixture(scope="module")
+def corpus(config, tmp_path_factory):
+    return prepare(config, cache=tmp_path_factory.mktemp("cache"))
+
+
+def test_tokens_are_the_documents_and_nothing_else(corpus, source) -> None:
+    tokenizer = corpus.tokenizer()
+    texts = {path.read_text() for path in source.iterdir()}
+    found = set()
+    for tokens in (corpus.train_tokens, corpus.held_out_tokens):
+        found |= {part for part in tokenizer.decode(tokens.astype(int).tolist()).split(END) if part}
+    assert found == texts
+    assert tokenizer.vocab_size == corpus.vocabulary == 400
+
+
+def test_the_split_is_by_content_and_disjoint(corpus, source, tmp_path_factory) -> None:
+    held_out = [Document("", path.read_text()) for path in source.iterdir()]
+    expected = {item.identity for item in held_out if is_held_out(item, 0.3)}
+    assert set(corpus.held_out_names) == expected
+    assert 0 < len(expected) < 40
+    # a document stays on its side when others come
+    other = tmp_path_factory.mktemp("more")
+    for path in source.iterdir():
+        (other / path.name).write_text(path.read_text())
+    (other / "new.txt").write_text(words(999, 120))
+    grown = prepare(CorpusConfig(source=str(other), vocabulary=400, held_out=0.3), cache=tmp_path_factory.mktemp("c"))
+    assert expected <= set(grown.held_out_names)
+
+
+def test_two_builds_agree_to_the_last_bit(corpus, config, tmp_path_factory) -> None:
+    again = prepare(config, cache=tmp_path_factory.mktemp("again"))
+    assert again.path != corpus.path
+    assert again.content_hash == corpus.content_hash
+    assert np.array_equal(again.train_tokens, corpus.train_tokens)
+
+
+def test_the_cache_is_used_and_a_damaged_one_rebuilt(config, tmp_path) -> None:
+    first = prepare(config, cache=tmp_path)
+    stamp = (first.path / "manifest.json").stat().st_mtime_ns
+    assert (prepare(config, cache=tmp_path).path / "manifest.json").stat().st_mtime_ns == stamp
+    data = bytearray((first.path / "train.npy").read_bytes())
+    data[-1] ^= 1
+    (first.path / "train.npy").write_bytes(data)
+    assert load(first.path) is None
+    assert prepare(config, cache=tmp_path).content_hash == first.content_hash
+    assert not [item for item in (tmp_path / "packed").iterdir() if item.name.startswith(".")]
+
+
+def test_the_order_depends_on_the_seed_alone_and_covers_every_epoch(corpus) -> None:
+    available = corpus.sequences(16)
+    order = corpus.order(0, 2 * available + 3, 16)
+    assert sorted(order[:available]) == list(range(available))
+    assert sorted(order[available : 2 * available]) == list(range(available))
+    assert np.array_equal(order, corpus.order(0, 2 * available + 3, 16))
+    assert not np.array_equal(order, corpus.order(1, 2 * available + 3, 16))
+    # a longer run reads the same sequences first
+    assert np.array_equal(corpus.order(0, 5, 16), order[:5])
+    assert corpus.order_hash(order, 16) != corpus.order_hash(order[::-1], 16)
+
+
+def test_held_out_documents_are_whole_up_to_the_budget(corpus) -> None:
+    budget = 700
+    found = corpus.held_out_documents(budget)
+    assert sum(len(ids) for _, ids in found) == budget
+    starts = np.diff(corpus.held_out_starts)
+    assert [len(ids) for _, ids in found[:-1]] == starts[: len(found) - 1].tolist()
+    assert [name for name, _ in found] == corpus.held_out_names[: len(found)]
+
+
+def test_passages_are_heads_of_documents_and_too_few_are_said(corpus) -> None:
+    passages = corpus.passages(2, 50)
+    assert passages.shape == (2, 50)
+    for row in passages:
+        assert any(
+            np.array_equal(row, corpus.held_out_tokens[begin : begin + 50]) for begin in corpus.held_out_starts[:-1]
+        )
+    with pytest.raises(ValueError, match=r"held-out documents have 50 tokens, 1000 are needed"):
+        corpus.passages(1000, 50)
+    with pytest.raises(ValueError, match="less than one sequence of 1000000"):
+        corpus.order(0, 1, 1_000_000)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [({}, "holds no text"), ({"a.txt": "  \n"}, "holds no text"), ({"a.txt": "one document"}, "too few to hold 5%")],
+)
+def test_too_little_text_is_said(tmp_path, content, message) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name, text in content.items():
+        (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        prepare(CorpusConfig(source=str(folder), vocabulary=300), cache=tmp_path / "cache")
+
+
+def test_a_missing_source_is_named(tmp_path) -> None:
+    with pytest.raises(ValueError, match="neither 'python_docs' nor an existing file"):
+        prepare(CorpusConfig(source=str(tmp_path / "nothing")), cache=tmp_path)

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from decondense.config import StudyConfig
+from decondense.studies import load_study
+
+SMALL = {
+    "model": {"architecture": "gpt2", "overrides": {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_inner": 64}},
+    "corpus": {"source": "python_docs", "documents": "standard_library", "vocabulary": 512, "held_out": 0.1},
+    "train": {"steps": 8, "batch_sequences": 4, "sequence_tokens": 32, "log_every": 2, "checkpoint_every": 4},
+    "evaluate": {"points": [0, 0.5, 1], "validation_tokens": 1024, "passages": 4, "passage_tokens": 32},
+}
+
+
+def small_study(**changes: object) -> StudyConfig:
+    """The demo, small enough to train in a second; dropout stays at GPT-2's 0.1, so the random state matters."""
+    return load_study("demo", "quick", **{**SMALL, "seeds": [0], **changes})
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One cache for the tests of this folder, and never the user's."""
+    base = tmp_path_factory.getbasetemp() / "decondense-cache"
+    monkeypatch.setenv("DECONDENSE_CACHE", str(base))
+    return base

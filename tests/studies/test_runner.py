@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from decondense.config import ConfigError, StudyConfig
+from decondense.records import Row, append_rows, read_rows, stable
+from decondense.studies import CellState, StudyFailed, run_study
+from decondense.studies.runner import cell_folder, default_workers, open_directory, plan, states
+from studies.conftest import small_study
+
+
+def stable_rows(rows: list[Row]) -> list[Row]:
+    return [stable(row) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> tuple[Path, list[Row]]:
+    os.environ.setdefault("DECONDENSE_CACHE", str(tmp_path_factory.getbasetemp() / "decondense-cache"))
+    out = tmp_path_factory.mktemp("whole") / "study"
+    return out, run_study(small_study(), out, workers=0)
+
+
+def test_every_cell_has_its_rows(uninterrupted) -> None:
+    out, rows = uninterrupted
+    assert read_rows(out / "rows.jsonl") == rows
+    for arm in ("cross-entropy", "dispersion"):
+        mine = [row for row in rows if row["arm"] == arm]
+        assert [row["status"] for row in mine if row["kind"] == "run"] == ["started", "finished"]
+        assert [row["step"] for row in mine if row["kind"] == "step"] == [2, 4, 6, 8]
+        assert [row["step"] for row in mine if row["kind"] == "profile"] == [0, 4, 8]
+        assert [row["step"] for row in mine if row["kind"] == "eval"] == [0, 4, 8]
+        items = [row for row in mine if row["kind"] == "eval_item"]
+        final = [row for row in mine if row["kind"] == "eval"][-1]
+        mean = sum(row["value"] * row["weight"] for row in items) / sum(row["weight"] for row in items)
+        assert mean == pytest.approx(final["value"], rel=1e-12)
+        assert all(
+            row["dispersion"] is (None if arm == "cross-entropy" else row["dispersion"])
+            for row in mine
+            if row["kind"] == "step"
+        )
+        assert (cell_folder(out, arm, 0) / "final" / "model.safetensors").exists()
+        assert not list(cell_folder(out, arm, 0).glob("checkpoint-*"))
+
+
+def test_arms_start_equal_and_read_the_same(uninterrupted) -> None:
+    _, rows = uninterrupted
+    ends = [row for row in rows if row["kind"] == "run" and row["status"] == "finished"]
+    assert len({row["init_hash"] for row in ends}) == 1
+    assert len({row["order_hash"] for row in ends}) == 1
+    assert len({row["final_hash"] for row in ends}) == 2
+    first = {row["arm"]: row["value"] for row in rows if row["kind"] == "eval" and row["step"] == 0}
+    assert first["cross-entropy"] == first["dispersion"]
+
+
+def test_the_logged_loss_is_the_plain_cross_entropy(tmp_path) -> None:
+    # with weight 0 the dispersion arm trains as the baseline does, so its logged loss must be the baseline's
+    study = small_study(arms=[{"name": "cross-entropy"}, {"name": "zero", "dispersion": {"weight": 0.0}}])
+    rows = run_study(study, tmp_path / "s", workers=0)
+    logged = {
+        arm: [row["loss"] for row in rows if row["kind"] == "step" and row["arm"] == arm]
+        for arm in ("cross-entropy", "zero")
+    }
+    assert logged["zero"] == logged["cross-entropy"]
+    hashes = {row["arm"]: row["final_hash"] for row in rows if row["kind"] == "run" and row["status"] == "finished"}
+    assert hashes["zero"] == hashes["cross-entropy"]
+
+
+def test_micro_batches_give_the_same_training(tmp_path, uninterrupted) -> None:
+    base = small_study().train
+    study = small_study(train=base.model_copy(update={"micro_batch_sequences": 1}).model_dump())
+    study = study.model_copy(
+        update={"model": study.model.model_copy(update={"overrides": {**study.model.overrides, **NO_DROPOUT}})}
+    )
+    whole = small_study()
+    whole = whole.model_copy(
+        update={"model": whole.model.model_copy(update={"overrides": {**whole.model.overrides, **NO_DROPOUT}})}
+    )
+    rows = run_study(study, tmp_path / "micro", workers=0)
+    expected = run_study(whole, tmp_path / "whole", workers=0)
+    for kind, key, tolerance in (("step", "loss", 1e-5), ("step", "dispersion", 1e-4), ("eval", "value", 1e-4)):
+        a = [row[key] for row in rows if row["kind"] == kind and row[key] is not None]
+        b = [row[key] for row in expected if row["kind"] == kind and row[key] is not None]
+        assert a == pytest.approx(b, rel=tolerance)
+
+
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+class Interrupted(Exception):
+    pass
+
+
+# a cell writes eight times: evaluation 0, steps 2, evaluation and steps 4, steps 6, evaluation and steps 8, the end
+@pytest.mark.parametrize(("after", "resumed_from"), [(2, []), (4, [4]), (5, [4]), (7, [8])])
+def test_interrupted_and_resumed_is_uninterrupted(tmp_path, uninterrupted, after: int, resumed_from: list[int]) -> None:
+    """Stop the second cell after a number of written rows, before and after its checkpoint; go on; compare all rows."""
+    from decondense.studies.runner import opened_corpus, study_corpus
+    from decondense.training.hf import run_cell
+
+    study, out = small_study(), tmp_path / "study"
+    open_directory(study, out)
+    study_corpus(study, out)
+    written = 0
+
+    def stop() -> None:
+        nonlocal written
+        written += 1
+        if written > after:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run_cell(study, study.arm("dispersion"), 0, opened_corpus(out), cell_folder(out, "dispersion", 0), watch=stop)
+    rows = run_study(study, out, workers=0)
+    assert stable_rows(rows) == stable_rows(uninterrupted[1])
+    (end,) = [
+        row for row in rows if row["kind"] == "run" and row["arm"] == "dispersion" and row["status"] == "finished"
+    ]
+    assert end["timing"]["resumed_from_steps"] == resumed_from
+
+
+def test_a_half_written_checkpoint_is_not_used(tmp_path, uninterrupted) -> None:
+    from decondense.studies.runner import opened_corpus, study_corpus
+    from decondense.training.hf import COMPLETE, run_cell
+
+    study, out = small_study(), tmp_path / "study"
+    open_directory(study, out)
+    study_corpus(study, out)
+    folder = cell_folder(out, "cross-entropy", 0)
+    count = 0
+
+    def stop() -> None:
+        nonlocal count
+        count += 1
+        if count > 7:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run_cell(study, study.arm("cross-entropy"), 0, opened_corpus(out), folder, watch=stop)
+    newest = folder / "checkpoint-8"
+    (newest / COMPLETE).unlink()
+    (newest / "model.safetensors").write_bytes(b"half")
+    assert stable_rows(run_study(study, out, workers=0)) == stable_rows(uninterrupted[1])
+
+
+def test_kill_9_loses_nothing(tmp_path) -> None:
+    """Kill runner and worker in the middle of training, twice, and start the same command again."""
+    study = small_study(train={**small_study().train.model_dump(), "steps": 60, "checkpoint_every": 10})
+    (tmp_path / "study.yaml").write_text(study.to_yaml())
+    out = tmp_path / "study"
+    command = [sys.executable, "-m", "decondense", "study", str(tmp_path / "study.yaml"), "--out", str(out)]
+    for wanted in (8, 40):
+        process = subprocess.Popen([*command, "--workers", "1"], stdout=subprocess.PIPE, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            rows = sum(path.read_bytes().count(b'"kind":"step"') for path in out.glob("cells/*/*/rows.jsonl"))
+            if rows >= wanted:
+                break
+            time.sleep(0.01)
+        assert process.poll() is None, "the study ended before it was killed"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        for path in out.glob("cells/*/*/rows.jsonl"):
+            read_rows(path)  # every row written so far is valid
+    rows = run_study(study, out, workers=1)
+    assert [row["timing"]["resumed_from_steps"] for row in rows if row.get("status") == "finished"] != [[], []]
+    assert stable_rows(rows) == stable_rows(run_study(study, tmp_path / "whole", workers=0))
+
+
+def test_a_worker_whose_runner_dies_stops_and_the_next_runner_takes_over(tmp_path) -> None:
+    study = small_study(train={**small_study().train.model_dump(), "steps": 60, "checkpoint_every": 10})
+    (tmp_path / "study.yaml").write_text(study.to_yaml())
+    out = tmp_path / "study"
+    command = [sys.executable, "-m", "decondense", "study", str(tmp_path / "study.yaml"), "--out", str(out)]
+    process = subprocess.Popen([*command, "--workers", "1"], stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(out.glob("cells/*/*/checkpoint-*")):
+        time.sleep(0.01)
+    process.kill()  # the runner alone: its worker is left without a parent
+    process.communicate()
+    rows = run_study(study, out, workers=1)
+    assert stable_rows(rows) == stable_rows(run_study(study, tmp_path / "whole", workers=0))
+
+
+def test_workers_side_by_side_give_the_same_rows(tmp_path, uninterrupted) -> None:
+    class Watching:
+        def __init__(self) -> None:
+            self.seen: list[list[CellState]] = []
+
+        def corpus(self, what: str, done: int, total: int) -> None: ...
+
+        def cells(self, states: list[CellState]) -> None:
+            self.seen.append(states)
+
+    watching = Watching()
+    rows = run_study(small_study(), tmp_path / "study", workers=2, watcher=watching)
+    assert stable_rows(rows) == stable_rows(uninterrupted[1])
+    assert {state.status for state in watching.seen[-1]} == {"finished"}
+    assert [state.step for state in watching.seen[-1]] == [8, 8]
+
+
+def test_a_finished_study_is_not_run_again(uninterrupted) -> None:
+    out, rows = uninterrupted
+    before = (cell_folder(out, "dispersion", 0) / "rows.jsonl").stat().st_mtime_ns
+    assert run_study(small_study(), out, workers=1) == rows
+    assert (cell_folder(out, "dispersion", 0) / "rows.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_directory_that_holds_another_study_is_refused(uninterrupted) -> None:
+    out, rows = uninterrupted
+    other = small_study(seeds=[0, 1])
+    with pytest.raises(ConfigError, match=r"holds another study.*seeds \[0\].*--out.*--resume"):
+        run_study(other, out, workers=0)
+    # --resume goes on with what lies there
+    assert run_study(other, out, workers=0, resume=True) == rows
+
+
+def test_other_peoples_directories_are_left_alone(tmp_path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match="not empty and holds no study"):
+        run_study(small_study(), tmp_path, workers=0)
+    with pytest.raises(ConfigError, match="is a file"):
+        run_study(small_study(), tmp_path / "thesis.tex", workers=0)
+    with pytest.raises(ConfigError, match="no study to resume"):
+        run_study(small_study(), tmp_path / "new", workers=0, resume=True)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_a_changed_text_is_noticed(tmp_path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(30):
+        (text / f"{number}.txt").write_text(f"document {number}: " + " ".join(str(n * number) for n in range(200)))
+    study = small_study(
+        corpus={"source": str(text), "vocabulary": 300, "held_out": 0.4},
+        arms=[{"name": "cross-entropy"}],
+        train={**SHORT, "steps": 2},
+        evaluate={"points": [1], "validation_tokens": 200, "passages": 2, "passage_tokens": 16},
+    )
+    run_study(study, tmp_path / "out", workers=0)
+    (text / "new.txt").write_text("something else " * 50)
+    with pytest.raises(ConfigError, match="was begun on the text"):
+        run_study(study, tmp_path / "out", workers=0)
+
+
+SHORT = {"batch_sequences": 2, "sequence_tokens": 16, "log_every": 1, "checkpoint_every": 2}
+
+
+def test_divergence_is_a_row_that_names_step_and_layer(tmp_path) -> None:
+    study = small_study(
+        arms=[{"name": "cross-entropy"}, {"name": "wild", "learning_rate": 1e30}], baseline="cross-entropy"
+    )
+    rows = run_study(study, tmp_path / "s", workers=0)
+    (end,) = [row for row in rows if row["arm"] == "wild" and row["kind"] == "run" and row["status"] == "failed"]
+    assert "step 2" in end["error"] or "step 4" in end["error"]
+    assert "layer" in end["error"] or "block" in end["error"] or "embedding" in end["error"]
+    assert [row["status"] for row in rows if row["arm"] == "cross-entropy" and row["kind"] == "run"][-1] == "finished"
+    # a failed cell is a result: it is not tried again unless asked
+    again = run_study(study, tmp_path / "s", workers=0)
+    assert again == rows
+    retried = run_study(study, tmp_path / "s", workers=0, retry_failed=True)
+    assert stable_rows(retried) == stable_rows(rows)
+
+
+def test_a_worker_that_dies_is_reported_with_its_words(tmp_path) -> None:
+    study = small_study(model={"architecture": "gpt2", "overrides": {"n_layer": 2, "n_embd": 32, "n_head": 5}})
+    with pytest.raises(
+        StudyFailed, match=r"(?s)not finished: cross-entropy seed 0.*worker-0\.log: ConfigError: model: gpt2"
+    ):
+        run_study(study, tmp_path / "s", workers=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"architecture": "gpt22"}, r"no Hugging Face model type.*Did you mean 'gpt2'"),
+        ({"architecture": "gpt2", "overrides": {"n_layers": 2}}, r"no field 'n_layers'.*Did you mean 'n_layer'"),
+    ],
+)
+def test_an_impossible_model_is_explained(tmp_path, model, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_study(small_study(model=model), tmp_path / "s", workers=0)
+
+
+def test_two_processes_never_share_a_cell(tmp_path) -> None:
+    from decondense.studies.runner import opened_corpus, study_corpus
+    from decondense.training.hf import CellBusy, _claim, run_cell
+
+    study, out = small_study(), tmp_path / "s"
+    open_directory(study, out)
+    study_corpus(study, out)
+    folder = cell_folder(out, "dispersion", 0)
+    with _claim(folder), pytest.raises(CellBusy):
+        run_cell(study, study.arm("dispersion"), 0, opened_corpus(out), folder)
+
+
+def test_training_leaves_the_states_of_unfinished_cells_readable(tmp_path) -> None:
+    study, out = small_study(), tmp_path / "s"
+    open_directory(study, out)
+    assert {state.status for state in states(study, out)} == {"waiting"}
+    folder = cell_folder(out, "dispersion", 0)
+    append_rows(folder / "rows.jsonl", [])
+    assert {state.status for state in states(study, out)} == {"waiting"}
+
+
+def test_the_plan_completes_pairs_first() -> None:
+    study = small_study(seeds=[0, 1])
+    assert plan(study) == [("cross-entropy", 0), ("dispersion", 0), ("cross-entropy", 1), ("dispersion", 1)]
+    assert 1 <= default_workers(study) <= 4
+
+
+def test_shipped_studies_load_at_every_scale() -> None:
+    from importlib import resources
+
+    import yaml
+
+    from decondense.studies import load_study, shipped_studies
+
+    for name in shipped_studies():
+        data = yaml.safe_load((resources.files("decondense.studies") / "shipped" / f"{name}.yaml").read_text())
+        for scale in data["scales"]:
+            study = load_study(name, scale)
+            assert isinstance(study, StudyConfig)
+            assert json.loads(study.model_dump_json())["scale"] == scale
+    with pytest.raises(ConfigError, match=r"unknown study 'dmeo'.*Did you mean 'demo'"):
+        load_study("dmeo")
+    with pytest.raises(ConfigError, match=r"unknown scale 'tinny'.*Did you mean 'tiny'"):
+        load_study("demo", "tinny")
+    with pytest.raises(ConfigError, match="no such study file"):
+        load_study("nothing/here.yaml")
