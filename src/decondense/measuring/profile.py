@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -67,8 +67,8 @@ class Profile:
     """Upper triangle (row by row, diagonal included) of the cosine matrix, summed over passages [states, N(N+1)/2]."""
     no_averaged: str = ""
     """Why there is no averaged histogram, when there is none."""
-    final: Final = "after"
-    """Which state the last layer is: after or before the final norm."""
+    final: Literal["after", "before", "all"] = "after"
+    """Which state the last layer is: after or before the final norm (``"all"``: every measured state is a layer)."""
     info: dict[str, Any] = field(default_factory=dict)
     """What was measured: model, passages' source, settings, versions."""
 
@@ -90,6 +90,8 @@ class Profile:
         return any(name in self.all_layers for name in ("final norm", "stack output"))
 
     def _rows(self) -> list[int]:
+        if self.final == "all":
+            return list(range(len(self.all_layers)))
         blocks = [i for i, name in enumerate(self.all_layers) if name == "embedding" or name.startswith("block ")]
         if self.final == "after" and self.has_final_norm:
             last = next(i for i, name in enumerate(self.all_layers) if name in ("final norm", "stack output"))
@@ -111,6 +113,10 @@ class Profile:
         """The same measurement with the last layer taken ``"after"`` or ``"before"`` the final norm."""
         one_of("place of the last layer", final, ("after", "before"))
         return replace(self, final=final)
+
+    def with_all_layers(self) -> Profile:
+        """The same measurement with every measured state listed: both last layers, and the logits if measured."""
+        return replace(self, final="all")
 
     @property
     def layers(self) -> list[str]:
@@ -435,10 +441,8 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def as_mapping(profile: Profile | Mapping[str, Any]) -> dict[str, Any]:
-    """A profile as the plain arrays that the figures take."""
-    if not isinstance(profile, Profile):
-        return dict(profile)
+def as_mapping(profile: Profile, *, bins: int = _D.bins) -> dict[str, Any]:
+    """A profile as the plain arrays that ``decondense.figures.condensation`` takes."""
     result: dict[str, Any] = {
         "label": profile.info.get("model", "model"),
         "layers": profile.layers,
@@ -450,9 +454,10 @@ def as_mapping(profile: Profile | Mapping[str, Any]) -> dict[str, Any]:
         "parameters": profile.info.get("parameters"),
         "passages": profile.n_passages,
     }
-    for kind in ("pooled", "averaged"):
+    kinds: tuple[Kind, ...] = ("pooled", "averaged")
+    for kind in kinds:
         try:
-            result[kind] = profile.histogram(kind)[0]
+            result[kind] = profile.histogram(kind, bins=bins)[0]
         except ValueError:
             result[kind] = None
     return result

@@ -1,0 +1,426 @@
+"""The verb ``measure``: profiles, tables and figures of one model, a family, pairs, or the checkpoints of a run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from decondense.measuring import Profile
+
+_SOURCE = "Text"
+_MODEL = "Model"
+_WHAT = "What is measured"
+_FIGURE = "Figures and files"
+
+
+def measure_command(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="Model directories or hub ids (ID@REVISION for a revision).", metavar="MODEL..."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Directory of the results. Default: decondense-measure-NAME.")
+    ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(
+            "--family", help="The models are a family of this name: also draw it over size.", rich_help_panel=_FIGURE
+        ),
+    ] = None,
+    pairs: Annotated[
+        bool,
+        typer.Option(
+            "--pairs", help="The models are pairs (base distilled base distilled ...).", rich_help_panel=_FIGURE
+        ),
+    ] = False,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoints",
+            help="A training run: a directory of checkpoint-N folders, or a hub id with --revisions.",
+            rich_help_panel=_FIGURE,
+        ),
+    ] = None,
+    revisions: Annotated[
+        str | None,
+        typer.Option(
+            "--revisions",
+            help="Revisions of the hub id, separated by commas (step1000,step2000,...).",
+            rich_help_panel=_FIGURE,
+        ),
+    ] = None,
+    heat_map: Annotated[
+        str, typer.Option("--heat-map", help="averaged (as published) or pooled (all pairs).", rich_help_panel=_FIGURE)
+    ] = "averaged",
+    palette: Annotated[
+        str, typer.Option("--palette", help="reds or cividis (colour-blind-safe).", rich_help_panel=_FIGURE)
+    ] = "reds",
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            "--dataset",
+            help="embedded (default), wikitext, pubmed_qa, imdb, squad, or a hub id.",
+            rich_help_panel=_SOURCE,
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text",
+            help="A text, .jsonl or .parquet file, a directory of them, or - for standard input.",
+            rich_help_panel=_SOURCE,
+        ),
+    ] = None,
+    each: Annotated[
+        bool,
+        typer.Option(
+            "--each",
+            help="Every record of the source is a passage, instead of drawing passages from it.",
+            rich_help_panel=_SOURCE,
+        ),
+    ] = False,
+    split: Annotated[str, typer.Option("--split", help="Split of a hub data set.", rich_help_panel=_SOURCE)] = "train",
+    field: Annotated[
+        str | None, typer.Option("--field", help="Column that holds the text.", rich_help_panel=_SOURCE)
+    ] = None,
+    passages: Annotated[
+        int | None, typer.Option("--passages", min=1, help="Number of passages. Default: 100.", rich_help_panel=_SOURCE)
+    ] = None,
+    words: Annotated[
+        tuple[int, int] | None,
+        typer.Option(
+            "--words", help="Fewest and most words of a passage. Default: 1024 1280.", rich_help_panel=_SOURCE
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", min=0, help="Seed of the choice of passages. Default: 0.", rich_help_panel=_SOURCE),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--tokens",
+            min=2,
+            help="Tokens of a passage. Default: 512, or the model's positions.",
+            rich_help_panel=_SOURCE,
+        ),
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option("--metrics", help="Side metrics, separated by commas, or all.", rich_help_panel=_WHAT)
+    ] = None,
+    bins: Annotated[
+        int | None,
+        typer.Option("--bins", help="Bins of the heat map, a power of two. Default: 128.", rich_help_panel=_WHAT),
+    ] = None,
+    final: Annotated[
+        str,
+        typer.Option(
+            "--final", help="The last layer: after (as published) or before the final norm.", rich_help_panel=_WHAT
+        ),
+    ] = "after",
+    logits: Annotated[bool, typer.Option("--logits", help="Measure the logits too.", rich_help_panel=_WHAT)] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size", min=1, help="Passages of a forward pass. Default: what fits.", rich_help_panel=_MODEL
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", help="Where the tokenizer is, if not with the model.", rich_help_panel=_MODEL),
+    ] = None,
+    blocks: Annotated[
+        str | None, typer.Option("--blocks", help="Dotted path of the list of blocks.", rich_help_panel=_MODEL)
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", rich_help_panel=_MODEL)
+    ] = "auto",
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            "--device-map",
+            help="auto: spread over GPUs, memory and disk. Default: one GPU, else CPU.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    max_memory: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--max-memory", help="Budget a device for --device-map, e.g. 0=20GiB, cpu=8GiB.", rich_help_panel=_MODEL
+        ),
+    ] = None,
+    offload: Annotated[
+        Path | None,
+        typer.Option("--offload", help="Directory for layers that fit in no memory.", rich_help_panel=_MODEL),
+    ] = None,
+    eight_bit: Annotated[
+        bool, typer.Option("--8bit", help="8-bit weights (needs bitsandbytes).", rich_help_panel=_MODEL)
+    ] = False,
+) -> None:
+    """Measure embedding condensation: how alike a model's token vectors become, layer by layer."""
+    from rich.console import Console
+
+    from decondense.config import MeasureConfig, one_of
+    from decondense.measuring.metrics import resolve_metrics
+    from decondense.measuring.running import MeasureError
+
+    defaults = MeasureConfig()
+    one_of("heat map", heat_map, ("averaged", "pooled"))
+    one_of("palette", palette, ("reds", "cividis"))
+    one_of("place of the last layer", final, ("after", "before"))
+    chosen_metrics = [name.strip() for name in (metrics or "").split(",") if name.strip()]
+    resolve_metrics(chosen_metrics)  # a mistyped name costs nothing before a model is loaded
+    bins = MeasureConfig.parse({"bins": bins or defaults.bins}, where="--bins").bins
+    names = _names(models or [], checkpoints, revisions, pairs)
+    if text is not None and dataset is not None:
+        raise MeasureError("give either --dataset or --text, not both.")
+
+    console = Console()
+    texts = _texts(
+        text or dataset or defaults.dataset,
+        each=each,
+        split=split,
+        field=field,
+        passages=passages or defaults.passages,
+        words=words or defaults.passage_words,
+        seed=defaults.passage_seed if seed is None else seed,
+        most=passages,
+    )
+    loading = {
+        "tokenizer": tokenizer,
+        "dtype": dtype,
+        "device_map": device_map or ("auto" if max_memory or offload else None),
+        "max_memory": _budget(max_memory or []),
+        "offload_folder": offload,
+        "eight_bit": eight_bit,
+    }
+    measuring = {
+        "tokens": tokens,
+        "metrics": chosen_metrics,
+        "logits": logits,
+        "blocks": blocks,
+        "batch_size": batch_size,
+    }
+    folder = out or Path(f"decondense-measure-{_slug(family or _short(checkpoints or names[0][0]))}")
+    done: list[tuple[str, int | None, Profile]] = []
+    for source, step in names:
+        label = _short(source) if step is None else f"step {step:,}"
+        profile = _measure(console, source, label, texts, loading, measuring).at(final)  # type: ignore[arg-type]
+        profile.info.update(
+            {"source": str(text or dataset or defaults.dataset), "seed": seed or 0, "step": step, "name": label}
+        )
+        place = folder if len(names) == 1 else folder / _slug(label)
+        profile.save(place / "profile")
+        done.append((label, step, profile))
+        _show(console, label, profile, place, bins, heat_map, palette)
+    if len(done) > 1:
+        _compare(console, done, folder, family, pairs, bins, heat_map, palette)
+    console.print(f"results: {folder}", highlight=False)
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _names(
+    models: list[str], checkpoints: str | None, revisions: str | None, pairs: bool
+) -> list[tuple[str, int | None]]:
+    """The models to measure, with their training step where they are checkpoints."""
+    from decondense.measuring.running import MeasureError
+
+    if revisions is not None and checkpoints is None:
+        if len(models) != 1:
+            raise MeasureError(
+                "--revisions belongs to one hub id: decondense measure --checkpoints ID --revisions A,B,C."
+            )
+        checkpoints, models = models[0], []
+    if checkpoints is not None:
+        if models:
+            raise MeasureError(f"--checkpoints measures one run; leave out {', '.join(models)}.")
+        return _checkpoints(checkpoints, revisions)
+    if not models:
+        raise MeasureError("no model given: decondense measure DIRECTORY_OR_HUB_ID, or --checkpoints RUN.")
+    if pairs and len(models) % 2:
+        raise MeasureError(
+            f"--pairs needs an even number of models (base distilled base distilled ...), got {len(models)}."
+        )
+    return [(model, None) for model in models]
+
+
+def _checkpoints(run: str, revisions: str | None) -> list[tuple[str, int | None]]:
+    from decondense.measuring.running import MeasureError
+
+    if revisions is not None:
+        names = [name.strip() for name in revisions.split(",") if name.strip()]
+        found = [(f"{run}@{name}", _step(name)) for name in names]
+    else:
+        root = Path(run)
+        if not root.is_dir():
+            raise MeasureError(f"{run} is no directory; for the revisions of a hub model name them: --revisions A,B,C.")
+        folders = [path.parent for path in root.glob("*/config.json")]
+        found = [(str(path), _step(path.name)) for path in folders]
+    numbered = sorted((pair for pair in found if pair[1] is not None), key=lambda pair: pair[1] or 0)
+    if not numbered:
+        raise MeasureError(
+            f"{run} has no checkpoints: expected folders or revisions named after their step (checkpoint-500, step1000)."
+        )
+    return numbered
+
+
+def _step(name: str) -> int | None:
+    found = re.search(r"(?:step|checkpoint|iter)[-_ ]*(\d+)", name) or re.search(r"(\d+)(?!.*\d)", name)
+    return int(found.group(1)) if found else None
+
+
+def _budget(entries: list[str]) -> dict[Any, str] | None:
+    from decondense.measuring.running import MeasureError
+
+    budget: dict[Any, str] = {}
+    for entry in entries:
+        device, equals, amount = entry.partition("=")
+        if not equals or not amount:
+            raise MeasureError(f"--max-memory {entry!r}: expected DEVICE=AMOUNT, for example cpu=8GiB or 0=20GiB.")
+        budget[int(device) if device.isdigit() else device] = amount
+    return budget or None
+
+
+def _texts(
+    source: str,
+    *,
+    each: bool,
+    split: str,
+    field: str | None,
+    passages: int,
+    words: tuple[int, int],
+    seed: int,
+    most: int | None,
+) -> list[str]:
+    from decondense.corpora.passages import read_rows, sample_passages
+
+    if each:
+        rows = read_rows(source, split=split, field=field)
+        return [rows[i] for i in range(min(len(rows), most or len(rows)))]
+    return sample_passages(source, count=passages, words=words, seed=seed, split=split, field=field)
+
+
+def _short(source: str) -> str:
+    name, at, revision = str(source).rstrip("/").rpartition("@")
+    return f"{Path(name).name}@{revision}" if at and name else Path(str(source)).resolve().name
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", label).strip("-") or "model"
+
+
+# ---- work ------------------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    console: Console, source: str, label: str, texts: list[str], loading: dict[str, Any], measuring: dict[str, Any]
+) -> Profile:
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from transformers.utils import logging
+
+    from decondense.measuring import measure
+    from decondense.measuring.loading import load_model
+    from decondense.measuring.running import MeasureError
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    with console.status(f"loading {source}"):
+        model, tokenizer = load_model(source, **loading)
+    if tokenizer is None:
+        raise MeasureError(f"{source} comes without a tokenizer; name the right one: --tokenizer DIRECTORY_OR_HUB_ID.")
+    if loading["device_map"] is None and not loading["eight_bit"] and torch.cuda.is_available():
+        model = model.to("cuda")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(f"measuring {label}", total=len(texts))
+        return measure(
+            model,
+            tokenizer,
+            texts,
+            progress=lambda _, done, total: bar.update(task, completed=done, total=total),
+            **measuring,
+        )
+
+
+def _show(console: Console, label: str, profile: Profile, place: Path, bins: int, kind: str, palette: str) -> None:
+    from decondense.figures import condensation
+    from decondense.figures.style import export
+    from decondense.measuring import tables
+    from decondense.records import atomic_write
+
+    table = tables.layer_table(profile)
+    _print(console, tables.compact(table), f"{label}: {profile.n_passages} passages of up to {profile.tokens} tokens")
+    if profile.metrics:
+        _print(console, tables.columns(table, ["layer", *profile.metrics]), "side metrics")
+    for name in ("spearman", "kendall"):
+        low, high = profile.interval(name)
+        console.print(
+            f"{name.capitalize()} of the mean cosine with depth: {getattr(profile, name):.2f} "
+            f"(95 % interval over passages {low:.2f} to {high:.2f})",
+            highlight=False,
+        )
+    atomic_write(place / "layers.md", tables.to_markdown(table))
+    atomic_write(place / "layers.csv", tables.to_csv(table))
+    data = _mapping(profile, label, bins)
+    if data[kind] is None:
+        console.print(f"[yellow]note:[/] {profile.no_averaged} Drawing the pooled one.", highlight=False)
+        kind = "pooled"
+    export(condensation.heatmap_figure(data, kind=kind, palette=palette), place / "heatmap")  # type: ignore[arg-type]
+
+
+def _compare(
+    console: Console,
+    done: list[tuple[str, int | None, Profile]],
+    folder: Path,
+    family: str | None,
+    pairs: bool,
+    bins: int,
+    kind: str,
+    palette: str,
+) -> None:
+    from decondense.figures import condensation
+    from decondense.figures.style import export
+    from decondense.measuring import tables
+    from decondense.records import atomic_write
+
+    table = tables.model_table([(label, profile) for label, _, profile in done])
+    _print(console, tables.compact(table), family or "models")
+    atomic_write(folder / "models.md", tables.to_markdown(table))
+    atomic_write(folder / "models.csv", tables.to_csv(table))
+    data = [{**_mapping(profile, label, bins), "step": step} for label, step, profile in done]
+    if any(item[kind] is None for item in data):
+        kind = "pooled"
+    look: dict[str, Any] = {"kind": kind, "palette": palette}
+    if done[0][1] is not None:
+        export(condensation.checkpoints_figure(data, **look), folder / "checkpoints")
+    elif pairs:
+        export(condensation.pairs_figure(list(zip(data[::2], data[1::2], strict=True)), **look), folder / "pairs")
+    else:
+        export(condensation.family_figure(data, family=family or "", **look), folder / "family")
+
+
+def _mapping(profile: Profile, label: str, bins: int) -> dict[str, Any]:
+    from decondense.measuring.profile import as_mapping
+
+    return {**as_mapping(profile, bins=bins), "label": label}
+
+
+def _print(console: Console, table: tuple[list[str], list[list[Any]]], title: str) -> None:
+    from rich.table import Table
+
+    from decondense.measuring.tables import format_cell
+
+    shown = Table(title=title, title_justify="left", header_style="bold")
+    for number, name in enumerate(table[0]):
+        shown.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    for line in table[1]:
+        shown.add_row(*(format_cell(cell) for cell in line))
+    console.print(shown)
