@@ -267,7 +267,7 @@ def _checkpoints(run: str, revisions: str | None) -> list[tuple[str, int | None]
     numbered = sorted((pair for pair in found if pair[1] is not None), key=lambda pair: pair[1] or 0)
     if not numbered:
         raise MeasureError(
-            f"{run} has no checkpoints: expected folders or revisions named after their step (checkpoint-500, step1000)."
+            f"{run} has no checkpoints: expected folders or revisions named by their step (checkpoint-500, step1000)."
         )
     return numbered
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,13 +59,10 @@ def load_model(
         Path(offload_folder).mkdir(parents=True, exist_ok=True)
         options["offload_folder"] = str(offload_folder)
     if eight_bit:
-        try:
-            import bitsandbytes  # noqa: F401
-        except ImportError as error:
-            raise MeasureError(
-                "8-bit weights need bitsandbytes: pip install bitsandbytes, or leave --8bit out."
-            ) from error
-        options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise MeasureError("8-bit weights need bitsandbytes: pip install bitsandbytes, or leave --8bit out.")
+        quantised: Any = transformers.BitsAndBytesConfig
+        options["quantization_config"] = quantised(load_in_8bit=True)
     try:
         config = transformers.AutoConfig.from_pretrained(name, revision=revision)
         loader = _loader(config)
@@ -133,6 +131,6 @@ def _why(name: str, revision: str | None, error: Exception) -> str:
         return f"the model in {name} cannot be loaded: {_first_line(error)}."
     return (
         f"no model {name!r}{at}: there is no such directory, and the hub cannot be reached or does not have it "
-        f"({_first_line(error)}). Without network, give the path of a downloaded model, or fill the cache on a connected "
-        f"machine (hf download {name}) and set HF_HOME to it."
+        f"({_first_line(error)}). Without network, give the path of a downloaded model, or fill the cache where there "
+        f"is one (hf download {name}) and set HF_HOME to it."
     )

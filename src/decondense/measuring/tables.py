@@ -63,6 +63,34 @@ def model_table(profiles: Sequence[tuple[str, Profile]]) -> Table:
     return head, lines
 
 
+def columns(table: Table, names: Sequence[str]) -> Table:
+    """Only the named columns."""
+    places = [table[0].index(name) for name in names]
+    return list(names), [[line[i] for i in places] for line in table[1]]
+
+
+def compact(table: Table) -> Table:
+    """For a terminal: every (low, high) after a value as one column, and no side metrics."""
+    head, lines = table
+    keep = head[: head.index("95 %") + 1] if "95 %" in head else head
+    places = [i for i, name in enumerate(keep) if name not in ("low", "high")]
+    intervals = {i - 1 for i, name in enumerate(keep) if name == "low"}
+    shown: list[str] = []
+    for i in places:
+        shown += [keep[i], "95 % interval"] if i in intervals else [keep[i]]
+    result = []
+    for line in lines:
+        cells: list[Any] = []
+        for i in places:
+            value = line[i]
+            cells.append(f"{value:.3f}" if isinstance(value, float) and 0 < abs(value) < 10 else value)
+            if i in intervals:
+                low, high = float(line[i + 1]), float(line[i + 2])
+                cells.append("-" if math.isnan(low) else f"{low:.3f} to {high:.3f}")
+        result.append(cells)
+    return shown, result
+
+
 def format_cell(value: Any) -> str:
     """A cell for people: four significant digits, thousands separated, a dash for what is not known."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
