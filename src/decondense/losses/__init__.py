@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from decondense.config import LossConfig, one_of
 from decondense.geometry import statistics_dtype
-from decondense.losses import chunked, reference
+from decondense.losses import chunked, features, reference
 from decondense.losses.forms import COMPAT, FORMS, FormInfo, Settings, form_info
 from decondense.losses.scope import Scope, gather_rows
 from decondense.seeding import generator as named_generator
@@ -96,8 +96,14 @@ def _sum_and_count(
         assert generator is not None
         order, scope = scope.grouped(group_size, generator, z.device)
         z = gather_rows(z, order, scope.row_size)
+    directions = None
+    if settings.info.random:
+        assert generator is not None
+        directions = features.draw_directions(z.shape[-1], settings, generator, z)
     if impl == "reference":
-        value_U = reference.per_unit(z, scope, settings)
+        value_U = reference.per_unit(z, scope, settings, directions)
+    elif settings.info.kind == "features":
+        value_U = features.per_unit(z, scope, settings, directions)
     else:
         value_U = chunked.per_unit(z, scope, settings, gradient=gradient)
     return value_U.sum(), scope.count_U().sum()

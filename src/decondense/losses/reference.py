@@ -167,7 +167,7 @@ def barlow(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: Settings) -> T
 
 def koleo(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: Settings) -> Tensor:
     r""":math:`-\mathrm{mean}_i \log \min_{j \ne i} |\hat z_i - \hat z_j|`, arXiv:1806.03198; smoothed as the angle is."""
-    nearest = _cosine(z_UND, pairs_UNN, s).masked_fill(~pairs_UNN, -math.inf).amax(dim=2)
+    nearest = _cosine(z_UND, pairs_UNN, s).masked_fill(~pairs_UNN, -math.inf).max(dim=2).values
     paired = nearest > -math.inf
     chord = 2 - 2 * s.shrink * torch.where(paired, nearest, 0.0)
     return torch.where(paired, -0.5 * chord.log(), 0.0).sum(dim=1) / valid_UN.sum(dim=1)
