@@ -1,0 +1,163 @@
+"""One look for every figure: sizes that fit a column, fonts that stay legible there, colours that most eyes tell apart.
+
+Figures are made with ``matplotlib.figure.Figure`` (never pyplot), inside :func:`figure_style`, and written by
+:func:`render` or :func:`export`, which strip dates and versions: equal figures give equal bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from decondense.records import atomic_write
+
+COLUMN = 3.35
+"""Width in inches of one column of a two-column page."""
+PAGE = 6.9
+"""Width in inches of both columns."""
+
+GREY = "#5f6368"
+BLUE = "#0072b2"
+INK = "#1a1a1a"
+_OTHERS = ("#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b3294")
+"""Okabe and Ito's colours (2008), which most colour-blind readers tell apart; without the yellow."""
+_DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (6, 2)), (0, (2, 1)))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+_RC: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: the same glyphs everywhere
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 6,
+    "axes.labelsize": 8,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#8a8d91",
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": False,
+    "grid.color": "#e3e5e8",
+    "grid.linewidth": 0.6,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "xtick.color": "#8a8d91",
+    "ytick.color": "#8a8d91",
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 7.5,
+    "legend.handlelength": 1.8,
+    "legend.borderaxespad": 0.3,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+    "text.color": INK,
+    "figure.dpi": 100,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "savefig.dpi": 300,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "decondense",
+    "pdf.fonttype": 42,
+    "text.parse_math": False,  # a label may hold a dollar sign
+}
+
+
+@contextlib.contextmanager
+def figure_style() -> Iterator[None]:
+    """Draw in the project's style; matplotlib's settings are what they were afterwards."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a user's matplotlibrc would change the figures; the backend is left alone
+        matplotlib.rcParams.update(cast(Any, _RC))
+        yield
+
+
+class Looks:
+    """Colour, dash and marker of each arm: the baseline is grey, the first dispersion arm blue."""
+
+    def __init__(self, arms: Sequence[str], baseline: str | None, labels: Mapping[str, str] | None = None) -> None:
+        self.labels = dict(labels or {})
+        self._colour: dict[str, str] = {}
+        self._number: dict[str, int] = {}
+        treated = [arm for arm in arms if arm != baseline]
+        favourite = next((arm for arm in treated if "dispers" in arm.lower()), treated[0] if treated else None)
+        spare = iter(range(10_000))
+        for arm in ([baseline] if baseline in arms else []) + treated:
+            assert arm is not None
+            if arm == baseline:
+                self._colour[arm] = GREY
+            elif arm == favourite:
+                self._colour[arm] = BLUE
+            else:
+                self._colour[arm] = _OTHERS[next(spare) % len(_OTHERS)]
+            self._number[arm] = len(self._number)
+
+    def colour(self, arm: str) -> str:
+        """Hexadecimal colour."""
+        return self._colour.get(arm, INK)
+
+    def dash(self, arm: str) -> Any:
+        """Line style; it tells arms apart in black and white."""
+        return _DASHES[self._number.get(arm, 0) % len(_DASHES)]
+
+    def marker(self, arm: str) -> str:
+        """Marker; it tells arms apart in black and white."""
+        return _MARKERS[self._number.get(arm, 0) % len(_MARKERS)]
+
+    def label(self, arm: str) -> str:
+        """How the arm is called in print."""
+        return self.labels.get(arm) or arm
+
+
+def new_figure(width: float, height: float, panels: int = 1, **keywords: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of ``width`` x ``height`` inches with ``panels`` axes in a row."""
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.06))
+    axes = figure.subplots(1, panels, squeeze=False, **keywords)[0]
+    return figure, list(axes)
+
+
+def grid(axes: Axes, which: Literal["x", "y", "both"] = "y") -> None:
+    """Faint lines behind the data."""
+    axes.grid(True, axis=which)
+
+
+_METADATA: dict[str, dict[str, Any]] = {
+    "png": {"Software": None},
+    "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
+    "svg": {"Date": None, "Creator": None, "Format": None, "Type": None},
+}
+
+
+def render(figure: Figure, kind: str, *, dpi: int = 300) -> bytes:
+    """The bytes of a figure as ``png``, ``pdf`` or ``svg``, without dates or versions."""
+    if kind not in _METADATA:
+        raise ValueError(f"unknown figure format {kind!r}; known: {', '.join(_METADATA)}.")
+    buffer = io.BytesIO()
+    with figure_style():
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=_METADATA[kind])
+    return buffer.getvalue()
+
+
+def export(figure: Figure, stem: Path, kinds: Sequence[str] = ("png", "pdf"), *, dpi: int = 300) -> list[Path]:
+    """Write ``stem.png`` and so on, each whole or not at all."""
+    paths = []
+    for kind in kinds:
+        path = stem.parent / f"{stem.name}.{kind}"
+        atomic_write(path, render(figure, kind, dpi=dpi))
+        paths.append(path)
+    return paths
