@@ -347,11 +347,10 @@ class DispersionHandle:
             self._check_once()
         if self._discarded >= _DISCARDED_BEFORE_ERROR:
             raise AttachError(
-                f"the last {self._discarded} dispersion losses were discarded without a gradient: this trainer does "
-                f"not use "
-                "the loss that the model returns (TRL's trainers do not). Use attach_trainer(trainer), or "
-                "handle.defer and "
-                "handle.take() in your own loss."
+                f"the last {self._discarded} dispersion losses were discarded without a gradient. Either this trainer "
+                "does not use the loss that the model returns (TRL's trainers do not): then use attach_trainer(trainer), "
+                "or handle.defer and handle.take() in a loss of your own. Or the model was evaluated in training mode: "
+                "then use model.eval() or torch.no_grad()."
             )
         self._batch = {**dict(zip(self._parameter_names, args, strict=False)), **kwargs}
 

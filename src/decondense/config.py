@@ -223,6 +223,16 @@ class DispersionConfig(Config):
     seed: int = 0
     """Seed of the loss's own random generator (only ``pairs="grouped"`` and ``"subset"`` draw)."""
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _known_layers(cls, layers: Any) -> Any:
+        # pydantic's message for a union does not say which name may have been meant
+        return (
+            one_of("choice of layers", layers, ("all", "deep", "shallow", "last"))
+            if isinstance(layers, str)
+            else layers
+        )
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # Measuring
