@@ -17,7 +17,9 @@ Where = Annotated[Path, typer.Argument(help="A study directory or a rows.jsonl f
 
 def compare(
     where: Where,
-    baseline: Annotated[str | None, typer.Option("--baseline", help="Arm to compare with. Default: the study's.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="Arm to compare with. Default: the study's.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
     """Compare the arms of a study pair by pair."""
@@ -72,7 +74,9 @@ def present(rows: list[Row], out: Path, console: Console) -> None:
         _print_comparison(comparing.compare(rows), console)
     except ValueError as error:
         console.print(f"no comparison: {error}", style="yellow")
-    console.print(f"\nreport:  {paths['report']}\nfigures: {out / 'figures'}\nrows:    {out / 'rows.jsonl'}", highlight=False)
+    console.print(
+        f"\nreport:  {paths['report']}\nfigures: {out / 'figures'}\nrows:    {out / 'rows.jsonl'}", highlight=False
+    )
     failed = [row for row in rows if row["kind"] == "run" and row["status"] == "failed"]
     if failed:
         raise RuntimeError(

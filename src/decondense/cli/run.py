@@ -45,7 +45,9 @@ def study(
     workers: Workers = None,
     resume: Resume = False,
     retry_failed: Retry = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved study and its cells; run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved study and its cells; run nothing.")
+    ] = False,
 ) -> None:
     """Run a study: arms x seeds from the same starts on the same data in the same order."""
     from decondense.studies import load_study
@@ -96,14 +98,14 @@ def train(
     rows_path = cell_folder(folder, arm, seed) / "rows.jsonl"
 
     def watch() -> None:
-        steps = [row for row in read_rows(rows_path, check=False) if row["kind"] == "step"] if rows_path.exists() else []
+        steps = (
+            [row for row in read_rows(rows_path, check=False) if row["kind"] == "step"] if rows_path.exists() else []
+        )
         if steps and is_main_process():
             row = steps[-1]
             console.print(f"{arm} seed {seed}: step {row['step']}/{chosen.train.steps}, loss {row['loss']:.4f}")
 
-    ended = run_cell(
-        chosen, chosen.arm(arm), seed, corpus, rows_path.parent, retry_failed=retry_failed, watch=watch
-    )
+    ended = run_cell(chosen, chosen.arm(arm), seed, corpus, rows_path.parent, retry_failed=retry_failed, watch=watch)
     if is_main_process():
         write_rows(folder / "rows.jsonl", collect(chosen, folder))
     if ended["status"] == "failed":

@@ -89,8 +89,8 @@ def open_directory(study: StudyConfig, out: Path, *, resume: bool = False) -> St
         raise ConfigError(
             f"{out} holds another study ({there.name}, scale {there.scale}, seeds {list(there.seeds)}, fingerprint "
             f"{there.fingerprint()}; asked for: {study.name}, scale {study.scale}, seeds {list(study.seeds)}, "
-            f"fingerprint {study.fingerprint()}). Choose another directory with --out, or go on with the one that lies there with "
-            "--resume."
+            f"fingerprint {study.fingerprint()}). Choose another directory with --out, or go on with the one that "
+            "lies there with --resume."
         )
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; --out names a directory.")
