@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from attach_helpers import block_outputs, dispersion, gradients, greatest_difference, mean_residual, tiny
+from torch.nn import functional
+from trainer_helpers import examples, make_trainer, pad, weights
+
+from decondense import DispersionCallback, attach_trainer
+from decondense.attaching import AttachError, attached
+from decondense.config import DispersionConfig, WeightSchedule
+
+LENGTHS = [12, 5, 9, 2, 7, 12, 1, 4]
+WEIGHT = 2.0
+
+
+def expected_step(family="llama", lengths=LENGTHS, weight=WEIGHT, smoothing=0.0) -> dict[str, torch.Tensor]:
+    """Weights after one step of SGD on CE over all tokens + weight * mean over all sequences that have a pair."""
+    model = tiny(family)
+    batch = pad(examples(lengths))
+    kept, hooks = block_outputs(list(model.model.layers))
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    for hook in hooks:
+        hook.remove()
+    # transformers smooths over the tokens of a micro-batch, cross-entropy is over those of the step
+    loss = functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100, label_smoothing=smoothing
+    )
+    sequences = [[(row, list(range(n))) for row, n in enumerate(lengths) if n > 1]]
+    (loss + weight * dispersion(kept, sequences)).backward()
+    return {name: value - 0.5 * gradients(model)[name] for name, value in weights(model).items()}
+
+
+def trained(folder, *, weight=WEIGHT, attaching=attach_trainer, **settings):
+    trainer = make_trainer(folder, data=examples(LENGTHS), **settings)
+    handle = attaching(trainer, weight)
+    trainer.train()
+    if handle is not None:
+        handle.detach()
+    return weights(trainer.model), trainer
+
+
+@pytest.mark.parametrize("cut", [(1, 8), (8, 1), (2, 4), (4, 2), (3, 3)])
+def test_one_step_is_the_gradient_however_the_batch_is_cut(tmp_path, cut):
+    size, steps = cut
+    got, trainer = trained(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps)
+    expected = expected_step()
+    assert greatest_difference(got, expected) < 1e-7  # transformers divides in float32
+    assert mean_residual(got, expected) < 1e-8
+    logged = trainer.state.log_history[0]
+    assert logged["dispersion_weight"] == WEIGHT
+    assert sum(logged[f"dispersion/block_0{i}"] for i in range(3)) / 3 == pytest.approx(logged["dispersion"])
+    assert logged["loss"] - WEIGHT * logged["dispersion"] == pytest.approx(
+        make_trainer(tmp_path, data=examples(LENGTHS), per_device_train_batch_size=8).train().training_loss, abs=1e-4
+    )
+
+
+def test_dispersion_gradient_is_counted_once(tmp_path):
+    """The naive addition comes out (accumulation steps) times too large; the multiple here is 1.000."""
+    with_it, _ = trained(tmp_path, gradient_accumulation_steps=8)
+    without, _ = trained(tmp_path, gradient_accumulation_steps=8, weight=0.0)
+    expected, plain = expected_step(), expected_step(weight=0.0)
+    wanted = torch.cat([(expected[n] - plain[n]).flatten() for n in expected])
+    found = torch.cat([(with_it[n] - without[n]).flatten() for n in expected])
+    assert (found @ wanted / (wanted @ wanted)).item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_last_incomplete_step_of_an_epoch(tmp_path):
+    """8 sequences, 3 micro-batches a step: the third step has two micro-batches only."""
+    trainer = make_trainer(
+        tmp_path, data=examples(LENGTHS), gradient_accumulation_steps=3, max_steps=3, learning_rate=0.0
+    )
+    steps = []
+
+    def keep(optimizer, *_):
+        steps.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+
+    attach_trainer(trainer, WEIGHT)
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(keep)
+    trainer.train()
+    order = [int(i) for i in torch.cat([torch.tensor(x) for x in [list(trainer.get_train_dataloader().sampler)]])]
+    assert len(steps) == 3
+    assert sorted(order) == list(range(8))
+    assert steps[2].isfinite().all()
+    assert 0.3 < steps[2].norm() / steps[0].norm() < 3
+
+
+def test_label_smoothing(tmp_path):
+    """Trainer takes the labels out of the model, which then returns no loss."""
+    cuts = [
+        trained(
+            tmp_path, label_smoothing_factor=0.1, per_device_train_batch_size=size, gradient_accumulation_steps=steps
+        )[0]
+        for size, steps in ((8, 1), (2, 4))
+    ]
+    assert greatest_difference(*cuts) < 1e-7
+    plain = trained(tmp_path, label_smoothing_factor=0.1, per_device_train_batch_size=8, weight=0.0)[0]
+    # the dispersion part is the same with and without smoothing
+    part = {name: cuts[0][name] - plain[name] for name in plain}
+    hard, soft = expected_step(), expected_step(weight=0.0)
+    assert greatest_difference(part, {name: hard[name] - soft[name] for name in part}) < 1e-7
+
+
+def test_compute_loss_func(tmp_path):
+    def own_loss(outputs, labels, num_items_in_batch=None):
+        total = functional.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+        )
+        return total / num_items_in_batch
+
+    got, _ = trained(tmp_path, loss_func=own_loss, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert greatest_difference(got, expected_step()) < 1e-7
+
+
+def test_checkpointing_in_the_trainer(tmp_path):
+    for reentrant in (True, False):
+        got, _ = trained(
+            tmp_path,
+            gradient_accumulation_steps=4,
+            per_device_train_batch_size=2,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+        )
+        assert greatest_difference(got, expected_step()) < 1e-7
+
+
+def test_evaluation_is_untouched(tmp_path):
+    data = examples([12, 6, 9, 3])
+    losses = []
+    for weight in (None, 5.0):
+        trainer = make_trainer(tmp_path, data=data, learning_rate=0.0, per_device_eval_batch_size=2)
+        handle = None if weight is None else attach_trainer(trainer, weight)
+        trainer.train()
+        losses.append(trainer.evaluate(data)["eval_loss"])
+        if handle is not None:
+            assert handle.pop() == {}
+            assert "dispersion" not in trainer.state.log_history[-1]
+    assert losses[0] == losses[1]
+
+
+def test_detaching_gives_the_trainer_back(tmp_path):
+    trainer = make_trainer(tmp_path)
+    before, callbacks = set(vars(trainer)), list(trainer.callback_handler.callbacks)
+    handle = attach_trainer(trainer)
+    with pytest.raises(AttachError, match="already"):
+        attach_trainer(trainer)
+    handle.detach()
+    assert set(vars(trainer)) == before
+    assert trainer.callback_handler.callbacks == callbacks
+    assert trainer.compute_loss.__func__ is type(trainer).compute_loss
+    assert attached(trainer.model) is None
+
+
+def test_a_trainer_with_its_own_method_gets_it_back(tmp_path):
+    trainer = make_trainer(tmp_path)
+    own = trainer.log = lambda logs, *a: None
+    attach_trainer(trainer).detach()
+    assert trainer.log is own
+
+
+def test_the_schedule_follows_the_trainer(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4, learning_rate=0.0)
+    config = DispersionConfig(weight=1.0, schedule=WeightSchedule(kind="linear", until=0.5))
+    attach_trainer(trainer, config=config)
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row.get("dispersion_weight") for row in logged] == [1.0, 0.5, None, None]
+
+
+def test_gradient_ratio_in_the_log(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4, gradient_accumulation_steps=2, learning_rate=0.0)
+    attach_trainer(trainer, 0.3, gradient_ratio_every=2)
+    trainer.train()
+    logged = [row.get("dispersion_gradient_ratio") for row in trainer.state.log_history if "loss" in row]
+    assert [value is not None for value in logged] == [True, False, True, False]
+    assert all(0 < value < 1 for value in logged[::2])
+
+
+def test_checkpoints_keep_the_settings_and_a_resume_notices_others(tmp_path):
+    def make(**settings):
+        return make_trainer(
+            tmp_path, max_steps=4, save_strategy="steps", save_steps=2, data=examples(LENGTHS), **settings
+        )
+
+    trainer = make()
+    attach_trainer(trainer, 0.3, schedule=WeightSchedule(kind="cosine"))
+    trainer.train()
+    whole = weights(trainer.model)
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    saved = state["stateful_callbacks"]["DispersionState"]["attributes"]["saved"]
+    assert saved["config"]["weight"] == 0.3
+    assert saved["config"]["schedule"]["kind"] == "cosine"
+
+    for restore in (False, True):  # the Trainer can rebuild callbacks from the checkpoint; nothing changes
+        resumed = make(restore_callback_states_from_checkpoint=restore)
+        attach_trainer(resumed, 0.3, schedule=WeightSchedule(kind="cosine"))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert greatest_difference(weights(resumed.model), whole) == 0
+
+    other = make()
+    attach_trainer(other, 0.4, schedule=WeightSchedule(kind="cosine"))
+    with pytest.warns(UserWarning, match="settings differ: weight"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_trainer_that_runs_the_model_twice_is_refused(tmp_path):
+    from transformers import Trainer
+
+    class Twice(Trainer):
+        def compute_loss(self, model, inputs, **keywords):
+            return super().compute_loss(model, inputs, **keywords) + super().compute_loss(model, inputs, **keywords)
+
+    trainer = make_trainer(tmp_path, cls=Twice)
+    attach_trainer(trainer)
+    with pytest.raises(AttachError, match="two training forwards"):
+        trainer.train()
+
+
+def test_a_trainer_whose_model_is_replaced_is_noticed(tmp_path):
+    trainer = make_trainer(tmp_path)
+    attach_trainer(trainer)
+    trainer.model = trainer.model_wrapped = tiny(seed=1)
+    with pytest.raises(AttachError, match="without running the model"):
+        trainer.train()
+
+
+def test_a_trainer_that_changes_its_batches_is_noticed(tmp_path):
+    from transformers import Trainer
+
+    class Cutting(Trainer):
+        def compute_loss(self, model, inputs, **keywords):
+            return super().compute_loss(model, {k: v[:1] for k, v in inputs.items()}, **keywords)
+
+    trainer = make_trainer(tmp_path, cls=Cutting, per_device_train_batch_size=4, data=examples([12, 12, 12, 12]))
+    attach_trainer(trainer)
+    with pytest.raises(AttachError, match="held 4 sequences and the model saw 1"):
+        trainer.train()
+
+
+def test_what_is_no_trainer_is_refused():
+    with pytest.raises(AttachError, match=r"use attach\(model\)"):
+        attach_trainer(object())
+
+
+def test_parallelism_that_cuts_sequences_is_refused(tmp_path):
+    class Parallelism:
+        cp_enabled = True
+
+    trainer = make_trainer(tmp_path)
+    trainer.accelerator.state.parallelism_config = Parallelism()
+    try:
+        with pytest.raises(AttachError, match="CP parallelism"):
+            attach_trainer(trainer)
+    finally:
+        trainer.accelerator.state.parallelism_config = None
+
+
+# ---- the callback, for launchers that hide the trainer -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [(8, 1), (2, 4), (1, 8), (3, 3)])
+def test_callback(tmp_path, cut):
+    """Exact where all micro-batches have the same number of sequences, ragged lengths or not."""
+    size, steps = cut
+    lengths = [12, 5, 9, 2, 7, 12, 3, 4]
+    data = examples(lengths) if size != 3 else examples([*lengths, 6])
+    trainer = make_trainer(tmp_path, data=data, per_device_train_batch_size=size, gradient_accumulation_steps=steps)
+    trainer.add_callback(DispersionCallback(WEIGHT))
+    trainer.train()
+    assert (
+        greatest_difference(weights(trainer.model), expected_step(lengths=[len(d["input_ids"]) for d in data])) < 1e-7
+    )
+    assert "dispersion/block_02" in trainer.state.log_history[0]
+    assert attached(trainer.model) is None
+
+
+def test_callback_refuses_label_smoothing(tmp_path):
+    trainer = make_trainer(tmp_path, label_smoothing_factor=0.1)
+    trainer.add_callback(DispersionCallback())
+    with pytest.raises(AttachError, match="label smoothing"):
+        trainer.train()
