@@ -1,13 +1,37 @@
 """Measuring condensation: exact per-layer statistics of a model's token geometry, in one streaming pass.
 
-``measure`` runs the passages and returns a ``Profile``; ``METRICS`` lists the side metrics.
+``measure`` runs the passages and returns a ``Profile``; ``METRICS`` lists the side metrics; ``CondensationCallback``,
+``CondensationWatch`` and ``lightning_callback`` follow a model while it trains.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from decondense.measuring.metrics import METRICS
 from decondense.measuring.profile import Profile
 from decondense.measuring.running import MeasureError, measure
 from decondense.measuring.statistics import NotFiniteError
 
-__all__ = ["METRICS", "MeasureError", "NotFiniteError", "Profile", "measure"]
+if TYPE_CHECKING:
+    from decondense.measuring.watching import CondensationCallback, CondensationWatch, lightning_callback
+
+__all__ = [
+    "METRICS",
+    "CondensationCallback",
+    "CondensationWatch",
+    "MeasureError",
+    "NotFiniteError",
+    "Profile",
+    "lightning_callback",
+    "measure",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # the callback is a transformers class, and importing that is slow
+    if name in ("CondensationCallback", "CondensationWatch", "lightning_callback"):
+        from decondense.measuring import watching
+
+        return getattr(watching, name)
+    raise AttributeError(f"module 'decondense.measuring' has no attribute {name!r}")

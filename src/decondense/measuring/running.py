@@ -292,13 +292,12 @@ def _run(
 ) -> tuple[dict[str, LayerStatistics], int]:
     root = found.root
     target = _forward_module(root, logits)
-    can_mask = accepts(target, "attention_mask") or target is not root or _is_peft(root)
     layers: dict[str, LayerStatistics] = {}
     batch: list[int] = []
     longest = int(lengths.max())
 
     def observe(name: str, state: Tensor) -> None:
-        wanted = (len(batch), int(lengths[batch].max()))
+        wanted = (len(batch), int(lengths[batch[0]]))
         if state.ndim != 3 or tuple(state.shape[:2]) != wanted:
             raise MeasureError(
                 f"layer '{name}' has states of shape {tuple(state.shape)} for {wanted[0]} passages of {wanted[1]} "
@@ -315,19 +314,18 @@ def _run(
                 tokens=longest,
                 metrics=metrics,
             )
-        layers[name].add(state, [int(lengths[p]) for p in batch], batch)
+        layers[name].add(state, batch)
 
     device = _input_device(root)
     size = batch_size or _batch_size(root, found, longest, logits, device)
-    # neighbours in length share a batch, so that little is padded; every passage keeps its own number
+    # Only passages of one length share a batch. With padding, a sliding window leaves padded rows without any key,
+    # which some models turn into NaN that spreads; without padding nothing of that kind can happen.
     order = np.argsort(-lengths, kind="stable").tolist()
     done = 0
     tap = StateTap(found, observe)
     with tap.attached():
         while done < len(order):
-            batch = order[done : done + size]
-            if not can_mask:
-                batch = [p for p in batch if lengths[p] == lengths[batch[0]]]
+            batch = [p for p in order[done : done + size] if lengths[p] == lengths[order[done]]]
             tap.start()
             output = target(**_inputs(target, [passages[p] for p in batch], device))
             tap.finish()
@@ -358,22 +356,11 @@ def _forward_module(root: nn.Module, logits: bool) -> nn.Module:
 
 
 def _inputs(target: nn.Module, passages: list[Tensor], device: torch.device) -> dict[str, Any]:
-    longest = max(len(ids) for ids in passages)
-    # padding stands on the right: causal models never see it from a real token, the others get the mask
-    ids = torch.zeros(len(passages), longest, dtype=torch.long)
-    mask = torch.zeros(len(passages), longest, dtype=torch.long)
-    for row, passage in enumerate(passages):
-        ids[row, : len(passage)] = passage
-        mask[row, : len(passage)] = 1
-    ids, mask = ids.to(device), mask.to(device)
+    # token ids alone: what else a tokenizer returns may change the states (GPT-2 adds token types as embeddings)
+    ids = torch.stack(passages).to(device)
     inputs: dict[str, Any] = {_ids_name(target): ids}
-    padded = bool((mask == 0).any())
-    if padded:
-        inputs["attention_mask"] = mask
     if getattr(getattr(target, "config", None), "is_encoder_decoder", False) and accepts(target, "decoder_input_ids"):
         inputs["decoder_input_ids"] = ids
-        if padded:
-            inputs["decoder_attention_mask"] = mask
     if accepts(target, "use_cache"):  # keys and values of all layers would be kept for nothing
         inputs["use_cache"] = False
     return inputs

@@ -8,7 +8,7 @@ so the means cost O(N D) a layer. Histograms do need the pairs; they are taken t
 reduced at once to integer counts, so that memory depends neither on the number of passages nor on N squared
 (except for the position-wise average, which is an N x N object by definition).
 
-Shape suffixes: B passages of a batch, T tokens (padded), N tokens of one passage, D width, K histogram cells.
+Shape suffixes: B passages of a batch, N tokens of a passage, D width, K histogram cells, P all passages.
 """
 
 from __future__ import annotations
@@ -154,14 +154,14 @@ class LayerStatistics:
             PairStream(pooled=pooled, averaged=averaged, tokens=tokens, device=device) if pooled or averaged else None
         )
 
-    def add(self, z_BTD: Tensor, lengths: Sequence[int], passages: Sequence[int]) -> None:
-        """Take in the states of a batch: passage ``passages[b]`` has its tokens at ``z_BTD[b, :lengths[b]]``."""
-        z_BTD = z_BTD.detach()
-        if z_BTD.dtype not in (torch.float32, torch.float64):
-            z_BTD = z_BTD.float()
-        with exact_matmul(z_BTD.device):
-            for b, (length, passage) in enumerate(zip(lengths, passages, strict=True)):
-                self._add_passage(z_BTD[b, :length], passage)
+    def add(self, z_BND: Tensor, passages: Sequence[int]) -> None:
+        """Take in the states of a batch of passages of one length; ``passages`` are their numbers."""
+        z_BND = z_BND.detach()
+        if z_BND.dtype not in (torch.float32, torch.float64):
+            z_BND = z_BND.float()
+        with exact_matmul(z_BND.device):
+            for z_ND, passage in zip(z_BND, passages, strict=True):
+                self._add_passage(z_ND, passage)
 
     def _add_passage(self, z_ND: Tensor, passage: int) -> None:
         n = z_ND.shape[0]

@@ -1,0 +1,257 @@
+r"""Watch condensation while a model trains: exact means from the hidden states that the training pass computes anyway.
+
+On one forward pass every few steps, hooks on the blocks reduce each state to its mean cosine
+:math:`\lvert \frac1N \sum_i \hat z_i \rvert^2` (no pairs, O(N D)) and its mean norm, without gradients, without a
+second forward pass, without random numbers. In training mode the states are those with dropout, as the optimizer sees
+them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from decondense.blocks import find_blocks
+from decondense.measuring.depth import spearman
+from decondense.measuring.states import _tensor
+from decondense.measuring.statistics import exact_matmul
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+else:
+    try:
+        from transformers import TrainerCallback
+    except ImportError:  # the watch and the Lightning callback work without transformers
+        TrainerCallback = object
+
+_PREFIX = "condensation"
+
+
+def batch_means(z_BTD: Tensor, mask_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    r"""Mean cosine and mean norm of a batch, as 0-dim float64 tensors.
+
+    Per sequence of N real tokens :math:`\mu = \lvert \sum_i \hat z_i \rvert^2 / N^2` (diagonal included), then the mean
+    over sequences with at least two tokens. Padding (``mask_BT`` 0) counts for nothing.
+    """
+    z_BTD = z_BTD.detach()
+    if z_BTD.dtype not in (torch.float32, torch.float64):
+        z_BTD = z_BTD.float()
+    wide = torch.float32 if z_BTD.device.type == "mps" else torch.float64
+    with torch.no_grad(), exact_matmul(z_BTD.device):
+        norm_BT = torch.linalg.vector_norm(z_BTD, dim=-1)
+        scale_BT = norm_BT.clamp_min(torch.finfo(norm_BT.dtype).tiny).reciprocal()
+        if mask_BT is None:
+            tokens_B = torch.full((z_BTD.shape[0],), z_BTD.shape[1], dtype=wide, device=z_BTD.device)
+            norm_sum_B = norm_BT.sum(dim=1, dtype=wide)
+        else:
+            real_BT = mask_BT.to(device=z_BTD.device, dtype=torch.bool)
+            scale_BT = torch.where(real_BT, scale_BT, torch.zeros_like(scale_BT))
+            tokens_B = real_BT.sum(dim=1).to(wide)
+            norm_sum_B = torch.where(real_BT, norm_BT, torch.zeros_like(norm_BT)).sum(dim=1, dtype=wide)
+        # the sum of unit vectors as a product: one pass over the states instead of three
+        sum_BD = torch.bmm(scale_BT[:, None], z_BTD)[:, 0].to(wide)
+        mu_B = sum_BD.square().sum(dim=-1) / tokens_B.clamp_min(1) ** 2
+        counted_B = tokens_B >= 2
+        sequences = counted_B.sum().clamp_min(1)
+        cosine = torch.where(counted_B, mu_B, torch.zeros_like(mu_B)).sum() / sequences
+        norm = norm_sum_B.sum() / tokens_B.sum().clamp_min(1)
+    return cosine, norm
+
+
+class CondensationWatch:
+    """Per-layer mean cosine, Spearman and norms of a training model, for any loop.
+
+    Use as a context manager, or :meth:`close` it. Call :meth:`arm` before a forward pass that shall be watched (or give
+    ``every`` and call :meth:`step` after each optimizer step), and :meth:`read` the numbers afterwards::
+
+        with CondensationWatch(model, every=50) as watch:
+            for batch in batches:
+                loss = model(**batch).loss
+                ...
+                if numbers := watch.step():
+                    tracker.log(numbers)
+    """
+
+    def __init__(self, model: nn.Module, *, every: int = 50, blocks: str | None = None) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step, got {every}.")
+        self.every = every
+        found = find_blocks(model, blocks)
+        self._blocks = len(found.modules)
+        self._steps = 0
+        self._armed = True
+        self._watching = False
+        self._mask: Tensor | None = None
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        root = found.root
+        self._handles = [
+            root.register_forward_pre_hook(self._begin, with_kwargs=True),
+            found.modules[0].register_forward_pre_hook(self._entry, with_kwargs=True),
+            *(block.register_forward_hook(self._block) for block in found.modules),
+            root.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def arm(self) -> None:
+        """Watch the next forward pass in training mode."""
+        self._armed = True
+
+    def step(self) -> dict[str, float]:
+        """After an optimizer step: the numbers of the pass that was watched, if one was; arms every ``every`` steps."""
+        self._steps += 1
+        numbers = self.read()
+        if self._steps % self.every == 0:
+            self.arm()
+        return numbers
+
+    def read(self) -> dict[str, float]:
+        """The numbers of the last watched pass, once; empty when there was none since.
+
+        Keys: ``condensation/mean_cosine/embedding``, ``.../block_01`` and on, ``condensation/norm/...``,
+        ``condensation/mean_cosine`` (mean over blocks) and ``condensation/spearman``. The states are those of the
+        residual stream: the last one is taken before the final norm.
+        """
+        if not self._pending or self._watching:
+            return {}
+        values = torch.stack([torch.stack(pair) for pair in self._pending]).tolist()
+        self._pending = []
+        digits = max(2, len(str(len(values) - 1)))
+        names = ["embedding", *(f"block_{i:0{digits}d}" for i in range(1, len(values)))]
+        numbers: dict[str, float] = {}
+        for name, (cosine, norm) in zip(names, values, strict=True):
+            numbers[f"{_PREFIX}/mean_cosine/{name}"] = cosine
+            numbers[f"{_PREFIX}/norm/{name}"] = norm
+        means = [cosine for cosine, _ in values]
+        numbers[f"{_PREFIX}/mean_cosine"] = sum(means[1:]) / max(1, len(means) - 1)
+        rho = float(spearman(means))
+        if math.isfinite(rho):
+            numbers[f"{_PREFIX}/spearman"] = rho
+        return numbers
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> CondensationWatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # the root arms and disarms, so that a recomputation under gradient checkpointing is not taken for a second pass
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        if not (self._armed and module.training and torch.is_grad_enabled()):
+            return
+        self._watching, self._armed, self._pending = True, False, []
+        mask = kwargs.get("attention_mask")
+        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def _entry(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        if self._watching and not self._pending:
+            state = args[0] if args else kwargs.get("hidden_states")
+            if isinstance(state, Tensor):
+                self._take(state)
+
+    def _block(self, module: nn.Module, args: Any, output: Any) -> None:
+        state = _tensor(output)
+        if self._watching and state is not None:
+            self._take(state)
+
+    def _take(self, state: Tensor) -> None:
+        mask = self._mask if self._mask is not None and self._mask.shape == state.shape[:2] else None
+        self._pending.append(batch_means(state, mask))
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._watching, self._mask = False, None
+
+
+class CondensationCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Log condensation during training with the Hugging Face Trainer (or any trainer that takes its callbacks).
+
+    ``CondensationCallback.add_to(trainer)`` puts it in front of the trackers, so that TensorBoard, W&B or trackio,
+    whichever run, receive the numbers in the same ``log`` call as the loss. Given as ``callbacks=[...]`` it stands
+    behind them: the numbers then reach ``trainer.state.log_history`` and the callbacks after it only.
+
+    Of a step that is logged, the first forward pass is watched (see :class:`CondensationWatch`): exact for that
+    micro-batch, on rank 0.
+    """
+
+    def __init__(self, *, blocks: str | None = None) -> None:
+        self.blocks = blocks
+        self._watch: CondensationWatch | None = None
+
+    @classmethod
+    def add_to(cls, trainer: Any, *, blocks: str | None = None) -> CondensationCallback:
+        """Create the callback and put it before the trainer's trackers."""
+        callback = cls(blocks=blocks)
+        trainer.callback_handler.callbacks.insert(0, callback)
+        return callback
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        """Install the hooks."""
+        model = keywords.get("model")
+        if model is not None and self._watch is None and getattr(state, "is_world_process_zero", True):
+            self._watch = CondensationWatch(model, blocks=self.blocks)
+            self._watch._armed = False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        """Arm when the step that begins will be logged."""
+        if self._watch is not None and self._is_logged(args, state):
+            self._watch.arm()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **keywords: Any) -> None:
+        """Add the numbers to what is logged."""
+        numbers = self._watch.read() if self._watch is not None else {}
+        if numbers and logs is not None:
+            logs.update(numbers)
+            if state.log_history:
+                state.log_history[-1].update(numbers)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        """Remove the hooks."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
+    @staticmethod
+    def _is_logged(args: Any, state: Any) -> bool:
+        step = state.global_step + 1
+        every = max(1, int(getattr(state, "logging_steps", 0) or getattr(args, "logging_steps", 1) or 1))
+        return step % every == 0 or (step == 1 and bool(getattr(args, "logging_first_step", False)))
+
+
+def lightning_callback(*, every: int = 50, blocks: str | None = None) -> Any:
+    """A Lightning callback that logs the same numbers through ``LightningModule.log_dict`` every ``every`` steps."""
+    for package in ("lightning.pytorch", "pytorch_lightning"):
+        try:
+            base: Any = importlib.import_module(package).Callback
+            break
+        except ImportError:
+            continue
+    else:
+        raise ImportError("lightning_callback needs Lightning: pip install lightning")
+
+    class CondensationLightningCallback(base):  # type: ignore[misc,unused-ignore]
+        """Watches one training pass in ``every`` and logs it."""
+
+        watch: CondensationWatch | None = None
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.watch = CondensationWatch(pl_module, every=every, blocks=blocks)
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if self.watch is not None and (numbers := self.watch.step()):
+                pl_module.log_dict(numbers, on_step=True, on_epoch=False)
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            if self.watch is not None:
+                self.watch.close()
+
+    return CondensationLightningCallback()
