@@ -1,0 +1,83 @@
+"""Two gloo processes find what one process finds; unequal numbers of tokens, and of sequences, on the ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from attach_helpers import greatest_difference, mean_residual
+
+WORKER = Path(__file__).with_name("rank_worker.py")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What one process found, and what each of two found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = []
+    for ranks, rank in ((1, 0), (2, 0), (2, 1)):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if ranks > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, str(WORKER), str(rank), str(ranks), str(folder)]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+    return torch.load(folder / "found-1-0.pt"), [torch.load(folder / f"found-2-{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize(
+    "kind",
+    ["ddp", "ddp attached first", "fsdp2", "fsdp2 attached first", "hsdp", "fsdp2 reentrant", "fsdp2 checkpointed"],
+)
+def test_gradients(found, family, kind):
+    one, two = found
+    for rank in two:
+        assert greatest_difference(rank[f"{family} {kind}"], one[f"{family} one"]) < 1e-15
+        assert mean_residual(rank[f"{family} {kind}"], one[f"{family} one"]) < 1e-15
+
+
+@pytest.mark.parametrize(
+    ("case", "alone"),
+    [
+        ("trainer", "trainer"),
+        ("trainer, one micro-batch", "trainer"),
+        ("trainer, tokens averaged per rank", "trainer"),
+        ("trainer, fsdp2", "trainer"),
+        ("callback", "callback"),
+        ("callback, tokens averaged per rank", "callback"),
+    ],
+)
+def test_dispersion_part_of_a_training_step(found, case, alone):
+    one, two = found
+    for rank in two:
+        # transformers takes the cross-entropy in float32, and what is compared is the difference of two such runs;
+        # an element is of the order of 1e-2
+        assert greatest_difference(rank[case], one[alone]) < 1e-7
+        assert mean_residual(rank[case], one[alone]) < 1e-7
+        # and what is logged is the mean over all ranks
+        for kind in ("with", "without"):
+            assert rank[f"{case}: values"][kind].item() == pytest.approx(one[f"{alone}: values"][kind].item(), abs=1e-6)
+
+
+def test_accelerate_loop(found):
+    one, two = found
+    for rank in two:
+        assert greatest_difference(rank["accelerate"], one["accelerate"]) < 1e-12
