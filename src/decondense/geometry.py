@@ -80,7 +80,8 @@ def cosine(z: Tensor, other: Tensor | None = None) -> Tensor:
 def angle(cos: Tensor, delta: float = 0.0) -> Tensor:
     r"""Smoothed angle in units of :math:`\pi`: :math:`\arccos(c/\sqrt{1+\delta^2})/\pi` in [0, 1]; 1/2 is orthogonal.
 
-    With ``delta=0`` this is the angular distance of arXiv:2602.00217; values outside [-1, 1] are rounding and are clamped.
+    With ``delta=0`` this is the angular distance of arXiv:2602.00217; values outside [-1, 1] are rounding and are
+    clamped.
     """
     return torch.arccos((cos * shrink(delta)).clamp(-1.0, 1.0)) / math.pi
 
@@ -122,14 +123,14 @@ def orthonormal(count: int, features: int, *, dtype: torch.dtype = torch.float64
 
 
 def simplex(count: int, features: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Vertices of a regular simplex ``[count, features]``: every cosine -1/(count - 1), the least mean cosine there is."""
+    """Vertices of a regular simplex ``[count, features]``: every cosine -1/(count - 1), the least mean."""
     if count > features:
         raise ValueError(f"a simplex of {count} vertices is built in {count} coordinates; use features >= {count}.")
     return unit(torch.eye(count, features, dtype=dtype) - orthonormal(count, features, dtype=dtype).mean(dim=0))
 
 
 def antipodal(count: int, features: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Vectors +e, -e in turn ``[count, features]``: half of the ordered pairs (or nearly) at cosine -1, the rest at +1."""
+    """Vectors +e, -e in turn ``[count, features]``: about half of the pairs at cosine -1, the rest at +1."""
     z = torch.zeros(count, features, dtype=dtype)
     z[0::2, 0] = 1.0
     z[1::2, 0] = -1.0

@@ -3,17 +3,19 @@ r"""Memory linear in the number of tokens: tiles of pairs over several sequences
 One engine for every form that is a sum over pairs. With x_i the prepared vectors, s_ij = <x_i, x_j> and
 :math:`S_u = \sum_{i,j \in u} f(s_{ij})` for a unit u, the gradient of :math:`S_u` in :math:`x_i` is
 :math:`2 \sum_j f'(s_{ij}) x_j`: one product of a tile of weights with the vectors that made the tile. So the sweep over
-the tiles that yields the value yields the gradient too; backward only multiplies by what comes in from above, one number
-per unit, and nothing of size T x T outlives its tile. Tiles above the diagonal serve twice.
+the tiles that yields the value yields the gradient too; backward only multiplies by what comes in from above, one
+number per unit, and nothing of size T x T outlives its tile. Tiles above the diagonal serve twice.
 
 What is made of :math:`g_i = \sum_j W_{ij} x_j`, W = f':
 
 * directions (``sphere``): :math:`2\,(g_i - \hat z_i \langle g_i, \hat z_i\rangle)/|z_i|`, tangent to the sphere;
-* squared distances (``euclid``): :math:`(4/\tau)\,(g_i - x_i \sum_j W_{ij})`, with x around the mean, where less cancels;
+* squared distances (``euclid``): :math:`(4/\tau)\,(g_i - x_i \sum_j W_{ij})`, with x around the mean, where less
+cancels;
 * inner products as they are (``raw``): :math:`2\,g_i`.
 
-Log-mean-exp forms whose exponents could underflow (distances, or a very small tau) run row by row with a running maximum
-per token instead (:func:`log_sums`); a token's sum is then complete within its row of tiles, and symmetry is not used.
+Log-mean-exp forms whose exponents could underflow (distances, or a very small tau) run row by row with a running
+maximum per token instead (:func:`log_sums`); a token's sum is then complete within its row of tiles, and symmetry is
+not used.
 
 Double backward raises: the gradient is a saved number, not a graph. ``impl="reference"`` differentiates twice.
 
@@ -23,7 +25,7 @@ Shape suffixes: ``R`` rows, ``N`` tokens of a row, ``D`` features, ``U`` units, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -91,9 +93,10 @@ class _Angular(PairForm):
 
     def inverse_sine(self, S: Tensor) -> Tensor:
         """1 / sqrt(1 - S^2) in place; the floor is there for products that rounding puts beyond kappa."""
+        floor = max(self.floor, torch.finfo(S.dtype).eps) if self.limit == 1.0 else 0.0
         if self.limit < 1.0:
             S.clamp_(-self.limit, self.limit)
-        return S.square_().neg_().add_(1.0).clamp_(min=self.floor).rsqrt_()
+        return S.square_().neg_().add_(1.0).clamp_(min=floor).rsqrt_()
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def pair_form(s: Settings) -> PairForm:
     if s.form in ("angular", "orthogonalization"):
         limit = 1.0 if s.clamp is None else 1.0 - s.clamp
         # the least 1 - S^2 is delta^2; a quarter of it is out of reach of rounding yet keeps the slope bounded
-        floor = max(0.25 * s.delta**2, 1e-30) if s.clamp is None else 0.0
+        floor = 0.25 * s.delta**2
         scale = math.sqrt(kappa)
         if s.form == "angular":
             rate = -1.0 / (math.pi * tau)
@@ -281,8 +284,9 @@ def _products(x_i: Tensor, x_j: Tensor, p: _Prepared, i: slice, j: slice, form: 
 
 def _overlap(label_RN: Tensor, tile: int) -> list[list[bool]]:
     """Whether any row's label ranges of two blocks of tokens overlap (CPU only: it looks at values)."""
-    low = [block.masked_fill(block < 0, 2**62).amin(dim=1) for block in label_RN.split(tile, dim=1)]
-    high = [block.amax(dim=1) for block in label_RN.split(tile, dim=1)]
+    blocks = torch.split(label_RN, tile, dim=1)
+    low = [block.masked_fill(block < 0, 2**62).amin(dim=1) for block in blocks]
+    high = [block.amax(dim=1) for block in blocks]
     return [[bool(((low[a] <= high[b]) & (low[b] <= high[a])).any()) for b in range(len(low))] for a in range(len(low))]
 
 
@@ -387,7 +391,7 @@ class _PairSums(torch.autograd.Function):
         return sums_RN
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, above_RN: Tensor) -> tuple[Tensor | None, ...]:
         (z_RND,) = ctx.saved_tensors
         gradient, factor_RN = ctx.made
@@ -442,7 +446,7 @@ def _masked_logits(
 def _online(
     z_RND: Tensor, valid_RN: Tensor | None, label_RN: Tensor | None, form: PairForm, want_gradient: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Log-sum over partners per token ``[R, N]`` (-inf without any); gradient relative to the token's own sum; factor."""
+    """Log-sum over partners per token ``[R, N]`` (-inf: none); gradient relative to that sum; its factor."""
     rows, n, width = z_RND.shape
     dtype, device = statistics_dtype(z_RND.dtype), z_RND.device
     tile = tile_size(n, device)
@@ -509,7 +513,7 @@ class _LogSums(torch.autograd.Function):
         return logs_U
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, above_U: Tensor) -> tuple[Tensor | None, ...]:
         z_RND, share_RN = ctx.saved_tensors
         gradient, factor_RN = ctx.made
@@ -573,7 +577,7 @@ class _Entropies(torch.autograd.Function):
         return entropy_RN
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, above_RN: Tensor) -> tuple[Tensor | None, ...]:
         z_RND, log_RN, entropy_RN = ctx.saved_tensors
         scope: Scope = ctx.scope
@@ -695,13 +699,21 @@ def close(sum_U: Tensor, scope: Scope, s: Settings, *, is_log: bool) -> Tensor:
     return torch.where(some, value, 0.0)
 
 
+PerUnitSums = Callable[[Tensor, Scope, Settings, str], Tensor]
+
+
 def needs_maximum(form: PairForm, dtype: torch.dtype) -> bool:
     """Whether a log form's exponents reach far enough down to underflow."""
     return form.log and form.reach > (600.0 if dtype == torch.float64 else 60.0)
 
 
-def per_unit(z_RND: Tensor, scope: Scope, s: Settings, *, gradient: str = "forward") -> Tensor:
-    """Loss of each unit of a form of kind ``pairs`` or ``rows``, ``[U]``; 0 for units without a pair."""
+def per_unit(
+    z_RND: Tensor, scope: Scope, s: Settings, *, gradient: str = "forward", sums: PerUnitSums | None = None
+) -> Tensor:
+    """Loss of each unit of a form of kind ``pairs`` or ``rows``, ``[U]``; 0 for units without a pair.
+
+    ``sums`` replaces the symmetric sweep (:func:`pair_sums`) by another implementation of it.
+    """
     if s.form == "koleo":
         return _koleo(z_RND, scope, s)
     if s.form == "perplexity_entropy":
@@ -712,7 +724,8 @@ def per_unit(z_RND: Tensor, scope: Scope, s: Settings, *, gradient: str = "forwa
     if needs_maximum(form, scope.pairs_U.dtype):
         value_U = close(log_sums(z_RND, scope, form, gradient=gradient), scope, s, is_log=True)
     else:
-        value_U = close(pair_sums(z_RND, scope, form, gradient=gradient), scope, s, is_log=False)
+        sum_U = pair_sums(z_RND, scope, form, gradient=gradient) if sums is None else sums(z_RND, scope, s, gradient)
+        value_U = close(sum_U, scope, s, is_log=False)
     if s.form == "l2_repel":
         some = scope.pairs_U > 0
         value_U = value_U + torch.where(some, s.norm_weight * _mean_square(z_RND, scope), 0.0)

@@ -47,14 +47,14 @@ class _GramSquare(torch.autograd.Function):
         return torch.stack(values)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, above_R: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * (4.0 * above_R)[:, None, None], None
 
 
 def _gram_square(x_RND: Tensor, scope: Scope) -> Tensor:
-    """:math:`\\sum_{ij} \\langle x_i, x_j\\rangle^2` over the tokens of each unit, i = j included, ``[U]``."""
+    r""":math:`\sum_{ij} \langle x_i, x_j\\rangle^2` over the tokens of each unit, i = j included, ``[U]``."""
     if scope.unit_RN is None and scope.rows_per_unit == 1 and x_RND.shape[1] > x_RND.shape[2]:
         value: Tensor = _GramSquare.apply(x_RND, x_RND.requires_grad)  # type: ignore[no-untyped-call]
         return value
@@ -73,7 +73,7 @@ class _MeanCosine(torch.autograd.Function):
         return total_UD.square().sum(dim=1) - scope.to_units(torch.linalg.vecdot(u, u))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, above_U: Tensor) -> tuple[Tensor | None, ...]:
         z_RND, total_UD = ctx.saved_tensors
         scope: Scope = ctx.scope
@@ -116,10 +116,12 @@ def _correlation_square(x_RND: Tensor, scope: Scope) -> Tensor:
 
 
 class _SigReg(torch.autograd.Function):
-    """Epps-Pulley statistic of each unit, averaged over the directions; the gradient in the forward pass, knot by knot."""
+    """Epps-Pulley statistic of each unit, averaged over the directions; gradient in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, z_RND: Tensor, scope: Scope, s: Settings, directions_DM: Tensor, want_gradient: bool) -> Tensor:
+    def forward(
+        ctx: Any, z_RND: Tensor, scope: Scope, s: Settings, directions_DM: Tensor, want_gradient: bool
+    ) -> Tensor:
         x = z_RND.to(directions_DM.dtype)
         if scope.valid_RN is not None:
             x = torch.where(scope.valid_RN.unsqueeze(-1), x, 0.0)
@@ -142,7 +144,7 @@ class _SigReg(torch.autograd.Function):
         return value_U
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, above_U: Tensor) -> tuple[Tensor | None, ...]:
         slope_RNM, directions_DM = ctx.saved_tensors
         scope: Scope = ctx.scope

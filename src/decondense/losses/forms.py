@@ -7,9 +7,10 @@ implementation takes. All forms are *minimised* to spread the hidden states of a
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, Mapping
+from typing import Any, Literal
 
 from decondense.config import LossConfig, suggest
 
@@ -72,7 +73,8 @@ def _forms() -> dict[str, FormInfo]:
         ),
         FormInfo(
             "l2_repel",
-            r"\log \frac{1}{n(n-1)} \sum_{i \ne j} \exp(-|z_i - z_j|^2/\tau) + \frac{\lambda_{norm}}{n D} \sum_i |z_i|^2",
+            r"\log \frac{1}{n(n-1)} \sum_{i \ne j} \exp(-|z_i - z_j|^2/\tau) "
+            r"+ \frac{\lambda_{norm}}{n D} \sum_i |z_i|^2",
             f"{_PAPER}, rival form",
             "pairs",
             uses=("tau", "norm_weight"),
@@ -84,10 +86,10 @@ def _forms() -> dict[str, FormInfo]:
         FormInfo(
             "decorrelation",
             r"\frac{1}{D(D-1)} \sum_{a \ne b} r_{ab}^2, \quad r = \mathrm{corr}(Z)",
-            f"{_PAPER}, rival form (the paper sums over a != b; here the mean, so that a weight carries over between widths)",
+            f"{_PAPER}, rival form (the paper sums over a != b; here the mean, so that a weight carries over "
+            "between widths)",
             "features",
             extremes="perfectly correlated features: 1; least 0",
-            euclidean=False,
             compat=True,
         ),
         FormInfo(
@@ -131,8 +133,8 @@ def _forms() -> dict[str, FormInfo]:
         ),
         FormInfo(
             "covariance",
-            r"\frac{1}{D} \sum_{a \ne b} \mathrm{Cov}_{ab}^2, \quad \mathrm{Cov} = \mathrm{cov}(\hat z_1 \dots \hat z_n)"
-            r" \cdot D",
+            r"\frac{1}{D} \sum_{a \ne b} \mathrm{Cov}_{ab}^2, "
+            r"\quad \mathrm{Cov} = D \cdot \mathrm{cov}(\hat z_1 \dots \hat z_n)",
             f"{_PARENT}, covariance (unit vectors scaled to length sqrt(D), so that the value is free of |z| and of D)",
             "features",
             extremes="all equal: 0 (a covariance cannot see a common direction); least 0",
@@ -140,7 +142,7 @@ def _forms() -> dict[str, FormInfo]:
         FormInfo(
             "mean_cosine",
             r"\frac{1}{n(n-1)} \sum_{i \ne j} c_{ij} = \frac{|\sum_i \hat z_i|^2 - \sum_i |\hat z_i|^2}{n(n-1)}",
-            "Gao et al. 2019 (Representation Degeneration), the cosine regulariser, on tokens instead of the vocabulary",
+            "Gao et al. 2019 (Representation Degeneration), the cosine regulariser, on tokens",
             "features",
             extremes="all equal: 1; least -1/(n-1), when the unit vectors sum to 0",
         ),
@@ -157,7 +159,7 @@ def _forms() -> dict[str, FormInfo]:
             "vicreg",
             r"\lambda_{var} \frac1D \sum_a \max(0, \gamma - \sqrt{\mathrm{Var}_a + 10^{-4}}) + "
             r"\lambda_{cov} \frac1D \sum_{a \ne b} \mathrm{Cov}_{ab}^2",
-            "Bardes et al. 2022 (VICReg), arXiv:2105.04906, the variance and covariance terms, over the tokens of a unit",
+            "Bardes et al. 2022 (VICReg), arXiv:2105.04906, the variance and covariance terms, over tokens",
             "features",
             uses=("variance_weight", "covariance_weight", "target_std"),
             extremes="all equal: about lambda_var * gamma; least 0",
@@ -182,8 +184,8 @@ def _forms() -> dict[str, FormInfo]:
         FormInfo(
             "sigreg",
             r"\frac{1}{M} \sum_m n \int |\varphi_n(t; \langle a_m, z\rangle) - e^{-t^2/2}|^2 e^{-t^2/2}\,dt",
-            "Balestriero & LeCun 2025 (LeJEPA), arXiv:2511.08544: Epps-Pulley statistic on M random unit directions a_m, "
-            "trapezoidal rule on t in [-3, 3]",
+            "Balestriero & LeCun 2025 (LeJEPA), arXiv:2511.08544: Epps-Pulley statistic on M random unit "
+            "directions a_m, trapezoidal rule on t in [-3, 3]",
             "features",
             uses=("slices", "knots"),
             extremes="least 0: an isotropic standard normal cloud",

@@ -10,7 +10,7 @@ Memory is a few ``U x N x N`` matrices; that is the point of the other implement
 from __future__ import annotations
 
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ def orthogonalization(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: Set
 
 
 def l2_repel(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: Settings) -> Tensor:
-    r""":math:`\log \mathrm{mean}_{i \ne j} \exp(-|z_i - z_j|^2/\tau) + \lambda_{norm} \mathrm{mean}(z^2)`, arXiv:2602.00217.
+    r""":math:`\log \mathrm{mean}_{i \ne j} \exp(-|z_i - z_j|^2/\tau) + \lambda_{norm} \mathrm{mean}(z^2)`, 2602.00217.
 
     Compatibility mode keeps the pairs i = j, whose exp(0) hides every other pair at real hidden states' distances.
     """
@@ -112,7 +112,7 @@ def decorrelation(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: Setting
 
 
 def perplexity_entropy(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: Settings) -> Tensor:
-    r""":math:`-\mathrm{mean}_i H(\mathrm{softmax}_{j \ne i}(-|z_i - z_j|^2/\tau))`; tokens without a partner count 0."""
+    r""":math:`-\mathrm{mean}_i H(\mathrm{softmax}_{j \ne i}(-|z_i - z_j|^2/\tau))`; no partner: 0."""
     logits = (-_square_distance(z_UND, valid_UN) / s.tau).masked_fill(~pairs_UNN, -math.inf)
     alone = ~pairs_UNN.any(dim=2, keepdim=True)
     log_p = logits.masked_fill(alone, 0.0).log_softmax(dim=2).masked_fill(~pairs_UNN, 0.0)
@@ -166,7 +166,7 @@ def barlow(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: Settings) -> T
 
 
 def koleo(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: Settings) -> Tensor:
-    r""":math:`-\mathrm{mean}_i \log \min_{j \ne i} |\hat z_i - \hat z_j|`, arXiv:1806.03198; smoothed as the angle is."""
+    r""":math:`-\mathrm{mean}_i \log \min_{j \ne i} |\hat z_i - \hat z_j|`, arXiv:1806.03198; smoothed."""
     nearest = _cosine(z_UND, pairs_UNN, s).masked_fill(~pairs_UNN, -math.inf).max(dim=2).values
     paired = nearest > -math.inf
     chord = 2 - 2 * s.shrink * torch.where(paired, nearest, 0.0)
@@ -174,7 +174,7 @@ def koleo(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: Settings) -> Te
 
 
 def sigreg_knots(knots: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Points t on [0, 3], weights of the trapezoidal rule on [-3, 3] times :math:`e^{-t^2/2}`, and :math:`e^{-t^2/2}`."""
+    r"""Points t on [0, 3], trapezoidal weights on [-3, 3] times :math:`e^{-t^2/2}`, and :math:`e^{-t^2/2}`."""
     t = torch.linspace(0.0, 3.0, knots, dtype=dtype, device=device)
     weights = torch.full_like(t, 2 * 3.0 / (knots - 1))
     weights[0] = weights[-1] = 3.0 / (knots - 1)
@@ -240,7 +240,7 @@ def per_unit(z_RND: Tensor, scope: Scope, s: Settings, directions_DM: Tensor | N
         unit_RN = unit_RN.unsqueeze(1).expand(scope.rows, scope.row_size)
     row_RN = torch.arange(scope.rows, device=device).unsqueeze(1).expand(scope.rows, scope.row_size)
     values = [z_RND.sum() * 0.0] * scope.n_units
-    for u in unit_RN[valid_RN].unique().tolist():
+    for u in sorted(set(unit_RN[valid_RN].tolist())):
         if scope.pairs_U[u] == 0:
             continue
         member = valid_RN & (unit_RN == u)

@@ -1,0 +1,385 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# (the kernels are Triton's language, not Python's: their arguments are pointers and blocks)
+r"""CUDA: two batched matrix products with one elementwise Triton kernel between them.
+
+For each chunk of rows, with :math:`\hat z` the unit vectors, m a row's mean unit vector and d = :math:`\hat z` - m:
+
+1. ``_norms``, ``_operand``: 1/|z|, then d rounded to the operand's dtype;
+2. S = d d' with float32 accumulation and output;
+3. ``_weights``: 1 - c_ij from S and the |d_i|^2, then f (summed per token) and W = f'(c) (rounded to the operand's
+dtype); 4. A = W d;
+5. ``_tangent``: A_i - (sum_j W_ij) d_i, made tangent at :math:`\hat z_i` in float32.
+
+Precision. The operands are bfloat16 for bfloat16 and float16 input; for float32 input they are float32, multiplied
+with the precision that the process chose (``torch.set_float32_matmul_precision``: IEEE or TF32). Low precision is safe
+because of the centring: c = 1 is a small difference of small vectors, :math:`1 - c_{ij} = |d_i - d_j|^2/2`, instead of
+the rounding of two numbers close to 1; the weights' sums use the same rounded weights as their product; and what
+remains along
+:math:`\hat z_i` is projected out in float32. ``docs/math.md`` has the errors.
+
+No atomics: bit-identical from run to run as far as the BLAS is. Double backward is not defined (the gradient is saved,
+not its graph). float64 and the forms that are not in ``SUPPORTED`` are the chunked implementation's.
+
+With ``TRITON_INTERPRET=1`` set before triton is imported the kernels run on a CPU, which is how the tests prove them;
+the interpreter cannot multiply bfloat16, so there the (already rounded) operands are upcast, which changes no product.
+
+Shape suffixes: ``R`` rows, ``N`` tokens of a row, ``D`` features.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from decondense.geometry import ZERO_NORM
+from decondense.losses.forms import FORMS, Settings
+
+__all__ = ["SUPPORTED", "available", "sweep"]
+
+SUPPORTED = tuple(name for name, info in FORMS.items() if info.fused)
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+_PI = tl.constexpr(math.pi)
+_ZERO_NORM = tl.constexpr(ZERO_NORM)
+# arccos(x) / sqrt(1 - x) on [0, 1], Chebyshev fit of degree 8; arccos is then within 4e-9. An own polynomial, because
+# libdevice differs between Triton's versions and is absent from its interpreter.
+_ARCCOS = (
+    1.5707963231771758,
+    -0.21460122624982622,
+    0.08903147164332977,
+    -0.05060400373282589,
+    0.03261138407104677,
+    -0.02081215070339352,
+    0.011126960113916047,
+    -0.004034589391459607,
+    0.0006993961346809173,
+)
+_A0, _A1, _A2, _A3, _A4, _A5, _A6, _A7, _A8 = (tl.constexpr(c) for c in _ARCCOS)
+
+_ANGULAR = tl.constexpr(0)
+_ORTHOGONALIZATION = tl.constexpr(1)
+_EXPONENTIAL = tl.constexpr(2)
+_HINGE = tl.constexpr(3)
+_KINDS = {"angular": 0, "orthogonalization": 1, "cosine_infonce": 2, "uniformity": 2, "hinge": 3}
+
+
+def available(device: torch.device) -> bool:
+    """Whether the kernels can run on tensors of this device."""
+    return device.type == "cuda" or (_INTERPRETED and device.type == "cpu")
+
+
+@triton.jit
+def _narrow(x, dtype: tl.constexpr):
+    """x in the dtype of its destination, rounded to nearest even (the interpreter's own cast to bfloat16 truncates)."""
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _norms(
+    z_p, valid_p, inverse_p, partial_p, N, D, blocks, HAS_VALID: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr
+):
+    """1/|z| per token (0 for zero vectors and tokens that are not real), and the sum of unit vectors of BM tokens."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    i = block * BM + tl.arange(0, BM)
+    here = i < N
+    base = z_p + (row * N + i[:, None]) * D
+    largest = tl.zeros((BM,), tl.float32)
+    for k in range(0, D, BD):
+        d = k + tl.arange(0, BD)
+        z = tl.load(base + d[None, :], mask=here[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(z), 1))
+    present = (largest > _ZERO_NORM) & here
+    if HAS_VALID:
+        present = present & (tl.load(valid_p + row * N + i, mask=here, other=0) != 0)
+    scale = 1.0 / tl.where(present, largest, 1.0)
+    square = tl.zeros((BM,), tl.float32)
+    for k in range(0, D, BD):
+        d = k + tl.arange(0, BD)
+        z = tl.load(base + d[None, :], mask=here[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
+        z = tl.where(present[:, None], z, 0.0) * scale[:, None]
+        square += tl.sum(z * z, 1)
+    inverse = tl.where(present, scale / tl.sqrt(tl.where(present, square, 1.0)), 0.0)
+    tl.store(inverse_p + row * N + i, inverse, mask=here)
+    for k in range(0, D, BD):
+        d = k + tl.arange(0, BD)
+        z = tl.load(base + d[None, :], mask=here[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
+        total = tl.sum(tl.where(present[:, None], z, 0.0) * inverse[:, None], 0)
+        tl.store(partial_p + (row * blocks + block) * D + d, total, mask=d < D)
+
+
+@triton.jit
+def _operand(
+    z_p, valid_p, inverse_p, mean_p, out_p, square_p, N, D, HAS_VALID: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr
+):
+    """d = z/|z| - mean in the operand's dtype (0 where not real), and |d|^2 of what was stored."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BM + tl.arange(0, BM)
+    here = i < N
+    real = here
+    if HAS_VALID:
+        real = real & (tl.load(valid_p + row * N + i, mask=here, other=0) != 0)
+    inverse = tl.load(inverse_p + row * N + i, mask=here, other=0.0)
+    place = (row * N + i[:, None]) * D
+    square = tl.zeros((BM,), tl.float32)
+    for k in range(0, D, BD):
+        d = k + tl.arange(0, BD)
+        inside = here[:, None] & (d[None, :] < D)
+        z = tl.load(z_p + place + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        mean = tl.load(mean_p + row * D + d, mask=d < D, other=0.0)
+        # a vector that counts as zero must not come back through 0 times infinity
+        x = tl.where(inverse[:, None] > 0, z * inverse[:, None], 0.0) - mean[None, :]
+        x = _narrow(tl.where(real[:, None] & (d[None, :] < D), x, 0.0), out_p.dtype.element_ty)
+        tl.store(out_p + place + d[None, :], x, mask=inside)
+        rounded = x.to(tl.float32)
+        square += tl.sum(rounded * rounded, 1)
+    tl.store(square_p + row * N + i, square, mask=here)
+
+
+@triton.jit
+def _arccos(one_minus, x):
+    """arccos(x) from 1 - x and x: the former has the digits where x is close to 1."""
+    a = tl.abs(x)
+    p = _A8 * a + _A7
+    p = p * a + _A6
+    p = p * a + _A5
+    p = p * a + _A4
+    p = p * a + _A3
+    p = p * a + _A2
+    p = p * a + _A1
+    p = p * a + _A0
+    root = tl.sqrt(tl.maximum(tl.where(x >= 0, one_minus, 2.0 - one_minus), 0.0)) * p
+    return tl.where(x >= 0, root, _PI - root)
+
+
+@triton.jit
+def _weights(
+    s_p,
+    w_p,
+    valid_p,
+    label_p,
+    inverse_p,
+    square_p,
+    sum_p,
+    weight_sum_p,
+    N,
+    rate,
+    kappa,
+    floor,
+    margin,
+    KIND: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    HAS_LABEL: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """For BM tokens against all of their row: f summed per token, W = f'/slope stored and summed per token."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BM + tl.arange(0, BM)
+    here_i = i < N
+    unit_i = tl.where(tl.load(inverse_p + row * N + i, mask=here_i, other=0.0) > 0, 1.0, 0.0)
+    square_i = tl.load(square_p + row * N + i, mask=here_i, other=0.0)
+    real_i = here_i
+    if HAS_VALID:
+        real_i = real_i & (tl.load(valid_p + row * N + i, mask=here_i, other=0) != 0)
+    if HAS_LABEL:
+        label_i = tl.load(label_p + row * N + i, mask=here_i, other=-1)
+    total = tl.zeros((BM,), tl.float32)
+    weight_total = tl.zeros((BM,), tl.float32)
+    for start in range(0, N, BN):
+        j = start + tl.arange(0, BN)
+        here_j = j < N
+        inside = here_i[:, None] & here_j[None, :]
+        place = (row * N + i[:, None]) * N + j[None, :]
+        s = tl.load(s_p + place, mask=inside, other=0.0)
+        unit_j = tl.where(tl.load(inverse_p + row * N + j, mask=here_j, other=0.0) > 0, 1.0, 0.0)
+        square_j = tl.load(square_p + row * N + j, mask=here_j, other=0.0)
+        counts = real_i[:, None] & here_j[None, :]
+        if HAS_VALID:
+            counts = counts & (tl.load(valid_p + row * N + j, mask=here_j, other=0) != 0)[None, :]
+        if HAS_LABEL:
+            label_j = tl.load(label_p + row * N + j, mask=here_j, other=-1)
+            counts = counts & (label_i[:, None] == label_j[None, :])
+        if not DIAGONAL:
+            counts = counts & (i[:, None] != j[None, :])
+        # 1 - c; the first term is 0 unless a vector is zero, whose cosines are 0
+        gap = (1.0 - 0.5 * (unit_i[:, None] + unit_j[None, :])) + tl.maximum(
+            0.5 * (square_i[:, None] + square_j[None, :]) - s, 0.0
+        )
+        if KIND == _EXPONENTIAL:
+            f = tl.exp(-rate * gap)
+            w = f
+        elif KIND == _HINGE:
+            push = tl.maximum(margin + 1.0 - gap, 0.0)
+            f = push * push
+            w = push
+        else:
+            one_minus = (1.0 - kappa) + kappa * gap
+            one_minus = tl.minimum(one_minus, 2.0)
+            theta = _arccos(one_minus, 1.0 - one_minus)
+            slope = 1.0 / tl.sqrt(tl.maximum(one_minus * (2.0 - one_minus), floor))
+            if KIND == _ANGULAR:
+                f = tl.exp(-rate * theta)
+                w = f * slope
+            else:
+                push = tl.maximum(0.5 - theta / _PI, 0.0)
+                f = push * push
+                w = push * slope
+        total += tl.sum(tl.where(counts, f, 0.0), 1)
+        if GRADIENT:
+            w = _narrow(tl.where(counts, w, 0.0), w_p.dtype.element_ty)
+            tl.store(w_p + place, w, mask=inside)
+            weight_total += tl.sum(w.to(tl.float32), 1)
+    tl.store(sum_p + row * N + i, total, mask=here_i)
+    if GRADIENT:
+        tl.store(weight_sum_p + row * N + i, weight_total, mask=here_i)
+
+
+@triton.jit
+def _tangent(z_p, x_p, a_p, inverse_p, weight_sum_p, out_p, N, D, BM: tl.constexpr, BD: tl.constexpr):
+    """a_i - w_i d_i without its component along z_i, into the gradient's dtype."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BM + tl.arange(0, BM)
+    here = i < N
+    inverse = tl.load(inverse_p + row * N + i, mask=here, other=0.0)
+    weight = tl.load(weight_sum_p + row * N + i, mask=here, other=0.0)
+    place = (row * N + i[:, None]) * D
+    along = tl.zeros((BM,), tl.float32)
+    for k in range(0, D, BD):
+        d = k + tl.arange(0, BD)
+        inside = here[:, None] & (d[None, :] < D)
+        z = tl.load(z_p + place + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_p + place + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(a_p + place + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        u = tl.where(inverse[:, None] > 0, z * inverse[:, None], 0.0)
+        along += tl.sum((a - weight[:, None] * x) * u, 1)
+    for k in range(0, D, BD):
+        d = k + tl.arange(0, BD)
+        inside = here[:, None] & (d[None, :] < D)
+        z = tl.load(z_p + place + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_p + place + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(a_p + place + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        u = tl.where(inverse[:, None] > 0, z * inverse[:, None], 0.0)
+        g = a - weight[:, None] * x - along[:, None] * u
+        tl.store(out_p + place + d[None, :], _narrow(g, out_p.dtype.element_ty), mask=inside)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched product with float32 accumulation and output."""
+    if a.dtype == torch.float32:
+        return torch.bmm(a, b)
+    if a.device.type == "cuda":
+        try:
+            return torch.bmm(a, b, out_dtype=torch.float32)
+        except TypeError:  # torch < 2.8 has no out_dtype; rounding the product to bfloat16 would lose the cosines
+            pass
+    return torch.bmm(a.float(), b.float())
+
+
+def _chunk_rows(rows: int, n: int, width: int, operand_bytes: int) -> int:
+    """Rows at once: the chunk's S, W, d and A together stay below half of the hidden states or 64 MiB, if larger."""
+    per_row = n * n * (4 + operand_bytes) + n * width * (4 + operand_bytes)
+    budget = max(64 * 2**20, rows * n * width * operand_bytes // 2)
+    return max(1, min(rows, budget // per_row))
+
+
+def sweep(
+    z_RND: Tensor, valid_RN: Tensor | None, label_RN: Tensor | None, s: Settings, want_gradient: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As :func:`decondense.losses.chunked.sweep`: sums per token, gradient of the unit's sum per token, its factor."""
+    assert s.form in SUPPORTED, s
+    assert s.clamp is None, s
+    assert z_RND.dtype != torch.float64
+    assert available(z_RND.device), z_RND.device
+    z_RND = z_RND.contiguous()
+    rows, n, width = z_RND.shape
+    device = z_RND.device
+    operand = torch.float32 if z_RND.dtype == torch.float32 else torch.bfloat16
+    # half precision has too little range for a gradient that a loss scale has not multiplied yet
+    kept = torch.bfloat16 if z_RND.dtype == torch.bfloat16 else torch.float32
+    new = {"dtype": torch.float32, "device": device}
+    sums_RN, inverse_RN = torch.empty(rows, n, **new), torch.empty(rows, n, **new)  # type: ignore[call-overload]
+    gradient = torch.empty(rows, n, width, dtype=kept, device=device) if want_gradient else None
+    valid = None if valid_RN is None else valid_RN.to(torch.uint8).contiguous()
+    label = None if label_RN is None else label_RN.to(torch.int32).contiguous()
+    rate, slope = _rate_and_slope(s)
+    # where rounding (of products to 24, or of operands to 8 bits) may put a pair below delta
+    floor = max(0.25 * s.delta**2, 1e-12)
+    block_d = min(256, triton.next_power_of_2(width))
+    block_m = 16
+    blocks = triton.cdiv(n, block_m)
+    chunk = _chunk_rows(rows, n, width, operand.itemsize)
+    none: Any = inverse_RN  # a pointer for arguments that the kernel does not read
+    for start in range(0, rows, chunk):
+        part = slice(start, min(start + chunk, rows))
+        z, inverse, sums = z_RND[part], inverse_RN[part], sums_RN[part]
+        count = z.shape[0]
+        v = none if valid is None else valid[part]
+        q = none if label is None else label[part]
+        has_valid, has_label = valid is not None, label is not None
+        partial = torch.empty(count, blocks, width, **new)  # type: ignore[call-overload]
+        grid = (count, blocks)
+        _norms[grid](z, v, inverse, partial, n, width, blocks, HAS_VALID=has_valid, BM=block_m, BD=block_d)
+        present = (inverse > 0).sum(dim=1, keepdim=True).clamp(min=1)
+        mean = partial.sum(dim=1).div_(present)
+        x = torch.empty(z.shape, dtype=operand, device=device)
+        square = torch.empty(count, n, **new)  # type: ignore[call-overload]
+        _operand[grid](z, v, inverse, mean, x, square, n, width, HAS_VALID=has_valid, BM=block_m, BD=block_d)
+        S = _product(x, x.mT)
+        # float32 weights go where the products were; narrower ones need a place of their own
+        W = S if operand == torch.float32 else torch.empty(S.shape, dtype=operand, device=device)
+        weight_sum = torch.empty(count, n, **new)  # type: ignore[call-overload]
+        _weights[grid](
+            S,
+            W,
+            v,
+            q,
+            inverse,
+            square,
+            sums,
+            weight_sum,
+            n,
+            rate,
+            s.shrink,
+            floor,
+            s.margin,
+            KIND=_KINDS[s.form],
+            DIAGONAL=s.diagonal,
+            HAS_VALID=has_valid,
+            HAS_LABEL=has_label,
+            GRADIENT=want_gradient,
+            BM=block_m,
+            BN=min(128, triton.next_power_of_2(n)),
+        )
+        if gradient is not None:
+            A = _product(W, x)
+            _tangent[grid](z, x, A, inverse, weight_sum, gradient[part], n, width, BM=block_m, BD=block_d)
+    factor_RN = inverse_RN.mul_(2.0 * slope) if want_gradient else None
+    return sums_RN, gradient, factor_RN
+
+
+def _rate_and_slope(s: Settings) -> tuple[float, float]:
+    """Rate of the exponential, and the constant factor of f'(c) that the kernel leaves out."""
+    if s.form == "angular":
+        rate = 1.0 / (math.pi * s.tau)
+        return rate, rate * s.shrink
+    if s.form == "orthogonalization":
+        return 0.0, 2.0 * s.shrink / math.pi
+    if s.form == "cosine_infonce":
+        return 1.0 / s.tau, 1.0 / s.tau
+    if s.form == "uniformity":
+        return 4.0 / s.tau, 4.0 / s.tau
+    return 0.0, 2.0
