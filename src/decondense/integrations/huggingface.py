@@ -122,7 +122,8 @@ class _TrainerHandle:
             return result
         total, count = taken
         loss = result[0] if return_outputs else result
-        self.seen = self.seen.to(count.device) + count
+        if handle.config.loss.pairs == "all":  # a random subset may hold no pair of a short sequence: that adds 0
+            self.seen = self.seen.to(count.device) + count
         # What follows undoes what comes later: the mean over ranks of the gradients, and the division of an unscaled
         # loss.
         steps = getattr(trainer, "current_gradient_accumulation_steps", 1)
