@@ -24,6 +24,7 @@ from decondense.compare import (
     CompareError,
     Comparison,
     Difference,
+    Interval,
     Measure,
     Study,
     compare,
@@ -34,6 +35,7 @@ from decondense.records import Row, atomic_write
 
 MINUS = "\N{MINUS SIGN}"
 NONE = "\N{EN DASH}"
+NBSP = "\N{NO-BREAK SPACE}"
 
 
 class ReportPaths(TypedDict):
@@ -66,6 +68,10 @@ def interval(bounds: tuple[float, float] | None, digits: int = 3) -> str:
     )
 
 
+def _bounds(found: tuple[float, float] | None, digits: int = 3) -> Entry:
+    return NONE if found is None else (interval(found, digits), found)
+
+
 def probability(p: float | None) -> str:
     """A p-value with three digits, or ``<0.001``."""
     return NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
@@ -88,37 +94,46 @@ def _seeds(n: int) -> str:
     return "1 seed" if n == 1 else f"{n} seeds"
 
 
-def _digits(measure: Measure) -> int:
-    return 3
-
-
-def _loss_clause(d: Difference, label: str) -> str:
-    size = f"{number(d.mean, sign=True)} {d.unit or ''}".strip()
+def _score_clause(d: Difference, label: str) -> str:
+    size = f"{number(abs(d.mean))} {d.unit}".strip()
     better = sum((x > 0) == bool(d.higher_is_better) and x != 0 for x in d.differences)
     if d.n < 2:
+        way = "lower" if d.mean < 0 else "higher"
         return (
-            f"{label} differed by {size} in the only seed, which cannot be told from chance: more seeds are needed "
-            "before anything is concluded"
+            f"{label} is {way} by {size} in the only seed, which cannot be told from chance: no interval and no "
+            "test, more seeds are needed"
         )
-    evidence = f"{size}, 95 % interval {interval(d.interval)}, n = {_seeds(d.n)}, better in {better} of {d.n}"
+    evidence = (
+        f"95{NBSP}% interval of the difference {interval(d.interval)}, n = {_seeds(d.n)}, better in {better} of {d.n}"
+    )
     if not d.detected:
-        corrected = ""
-        if d.p is not None and d.p <= 0.05:
-            corrected = "; after correction for several arms"
-        return f"{label} shows no detectable difference ({evidence}{corrected})"
-    return f"{label} ended {d.verdict}, that is {d.judgement} ({evidence})"
+        corrected = ", after correction for several arms" if d.p is not None and d.p <= 0.05 else ""
+        signed = f"{number(d.mean, sign=True)} {d.unit}".strip()
+        return f"{label} shows no detectable difference{corrected} ({signed}, {evidence})"
+    return f"{label} is {d.verdict}, which is {d.judgement}, by {size} ({evidence})"
 
 
 def _cosine_clause(d: Difference, label: str) -> str:
-    base = sum(d.baseline_values) / d.n
-    arm = sum(d.arm_values) / d.n
-    values = f"{number(base)} to {number(arm)}"
+    values = f"{number(sum(d.baseline_values) / d.n)} to {number(sum(d.arm_values) / d.n)}"
     if d.n < 2:
-        return f"{label} changed it from {values} in its one seed (not tested)"
-    tail = f"95 % interval of the difference {interval(d.interval)}"
+        return f"{label} moves it from {values} in its one seed (not tested)"
+    tail = f"95{NBSP}% interval of the difference {interval(d.interval)}"
     if not d.detected:
         return f"{label} shows no detectable difference ({values}, {tail})"
-    return f"{label} {'lowered' if d.mean < 0 else 'raised'} it from {values} ({tail})"
+    return f"{label} {'lowers' if d.mean < 0 else 'raises'} it from {values} ({tail})"
+
+
+def _cost_clause(found: Comparison, arm: str, ratio: float) -> str:
+    clause = f"{found.labels[arm]} takes {ratio:.2f} times as long"
+    speed = next((s for s in found.speed if s.arm == arm), None)
+    if speed is None:
+        return clause
+    target = f"the loss with which {found.labels[found.baseline]} ended"
+    if speed.median_token_ratio is not None:
+        return f"{clause} and reaches {target} after {100 / speed.median_token_ratio:.0f}{NBSP}% of the tokens"
+    if speed.reached:
+        return f"{clause} and reaches {target} in {speed.reached} of {speed.n} seeds"
+    return f"{clause} and never reaches {target}"
 
 
 def sentences(found: Comparison) -> list[str]:
@@ -128,38 +143,20 @@ def sentences(found: Comparison) -> list[str]:
     if not found.treated:
         return [f"Only {base} has finished runs, so there is nothing to compare it with."]
     lines: list[str] = []
-    target = found.validation or (found.tasks[0] if found.tasks else None)
-    if target is not None and target.differences:
-        what = "the held-out loss" if target is found.validation else target.name
-        clauses = [_loss_clause(d, label[d.arm]) for d in target.differences]
-        lines.append(f"At the end of training, against {base} and in {what}, " + "; ".join(clauses) + ".")
-    for mean in found.means:
-        clauses = [_loss_clause(d, label[d.arm]) for d in mean.measure.differences]
+    scores = [("Held-out loss" if task is found.validation else task.name, task) for task in found.tasks]
+    # with many tasks their mean speaks for them
+    wanted = scores if len(found.tasks) < 3 else [pair for pair in scores if pair[1] is found.validation]
+    for name, measure in [*wanted, *((f"The {mean.measure.name}", mean.measure) for mean in found.means)]:
+        clauses = [_score_clause(d, label[d.arm]) for d in measure.differences]
         if clauses:
-            lines.append(f"In the {mean.measure.name}, " + "; ".join(clauses) + ".")
+            lines.append(f"{name} at the end of training, paired with {base}: " + "; ".join(clauses) + ".")
     blocks = next((m for m in found.condensation if m.name == "mean cosine, all blocks"), None)
     if blocks is not None and blocks.differences:
         clauses = [_cosine_clause(d, label[d.arm]) for d in blocks.differences]
-        lines.append("As to condensation, the mean cosine of the blocks: " + "; ".join(clauses) + ".")
-    costs = []
-    for entry in found.cost:
-        if entry.wall_ratio:
-            speed = next((s for s in found.speed if s.arm == entry.arm), None)
-            reached = ""
-            if speed is not None:
-                if speed.median_token_ratio is not None:
-                    reached = (
-                        f" and it reached the loss with which {base} ended after "
-                        f"{100 / speed.median_token_ratio:.0f} % of the tokens"
-                    )
-                elif speed.reached:
-                    reached = f" and it reached the loss with which {base} ended in {speed.reached} of {speed.n} seeds"
-                else:
-                    reached = f" and it never reached the loss with which {base} ended"
-            costs.append(f"a step of {label[entry.arm]} took {entry.wall_ratio[0]:.2f} times as long{reached}")
+        lines.append("Condensation, as the mean cosine over the blocks: " + "; ".join(clauses) + ".")
+    costs = [_cost_clause(found, entry.arm, entry.wall_ratio[0]) for entry in found.cost if entry.wall_ratio]
     if costs:
-        text = "; ".join(costs)
-        lines.append(text[0].upper() + text[1:] + ".")
+        lines.append("An optimizer step of " + "; of ".join(costs) + ".")
     return lines
 
 
@@ -172,8 +169,8 @@ def summary(found: Comparison) -> str:
 # Tables
 # --------------------------------------------------------------------------------------------------------------------
 
-Entry = str | tuple[str, float | int | None]
-"""What is shown, or what is shown and the number behind it (for CSV)."""
+Entry = str | tuple[str, float | int | None] | tuple[str, Interval]
+"""What is shown, or what is shown and the number or the two bounds behind it (for CSV)."""
 
 
 @dataclass(frozen=True)
@@ -193,13 +190,26 @@ class Table:
 
     def to_csv(self) -> str:
         """Comma-separated, with full precision where a cell is a number."""
+        pairs = {
+            i for row in self.rows for i, e in enumerate(row) if not isinstance(e, str) and isinstance(e[1], tuple)
+        }
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(self.columns)
+        head: list[str] = []
+        for i, column in enumerate(self.columns):
+            head += [f"{column}, low", f"{column}, high"] if i in pairs else [column]
+        writer.writerow(head)
         for row in self.rows:
-            writer.writerow(
-                [entry if isinstance(entry, str) else "" if entry[1] is None else repr(entry[1]) for entry in row]
-            )
+            cells: list[str] = []
+            for i, entry in enumerate(row):
+                value = entry if isinstance(entry, str) else entry[1]
+                if i in pairs:
+                    cells += [repr(bound) for bound in value] if isinstance(value, tuple) else ["", ""]
+                elif isinstance(value, str):
+                    cells.append("" if value == NONE else value)
+                else:
+                    cells.append("" if value is None else repr(value))
+            writer.writerow(cells)
         return buffer.getvalue()
 
     def to_markdown(self) -> str:
@@ -250,11 +260,17 @@ def _measures(found: Comparison) -> list[Measure]:
     return [*found.tasks, *(mean.measure for mean in found.means), *found.condensation]
 
 
+def _main_measures(found: Comparison) -> list[Measure]:
+    """Without the single benchmarks, which have a table of their own."""
+    validation = [found.validation] if found.validation is not None else []
+    return [*validation, *(mean.measure for mean in found.means), *found.condensation]
+
+
 def headline(found: Comparison) -> Table:
-    """Every measure of the final checkpoints with its paired difference."""
+    """Held-out loss, means over tasks and condensation of the final checkpoints, with their paired differences."""
     several = len(found.treated) > 1
     rows: list[tuple[Entry, ...]] = []
-    for measure in _measures(found):
+    for measure in _main_measures(found):
         unit = f" ({measure.unit})" if measure.unit and measure.unit != "cosine" else ""
         for d in measure.differences:
             name: tuple[Entry, ...] = (measure.name + unit, *((found.labels[d.arm],) if several else ()))
@@ -264,7 +280,7 @@ def headline(found: Comparison) -> Table:
                     _mean_and_sd(measure, found.baseline),
                     _mean_and_sd(measure, d.arm),
                     (number(d.mean, sign=True), d.mean),
-                    interval(d.interval),
+                    _bounds(d.interval),
                     (probability(d.p_holm), d.p_holm),
                     (probability(d.p_sign_flip_holm), d.p_sign_flip_holm),
                     (number(d.effect_size, 2, sign=True), d.effect_size),
@@ -276,18 +292,21 @@ def headline(found: Comparison) -> Table:
     columns = (
         *first,
         found.labels[found.baseline],
-        "arm" if several else found.labels[found.treated[0]] if found.treated else "arm",
+        "its value" if several else found.labels[found.treated[0]] if found.treated else "arm",
         "difference",
         "95 % interval",
         "p",
         "p, sign flip",
-        "effect size g",
+        "effect g",
         "n",
         "in words",
     )
+    items = f" over {found.validation.items} held-out items" if found.validation and found.validation.items else ""
+    holm = " and is corrected over arms (Holm)" if several else ""
     caption = (
-        "Final checkpoints, mean ± standard deviation over seeds, and paired differences by seed. "
-        f"p belongs to the interval{' and is corrected over arms (Holm)' if several else ''}."
+        "Final checkpoints: mean ± standard deviation over seeds, and paired differences by seed. "
+        f"Validation loss{items}. p belongs to the interval{holm}; the sign-flip test assumes less and needs six seeds "
+        "or more to reach 0.05."
     )
     return Table("headline", caption, columns, tuple(rows), len(first))
 
@@ -308,13 +327,13 @@ def layer_table(found: Comparison) -> Table | None:
             row.append((number(values.mean) + spread, values.mean))
         for arm in treated:
             d = layers.differences[arm][place]
-            row += [(number(d.mean, sign=True), d.mean), interval(d.interval)]
+            row += [(number(d.mean, sign=True), d.mean), _bounds(d.interval)]
         rows.append(tuple(row))
     several = len(treated) > 1
     tail = [f"Δ {found.labels[arm]}" if several else "difference" for arm in treated]
     columns = ["layer", *(found.labels[arm] for arm in arms)]
     for name in tail:
-        columns += [name, "95 % interval"]
+        columns += [name, f"95 % interval of {name}" if several else "95 % interval"]
     return Table(
         "layers",
         "Mean cosine similarity by layer at the end of training, mean ± standard deviation over seeds; intervals are "
@@ -367,14 +386,14 @@ def cost_table(found: Comparison) -> Table | None:
                 (number(cpu, 1), cpu),
                 _ratio(c.cpu_ratio),
                 (number(total, 1) + (" *" if c.resumed else ""), total),
-                (NONE if memory is None else f"{memory / 2**20:,.0f}", memory),
+                (NONE if memory is None else f"{memory / 2**20:,.0f}", None if memory is None else memory / 2**20),
                 (str(len(c.seeds)), len(c.seeds)),
             )
         )
     if not rows:
         return None
     columns = (
-        "arm", "step (ms)", "× baseline [range]", "step, CPU (ms)", "× baseline [range]", "training (s)",
+        "arm", "step (ms)", "step × baseline [range]", "CPU of a step (ms)", "CPU × baseline [range]", "training (s)",
         "peak memory (MiB)", "runs",
     )  # fmt: skip
     note = (
@@ -468,7 +487,11 @@ def task_table(found: Comparison) -> Table | None:
         row += [_mean_and_sd(measure, arm) for arm in found.arms]
         for arm in found.treated:
             d = measure.difference(arm)
-            row += [(number(d.mean, sign=True), d.mean), interval(d.interval)] if d else [NONE, NONE]
+            row += (
+                [(number(d.mean, sign=True), d.mean), _bounds(d.interval), (probability(d.p_holm), d.p_holm)]
+                if d
+                else [NONE] * 3
+            )
         rows.append(tuple(row))
 
     for task in tasks:
@@ -476,16 +499,52 @@ def task_table(found: Comparison) -> Table | None:
     for mean in found.means:
         add(mean.measure.name, mean.measure)
         ranks: list[Entry] = [(number(mean.mean_rank.get(arm), 2), mean.mean_rank.get(arm)) for arm in found.arms]
-        rows.append((f"mean rank ({mean.metric})", NONE, *ranks, *[NONE] * (2 * len(found.treated))))
+        rows.append((f"mean rank ({mean.metric})", NONE, *ranks, *[NONE] * (3 * len(found.treated))))
     columns = ["task", "items", *(found.labels[arm] for arm in found.arms)]
     for arm in found.treated:
-        columns += [f"Δ {found.labels[arm]}", "95 % interval"]
+        name = f"Δ {found.labels[arm]}"
+        columns += [name, f"95 % interval of {name}", f"p of {name}"]
     return Table(
         "tasks",
         "Benchmarks at the final checkpoint, paired by seed and by item; rank 1 is best.",
         tuple(columns),
         tuple(rows),
     )
+
+
+def difference_table(found: Comparison) -> Table | None:
+    """Every paired difference with both intervals and both tests."""
+    layers = [d for entries in found.layers.differences.values() for d in entries] if found.layers else []
+    rows = tuple(
+        (
+            d.quantity,
+            found.labels[d.arm],
+            (number(d.mean, 4, sign=True), d.mean),
+            _bounds(d.interval_over_seeds, 4),
+            _bounds(d.interval_over_seeds_and_items, 4),
+            d.interval_kind or NONE,
+            (probability(d.p), d.p),
+            (probability(d.p_holm), d.p_holm),
+            (probability(d.p_sign_flip), d.p_sign_flip),
+            (probability(d.p_sign_flip_smallest), d.p_sign_flip_smallest),
+            (number(d.effect_size, 2, sign=True), d.effect_size),
+            (str(d.n), d.n),
+            (NONE if d.items is None else str(d.items), d.items),
+            d.verdict,
+        )
+        for d in [*(d for measure in _measures(found) for d in measure.differences), *layers]
+    )
+    if not rows:
+        return None
+    columns = (
+        "measure", "arm", "difference", "95 % interval over seeds", "95 % interval over seeds and items", "shown", "p",
+        "p, Holm", "p, sign flip", "smallest p, sign flip", "effect g", "n", "items", "in words",
+    )  # fmt: skip
+    caption = (
+        "Every paired difference: both intervals (the wider is the one shown elsewhere), the p of the shown one, "
+        "and the exact sign-flip p."
+    )
+    return Table("differences", caption, columns, rows, 2)
 
 
 def terminal_table(found: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -771,6 +830,7 @@ _TABLES: dict[str, Callable[[Comparison], Table | None]] = {
     "cost": cost_table,
     "speed": speed_table,
     "best_checkpoint": selection_table,
+    "differences": difference_table,
 }
 
 

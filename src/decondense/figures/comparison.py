@@ -183,7 +183,8 @@ def profiles(study: Study, steps: Sequence[int] | None = None) -> Figure:
     with figure_style():
         panels = max(1, len(steps))
         figure, axes = new_figure(_width(panels), 2.55, panels, sharey=True)
-        rows = [p for cell in study.cells.values() for step, p in cell.profiles.items() if step in steps]
+        # all times share one axis, in one figure or in several
+        rows = [profile for cell in study.cells.values() for profile in cell.profiles.values()]
         lowest = min((min(p["mean_cosine"]) for p in rows), default=0.0)
         for number, (place, step) in enumerate(zip(axes, steps, strict=False)):
             _profile_panel(place, study, step, looks)
@@ -218,6 +219,21 @@ def _profile_panel(axes: Axes, study: Study, step: int, looks: Looks) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axes.set_xlabel("layer (0 = embedding)")
     axes.set_title(when(study, step))
+
+
+def overview(study: Study) -> Figure:
+    """The study at a glance: mean cosine by layer early and at the end, and the held-out loss over training."""
+    looks = looks_of(study)
+    steps = times(study)[-2:]
+    with figure_style():
+        figure, axes = new_figure(PAGE, 2.55, len(steps) + 1)
+        for place, step in zip(axes, steps, strict=False):
+            _profile_panel(place, study, step, looks)
+            place.set_ylim(-0.03, 1.02)
+        axes[0].set_ylabel("mean cosine similarity")
+        _loss_panel(axes[-1], study, "validation", looks, VALIDATION)
+        _legend(figure, axes)
+    return figure
 
 
 # --------------------------------------------------------------------------------------------------------------------
