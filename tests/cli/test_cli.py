@@ -90,7 +90,7 @@ def test_measure_the_trained_model(quick_demo: Path, tmp_path: Path, capsys) -> 
     assert status == 0, err
     assert (tmp_path / "m" / "heatmap.png").exists()
     profile = json.loads((tmp_path / "m" / "profile.json").read_text())
-    assert len(profile["mean_cosine"]) == 5
+    assert len(profile["summary"]["mean_cosine"]) == 5
 
 
 def test_the_demo_directory_cannot_be_taken_by_another_study(quick_demo: Path, capsys, monkeypatch) -> None:

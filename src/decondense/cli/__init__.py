@@ -61,11 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except Exception as error:
-        import click
-
-        if isinstance(error, click.ClickException):
+        # usage errors; typer carries its own copy of click in some releases, so they are known by what they can do
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
-            return error.exit_code
+            return int(error.exit_code)
         if debug or not isinstance(error, (ValueError, OSError, RuntimeError)):
             raise
         _complain(_say(error))

@@ -97,20 +97,24 @@ def train(
 
     rows_path = cell_folder(folder, arm, seed) / "rows.jsonl"
 
+    shown = 0
+
     def watch() -> None:
-        steps = (
-            [row for row in read_rows(rows_path, check=False) if row["kind"] == "step"] if rows_path.exists() else []
-        )
-        if steps and is_main_process():
-            row = steps[-1]
-            console.print(f"{arm} seed {seed}: step {row['step']}/{chosen.train.steps}, loss {row['loss']:.4f}")
+        nonlocal shown
+        if not is_main_process() or not rows_path.exists():
+            return
+        steps = [row for row in read_rows(rows_path, check=False) if row["kind"] == "step" and row["step"] > shown]
+        for row in steps:
+            shown = row["step"]
+            console.print(f"{arm} seed {seed}: step {shown}/{chosen.train.steps}, loss {row['loss']:.4f}")
 
     ended = run_cell(chosen, chosen.arm(arm), seed, corpus, rows_path.parent, retry_failed=retry_failed, watch=watch)
     if is_main_process():
         write_rows(folder / "rows.jsonl", collect(chosen, folder))
     if ended["status"] == "failed":
         raise RuntimeError(f"{arm} seed {seed} failed: {ended['error']}")
-    console.print(f"finished: {rows_path.parent / 'final'}")
+    if is_main_process():
+        console.print(f"finished: {rows_path.parent / 'final'}")
 
 
 def _seeds(number: int | None) -> dict[str, object]:

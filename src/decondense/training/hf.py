@@ -212,6 +212,9 @@ def _arguments(train: TrainConfig, folder: Path, seed: int) -> TrainingArguments
         # two, because a checkpoint counts only once it is marked, and rotation comes before the mark
         save_total_limit=2,
         seed=seed,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend=None if torch.cuda.is_available() or world == 1 else "gloo",
+        ddp_find_unused_parameters=False if world > 1 else None,
         bf16=train.precision == "bf16",
         **_checkpointing(train.gradient_checkpointing),
         remove_unused_columns=False,

@@ -1,0 +1,94 @@
+"""Every number and figure of the README and the docs, made from the committed rows of ``benchmarks/results/``.
+
+    python benchmarks/tables.py           # write
+    python benchmarks/tables.py --check   # say what is out of date, and exit with 1
+
+A table stands between ``<!-- rows:NAME -->`` and ``<!-- /rows -->``; NAME is a key of ``TABLES`` below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from decondense.compare import Study, compare
+from decondense.figures.comparison import overview
+from decondense.figures.style import export
+from decondense.records import Row, read_rows
+from decondense.report import headline, layer_table, sentences
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PLACE = re.compile(r"(<!-- rows:([\w-]+) -->\n).*?(<!-- /rows -->)", re.DOTALL)
+
+
+def rows_of(name: str) -> list[Row]:
+    path = RESULTS / f"{name}.jsonl"
+    return read_rows(path) if path.exists() else []
+
+
+def machine(row: Row) -> str:
+    found = row["provenance"]
+    threads = f", {found['threads']} thread a run" if found.get("threads") == 1 else ""
+    return f"{found['cpu']}, {found['cores']} cores{threads}; torch {found['versions']['torch']}"
+
+
+def demo() -> str:
+    rows = rows_of("demo")
+    found = compare(rows)
+    ended = next(row for row in rows if row["kind"] == "run" and row["status"] == "finished")
+    layers = layer_table(found)
+    assert layers is not None
+    body = "\n".join(f"- {sentence}" for sentence in sentences(found))
+    return (
+        f"{headline(found).to_markdown()}\n{layers.to_markdown()}\n{body}\n\n"
+        f"One run of `decondense demo` on {machine(ended)}; rows: `benchmarks/results/demo.jsonl`. The embedded text "
+        "depends on the installed versions, so other machines get other numbers.\n"
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {"demo": demo}
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def filled(text: str) -> str:
+    """The text with every table made anew; a name that nothing makes raises."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match.group(2)
+        if name not in TABLES:
+            raise ValueError(f"no table is called {name!r}; known: {', '.join(TABLES)}.")
+        return f"{match.group(1)}{TABLES[name]().rstrip()}\n{match.group(3)}"
+
+    return PLACE.sub(fill, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 1 when something is out of date"
+    )
+    check = parser.parse_args().check
+    stale = []
+    for path in documents():
+        text = path.read_text(encoding="utf-8")
+        made = filled(text)
+        if made != text:
+            stale.append(path.relative_to(ROOT))
+            if not check:
+                path.write_text(made, encoding="utf-8")
+    if not check and (rows := rows_of("demo")):
+        export(overview(Study.from_rows(rows)), ROOT / "docs" / "images" / "demo", ("png",), dpi=200)
+    for path in stale:
+        print(f"{'out of date' if check else 'written'}: {path}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

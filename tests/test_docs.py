@@ -1,0 +1,89 @@
+"""The README and the docs cannot rot: their code runs, their links lead somewhere, their numbers come from rows."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from decondense.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = BLOCK.findall(README)
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("number", [n for n, (language, _) in enumerate(BLOCKS) if language == "python"])
+def test_python_blocks_of_the_readme_run(number: int, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", BLOCKS[number][1]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as the README's commands expect it: its study file, a text, a model."""
+    folder = tmp_path_factory.mktemp("readme")
+    (study,) = [text for language, text in BLOCKS if language == "yaml"]
+    (folder / "mine.yaml").write_text(study)
+    (folder / "my-text").mkdir()
+    for number in range(40):
+        words = " ".join(f"sentence {number} has the word {number * k % 97}." for k in range(120))
+        (folder / "my-text" / f"{number}.txt").write_text(words)
+    return folder
+
+
+def test_every_command_of_the_readme_works(workplace: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("DECONDENSE_CACHE", str(workplace / "cache"))
+    lines = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines() if line.strip()]
+    seen = []
+    # the study's own commands first: they train the model that `measure MODEL` needs
+    for line in sorted(lines, key=lambda line: "MODEL" in line):
+        words = shlex.split(line, comments=True)
+        seen.append(words[0])
+        if words[0] == "make":
+            # resolving the target proves that it exists; the demo and the tests have tests of their own
+            subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], check=True, capture_output=True)
+        elif words[0] == "decondense":
+            model = workplace / "mine" / "cells" / "dispersion" / "seed-0" / "final"
+            words = [str(model) if word == "MODEL" else word for word in words]
+            more = ["--tokens", "32", "--passages", "4"] if words[1] == "measure" else []
+            assert main([*words[1:], *more]) == 0, capsys.readouterr().err
+        else:
+            assert words[:2] == ["pip", "install"], f"nobody tests the command {line!r}"
+    assert {"make", "decondense", "pip"} <= set(seen)
+    assert (workplace / "mine" / "report.html").exists()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://")):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_numbers_come_from_committed_rows() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_documentation_speaks_of_the_project_alone() -> None:
+    for path in DOCUMENTS:
+        assert not re.search(r"(?<![\w.])/(work|tmp|root|home)/", path.read_text(encoding="utf-8")), path
