@@ -259,7 +259,7 @@ def forest(
         for d in measure.differences:
             lines.append((place, d))
             if not grouped:
-                ticks.append((place, looks.label(d.arm)))
+                ticks.append((place, looks.tick(d.arm)))
             place += 1.0
         if grouped:
             ticks.append(((first + place - 1) / 2, name))
@@ -361,7 +361,7 @@ def cost(comparison: Comparison) -> Figure:
                     textcoords="offset points",
                     va="center",
                 )
-        axes.set_yticks(range(len(entries)), [looks.label(entry.arm) for entry in entries])
+        axes.set_yticks(range(len(entries)), [looks.tick(entry.arm) for entry in entries])
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(entries) - 0.5, -0.5)
         axes.set_xlabel("optimizer step (ms, median of a run)")
@@ -434,7 +434,7 @@ def heat_maps(study: Study, arms: Sequence[str], *, count: int = 5, width: float
                 if line == len(arms) - 1:
                     axes.set_xlabel("layer fraction")
                 if number == 0:
-                    axes.set_ylabel(f"{looks.label(arm)}\ncosine" if len(arms) > 1 else "cosine")
+                    axes.set_ylabel(f"{looks.tick(arm)}\ncosine" if len(arms) > 1 else "cosine")
         assert mesh is not None
         bar = figure.colorbar(mesh, ax=table, extend="max", ticks=[0, 5, 10], fraction=0.03, pad=0.015, aspect=25)
         bar.set_label("density")

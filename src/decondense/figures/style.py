@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -120,8 +121,13 @@ class Looks:
         return _MARKERS[self._number.get(arm, 0) % len(_MARKERS)]
 
     def label(self, arm: str) -> str:
-        """How the arm is called in print."""
-        return self.labels.get(arm) or arm
+        """How the arm is called in a legend, cut to 36 characters."""
+        text = self.labels.get(arm) or arm
+        return text if len(text) <= 36 else text[:35].rstrip() + "…"
+
+    def tick(self, arm: str) -> str:
+        """How the arm is called beside an axis: at most two short lines."""
+        return textwrap.fill(self.labels.get(arm) or arm, 18, max_lines=2, placeholder="…")
 
 
 def new_figure(width: float, height: float, panels: int = 1, **keywords: Any) -> tuple[Figure, list[Axes]]:
