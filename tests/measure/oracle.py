@@ -10,11 +10,11 @@ import numpy as np
 def cosines(states: Any) -> np.ndarray:
     """[N, N] cosine matrix of the rows of [N, D], in float64."""
     z = np.asarray(states, dtype=np.float64)
-    result = np.empty((len(z), len(z)))
-    for i, a in enumerate(z):
-        for j, b in enumerate(z):
-            scale = np.sqrt((a * a).sum()) * np.sqrt((b * b).sum())
-            result[i, j] = (a * b).sum() / scale if scale > 0 else 0.0
+    length = np.sqrt((z * z).sum(axis=1))
+    result = np.zeros((len(z), len(z)))
+    for i, row in enumerate(z):
+        scale = length[i] * length
+        result[i] = np.divide((z * row).sum(axis=1), scale, out=np.zeros(len(z)), where=scale > 0)
     return result
 
 

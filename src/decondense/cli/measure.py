@@ -363,8 +363,8 @@ def _show(console: Console, label: str, profile: Profile, place: Path, bins: int
     for name in ("spearman", "kendall"):
         low, high = profile.interval(name)
         console.print(
-            f"{name.capitalize()} of the mean cosine with depth: {getattr(profile, name):.2f} "
-            f"(95 % interval over passages {low:.2f} to {high:.2f})",
+            f"{name.capitalize()} of mean cosine and depth: {getattr(profile, name):+.2f} "
+            f"(95 % interval over passages {low:+.2f}..{high:+.2f})",
             highlight=False,
         )
     atomic_write(place / "layers.md", tables.to_markdown(table))
@@ -420,7 +420,8 @@ def _print(console: Console, table: tuple[list[str], list[list[Any]]], title: st
 
     shown = Table(title=title, title_justify="left", header_style="bold")
     for number, name in enumerate(table[0]):
-        shown.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
+        # spaces, so that a long name of a metric breaks where words end
+        shown.add_column(name.replace("_", " "), justify="left" if number == 0 else "right", no_wrap=number == 0)
     for line in table[1]:
         shown.add_row(*(format_cell(cell) for cell in line))
     console.print(shown)

@@ -70,10 +70,10 @@ def columns(table: Table, names: Sequence[str]) -> Table:
 
 
 def compact(table: Table) -> Table:
-    """For a terminal: every (low, high) after a value as one column, and no side metrics."""
+    """For a terminal: every (low, high) after a value as one column, and the means, norms and quantiles only."""
     head, lines = table
     keep = head[: head.index("95 %") + 1] if "95 %" in head else head
-    places = [i for i, name in enumerate(keep) if name not in ("low", "high")]
+    places = [i for i, name in enumerate(keep) if name not in ("low", "high", "mean cosine i!=j")]
     intervals = {i - 1 for i, name in enumerate(keep) if name == "low"}
     shown: list[str] = []
     for i in places:
@@ -86,7 +86,7 @@ def compact(table: Table) -> Table:
             cells.append(f"{value:.3f}" if isinstance(value, float) and 0 < abs(value) < 10 else value)
             if i in intervals:
                 low, high = float(line[i + 1]), float(line[i + 2])
-                cells.append("-" if math.isnan(low) else f"{low:.3f} to {high:.3f}")
+                cells.append("-" if math.isnan(low) else f"{low:.3f}..{high:.3f}")
         result.append(cells)
     return shown, result
 

@@ -1,0 +1,162 @@
+"""What measuring costs beside the forward pass: wall time and peak memory, as ratios within one run.
+
+    python benchmarks/bench_measure.py [--width 256] [--passages 100] [--rounds 10] [--threads N] [--out FILE.jsonl]
+
+A GPT-2-like model of 12 layers with random weights, 512 tokens a passage. Time: rounds of (forward, means, both
+histograms) follow each other, so that a busy machine slows all alike; each row gives the sum over rounds and the
+median ratio of a round to its own forward pass. "forward" is the model without its language-model head, which measuring
+does not need; "forward with logits" is what a plain call of the model costs. Memory: the peak of resident memory after
+the model is built, each variant in a process of its own (Linux).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TOKENS = 512
+VOCABULARY = 50257
+
+
+def build(width: int) -> Any:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    heads = max(1, width // 64)
+    config = GPT2Config(n_embd=width, n_layer=12, n_head=heads, n_positions=TOKENS, vocab_size=VOCABULARY)
+    return GPT2LMHeadModel(config).eval()
+
+
+def passages(count: int) -> Any:
+    import torch
+
+    return torch.randint(0, VOCABULARY, (count, TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def runner(variant: str, model: Any, batch_size: int) -> Callable[[Any], None]:
+    import torch
+
+    from decondense import measure
+
+    if variant.startswith("forward"):
+        module = model if variant == "forward with logits" else model.base_model
+
+        def forward(ids: Any) -> None:
+            with torch.no_grad():
+                for start in range(0, len(ids), batch_size):
+                    module(input_ids=ids[start : start + batch_size], use_cache=False)
+
+        return forward
+    kinds: tuple[str, ...] = {"means": (), "pooled": ("pooled",), "both": ("pooled", "averaged")}[variant]
+    return lambda ids: void(measure(model, input_ids=ids, histograms=kinds, batch_size=batch_size))
+
+
+def void(_: object) -> None:
+    """Let a result go."""
+
+
+def peak_bytes(variant: str, width: int, count: int, batch_size: int, threads: int) -> int:
+    """Peak resident bytes of a process that runs one variant on ``count`` passages."""
+    command = [sys.executable, __file__, "--child", variant, "--width", str(width), "--passages", str(count)]
+    command += ["--batch-size", str(batch_size), "--threads", str(threads)]
+    return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--passages", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=None)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory-passages", type=int, default=12)
+    parser.add_argument("--out", default=None, help="append rows to this .jsonl file")
+    parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    model = build(arguments.width)
+    if arguments.child:
+        run, ids = runner(arguments.child, model, arguments.batch_size), passages(arguments.passages)
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the model
+        run(ids)
+        status = Path("/proc/self/status").read_text()
+        print(1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]))
+        return
+
+    from decondense.blocks import find_blocks
+    from decondense.measuring.running import _batch_size
+
+    found = find_blocks(model)
+    batch_size = arguments.batch_size or _batch_size(model, found, TOKENS, False, torch.device("cpu"))
+    variants = ("forward", "forward with logits", "means", "pooled", "both")
+    runs = {variant: runner(variant, model, batch_size) for variant in variants}
+    ids = passages(arguments.passages)
+    warm = ids[:batch_size]
+    for run in runs.values():
+        run(warm)
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+    for chunk in ids.chunk(arguments.rounds):
+        for variant, run in runs.items():
+            start = time.perf_counter()
+            run(chunk)
+            seconds[variant].append(time.perf_counter() - start)
+    few, many = arguments.memory_passages, 4 * arguments.memory_passages
+    memory = {
+        variant: {n: peak_bytes(variant, arguments.width, n, batch_size, arguments.threads) for n in (few, many)}
+        for variant in ("forward", "means", "both")
+    }
+
+    from decondense.records import append_rows, make_row, provenance
+
+    rows = []
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    for variant in variants:
+        pairs = zip(seconds[variant], seconds["forward"], strict=True)
+        metrics: dict[str, Any] = {
+            "wall_s": sum(seconds[variant]),
+            "ratio_to_forward": statistics.median(a / b for a, b in pairs),
+        }
+        if variant in memory:
+            peak, base = memory[variant], memory["forward"]
+            metrics["peak_bytes"] = peak[many]
+            metrics["above_forward_bytes"] = peak[many] - base[many]
+            metrics["growth_bytes"] = peak[many] - peak[few]
+            metrics["memory_passages"] = [few, many]
+        params = {
+            "layers": 12,
+            "width": arguments.width,
+            "parameters": parameters,
+            "tokens": TOKENS,
+            "passages": arguments.passages,
+            "rounds": arguments.rounds,
+            "batch_size": batch_size,
+            "threads": arguments.threads,
+            "device": "cpu",
+        }
+        rows.append(
+            make_row(
+                "benchmark", name="measure", variant=variant, params=params, metrics=metrics, provenance=provenance()
+            )
+        )
+        line = f"{variant:20s} {metrics['wall_s']:8.2f} s  {metrics['ratio_to_forward']:.3f} x"
+        if variant in memory:
+            above, growth = metrics["above_forward_bytes"] / 1e6, metrics["growth_bytes"] / 1e6
+            line += f"  peak {above:+.0f} MB, growth {growth:+.0f} MB"
+        print(line)
+    if arguments.out:
+        append_rows(arguments.out, rows)
+
+
+if __name__ == "__main__":
+    main()

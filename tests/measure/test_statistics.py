@@ -1,0 +1,147 @@
+"""The streamed statistics against all pairs in float64, and against numpy's histogram."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import cosines, mean_cosine
+
+from decondense.measuring.statistics import FINE_BINS, LayerStatistics, NotFiniteError, coarsen, count_cosines
+
+CPU = torch.device("cpu")
+
+
+def statistics(states: list[torch.Tensor], **options: bool) -> LayerStatistics:
+    layer = LayerStatistics(
+        "block 1",
+        passages=len(states),
+        device=CPU,
+        pooled=options.get("pooled", True),
+        averaged=options.get("averaged", True),
+        tokens=max(len(z) for z in states),
+        metrics={},
+    )
+    for number, z in enumerate(states):
+        layer.add(z[None], [number])
+    return layer
+
+
+def unpack(packed: np.ndarray, n: int) -> np.ndarray:
+    full = np.zeros((n, n))
+    full[np.triu_indices(n)] = packed
+    return full + np.triu(full, 1).T
+
+
+@pytest.mark.parametrize("n", [2, 3, 127, 128, 129, 300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_all_pairs_oracle(n: int, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(n)
+    states = [torch.from_numpy(rng.normal(size=(n, 7)) * 3 + 1).to(dtype) for _ in range(2)]
+    layer = statistics(states)
+    tolerance = 1e-12 if dtype == torch.float64 else 3e-7
+    matrices = [cosines(z.double()) for z in states]
+    for passage, z in enumerate(states):
+        both, others = mean_cosine(z.double())
+        assert layer.cosine_P[passage] == pytest.approx(both, abs=tolerance)
+        assert layer.cosine_others_P[passage] == pytest.approx(others, abs=tolerance * n / (n - 1))
+        norms = np.linalg.norm(z.double(), axis=1)
+        assert layer.norm_P[passage] == pytest.approx(norms.mean(), rel=1e-6)
+        assert layer.norm_sd_P[passage] == pytest.approx(norms.std(), rel=1e-4)
+        assert layer.norm_max_P[passage] == pytest.approx(norms.max(), rel=1e-6)
+    assert layer.pairs is not None
+    packed, counts = layer.pairs.packed_sum(), layer.pairs.pooled_counts()
+    assert packed is not None
+    assert counts is not None
+    np.testing.assert_allclose(unpack(packed, n), sum(matrices), atol=4 * tolerance)
+    assert counts.sum() == 2 * n * (n - 1)
+    others = np.concatenate([m[~np.eye(n, dtype=bool)] for m in matrices])
+    expected, _ = np.histogram(others, bins=128, range=(-1, 1))
+    # only a cosine within rounding of an edge may be counted on the other side of it
+    near = (np.abs((others + 1) * 64 - np.round((others + 1) * 64)) < 64 * tolerance).sum()
+    assert np.abs(coarsen(counts, 128) - expected).sum() <= 2 * near
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=200), st.sampled_from([2, 64, 128, 1024, FINE_BINS]))
+def test_counts_are_numpys_bit_for_bit(values: list[float], bins: int) -> None:
+    cos = np.array(values, dtype=np.float32)
+    expected, _ = np.histogram(cos, bins=bins, range=(-1, 1))
+    np.testing.assert_array_equal(coarsen(count_cosines(torch.from_numpy(cos)), bins), expected)
+
+
+def test_counts_at_every_edge_and_one_step_beside_it() -> None:
+    edges = np.linspace(-1, 1, FINE_BINS + 1).astype(np.float32)
+    values = np.concatenate([edges, np.nextafter(edges, np.float32(2)), np.nextafter(edges, np.float32(-2))])
+    for bins in (64, 128, 512, 2048):
+        expected, _ = np.histogram(np.clip(values, -1, 1), bins=bins, range=(-1, 1))
+        np.testing.assert_array_equal(coarsen(count_cosines(torch.from_numpy(values)), bins), expected)
+
+
+def test_cosines_that_rounding_carries_beyond_one_are_kept() -> None:
+    over = torch.tensor([1.0000002, -1.0000002])
+    counts = count_cosines(over)
+    assert counts[-1] == 1
+    assert counts[0] == 1
+
+
+def test_closed_forms() -> None:
+    n = 16
+    equal = torch.ones(n, 4, dtype=torch.float64) * torch.arange(1, n + 1)[:, None]
+    orthogonal = torch.eye(n, dtype=torch.float64) * 3
+    simplex = orthogonal - orthogonal.mean(dim=0)
+    antipodal = torch.tensor([[1.0, 2], [-1, -2]], dtype=torch.float64).repeat(n // 2, 1)
+    for z, both, others in (
+        (equal, 1, 1),
+        (orthogonal, 1 / n, 0),
+        (simplex, 0, -1 / (n - 1)),
+        (antipodal, 0, -1 / (n - 1)),
+    ):
+        layer = statistics([z])
+        assert layer.cosine_P[0] == pytest.approx(both, abs=1e-14)
+        assert layer.cosine_others_P[0] == pytest.approx(others, abs=1e-14)
+
+
+def test_zero_rows_have_cosine_zero_with_everything() -> None:
+    z = torch.tensor([[1.0, 0], [0, 0], [1, 0]], dtype=torch.float64)
+    layer = statistics([z])
+    assert layer.cosine_P[0] == pytest.approx(4 / 9)
+    assert layer.cosine_others_P[0] == pytest.approx(2 / 6)
+
+
+def test_scale_and_order_of_tokens_do_not_matter() -> None:
+    z = torch.from_numpy(np.random.default_rng(0).normal(size=(200, 8)))
+    permuted = (z * torch.linspace(0.01, 100, 200)[:, None])[torch.randperm(200, generator=torch.Generator())]
+    one, other = statistics([z]), statistics([permuted])
+    assert one.cosine_P[0] == pytest.approx(other.cosine_P[0], abs=1e-14)
+    np.testing.assert_array_equal(one.pairs.pooled_counts(), other.pairs.pooled_counts())
+
+
+def test_large_finite_states_are_not_called_infinite() -> None:
+    z = torch.tensor([[1e30, 1e30], [1e30, -1e30], [2e30, 2e30]], dtype=torch.float32)
+    assert statistics([z]).cosine_P[0] == pytest.approx(5 / 9, abs=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite_states_are_named(bad: float) -> None:
+    good, z = torch.ones(4, 3), torch.ones(4, 3)
+    z[2, 1] = bad
+    with pytest.raises(NotFiniteError, match=r"layer 'block 1'.*passage 1 \(first at token 2 of 4\)"):
+        statistics([good, z])
+
+
+def test_means_ignore_the_callers_matmul_precision() -> None:
+    z = torch.from_numpy(np.random.default_rng(1).normal(size=(64, 32))).float()
+    expected = statistics([z])
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            coarse = statistics([z])
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    np.testing.assert_array_equal(coarse.pairs.pooled_counts(), expected.pairs.pooled_counts())
+    assert coarse.cosine_P[0] == expected.cosine_P[0]
