@@ -1,0 +1,44 @@
+"""Axolotl: ``plugins: [decondense.integrations.axolotl.DispersionPlugin]`` and a ``dispersion:`` section in the "
+"YAML."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, Field
+
+from decondense.config import DispersionConfig
+
+if TYPE_CHECKING:
+    BasePlugin: type = object
+else:
+    try:
+        from axolotl.integrations.base import BasePlugin
+    except ImportError as error:
+        raise ImportError("the Axolotl plugin needs axolotl: pip install axolotl") from error
+
+
+class DispersionArgs(BaseModel):
+    """What the plugin adds to Axolotl's configuration."""
+
+    dispersion: dict[str, Any] = Field(default_factory=dict)
+    """Fields of :class:`decondense.config.DispersionConfig`: weight, layers, loss, schedule, ..."""
+
+
+class DispersionPlugin(BasePlugin):  # type: ignore[misc]
+    """Attaches the dispersion loss to the trainer that Axolotl builds (SFT and pre-training)."""
+
+    def get_input_args(self) -> str:
+        """Where Axolotl finds the fields."""
+        return f"{__name__}.DispersionArgs"
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Attach, once the trainer stands."""
+        from decondense.attaching import attach_trainer
+
+        # Axolotl hands over nested dictionaries of its own kind, which answer None for any missing key
+        settings = dict(cfg["dispersion"] or {})
+        for name in ("loss", "schedule"):
+            if settings.get(name) is not None:
+                settings[name] = dict(settings[name])
+        attach_trainer(trainer, config=DispersionConfig.parse(settings, where="dispersion"))
