@@ -103,6 +103,28 @@ class Config(BaseModel):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+FORM_NAMES = (
+    "angular",
+    "orthogonalization",
+    "l2_repel",
+    "decorrelation",
+    "perplexity_entropy",
+    "cosine_infonce",
+    "l2_infonce",
+    "hinge",
+    "covariance",
+    "mean_cosine",
+    "uniformity",
+    "vicreg",
+    "barlow",
+    "koleo",
+    "sigreg",
+)
+"""The objectives, described in ``decondense.losses.FORMS``; here, so that a study file is checked without torch."""
+COMPAT_NAMES = ("lm-dispersion:t=0.25", "lm-dispersion:t=0.1")
+"""The published versions of the authors' code that can be reproduced (``decondense.losses.COMPAT``)."""
+
+
 class LossConfig(Config):
     """One dispersion objective (:func:`decondense.dispersion_loss`)."""
 
@@ -140,6 +162,16 @@ class LossConfig(Config):
     """``sigreg``: points of the quadrature on [0, 3]."""
     seed: int = 0
     """Seed of the module's own generator (random groups, subsets, directions)."""
+
+    @field_validator("form")
+    @classmethod
+    def _known_form(cls, form: str) -> str:
+        return one_of("form", form, FORM_NAMES)
+
+    @field_validator("compat")
+    @classmethod
+    def _known_compat(cls, compat: str | None) -> str | None:
+        return compat if compat is None else one_of("compat", compat, COMPAT_NAMES)
 
 
 # --------------------------------------------------------------------------------------------------------------------

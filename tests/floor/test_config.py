@@ -51,6 +51,11 @@ def test_configurations_are_frozen() -> None:
             {"arms": [{"name": "ce", "dispersion": {"wieght": 1}}]},
             r"arms\.0\.dispersion: unknown key 'wieght'.*'weight'",
         ),
+        (
+            {"arms": [{"name": "ce", "dispersion": {"loss": {"form": "angulr"}}}]},
+            r"arms\.0\.dispersion\.loss\.form: unknown form 'angulr'.*Did you mean 'angular'",
+        ),
+        ({"arms": [{"name": "ce", "dispersion": {"layers": "dep"}}]}, r"unknown choice of layers 'dep'.*'deep'"),
         ({"baseline": "cee"}, r"unknown baseline arm 'cee'.*Did you mean 'ce'"),
         ({"seeds": [1, 1]}, r"seeds must be different"),
         ({"seeds": []}, r"seeds must be different"),
@@ -112,3 +117,11 @@ def test_schedules_stay_within_bounds_and_start_at_one(total: int, kind: str) ->
     schedule = WeightSchedule.model_validate({"kind": kind})
     assert schedule.factor(0, total) == pytest.approx(1.0)
     assert all(0 <= schedule.factor(step, total) <= 1 for step in range(0, total + 1, max(1, total // 50)))
+
+
+def test_the_names_of_forms_are_those_that_exist() -> None:
+    from decondense.config import COMPAT_NAMES, FORM_NAMES
+    from decondense.losses import COMPAT, FORMS
+
+    assert set(FORM_NAMES) == set(FORMS)
+    assert set(COMPAT_NAMES) == set(COMPAT)
