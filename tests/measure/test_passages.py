@@ -91,9 +91,9 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     ):
         with pytest.raises(PassageError, match=match):
             read_rows(tmp_path / name)
-    with pytest.raises(PassageError, match="no field 'stroy'. Did you mean 'story'"):
+    with pytest.raises(PassageError, match=r"no field 'stroy'. Did you mean 'story'"):
         read_rows(tmp_path / "named.jsonl", field="stroy")
-    with pytest.raises(PassageError, match="neither a file .* Did you mean 'wikitext'"):
+    with pytest.raises(PassageError, match=r"neither a file .* Did you mean 'wikitext'"):
         read_rows("wikitex")
 
 

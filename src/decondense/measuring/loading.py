@@ -85,6 +85,11 @@ def load_tokenizer(
         if required:
             raise MeasureError(f"no tokenizer at {source}: {_first_line(error)}.") from error
         return None
+    # without tokenizer files transformers may build an empty tokenizer, which turns every text into nothing
+    if not loaded("A text of five words.")["input_ids"]:
+        if required:
+            raise MeasureError(f"no tokenizer at {source}: it has no vocabulary.")
+        return None
     return loaded
 
 

@@ -441,5 +441,8 @@ def _info(model: nn.Module) -> dict[str, Any]:
         "architecture": type(root).__name__,
         "model_type": getattr(config, "model_type", None),
         "parameters": parameters,
+        "placement": sorted(
+            {str(place) for place in getattr(root, "hf_device_map", {"": _input_device(root)}).values()}
+        ),
         "dtype": str(next((p.dtype for p in root.parameters() if p.is_floating_point()), "")).removeprefix("torch."),
     }

@@ -85,15 +85,17 @@ class CondensationWatch:
         self._blocks = len(found.modules)
         self._steps = 0
         self._armed = True
-        self._watching = False
+        self._owner: nn.Module | None = None
         self._mask: Tensor | None = None
         self._pending: list[tuple[Tensor, Tensor]] = []
-        root = found.root
+        parts = found.path.split(".")
+        # whichever of them is called first owns the pass: Lightning calls the model inside the module, not the module
+        owners = [found.root.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
         self._handles = [
-            root.register_forward_pre_hook(self._begin, with_kwargs=True),
+            *(owner.register_forward_pre_hook(self._begin, with_kwargs=True) for owner in owners),
             found.modules[0].register_forward_pre_hook(self._entry, with_kwargs=True),
             *(block.register_forward_hook(self._block) for block in found.modules),
-            root.register_forward_hook(self._end, always_call=True),
+            *(owner.register_forward_hook(self._end, always_call=True) for owner in owners),
         ]
 
     def arm(self) -> None:
@@ -115,7 +117,7 @@ class CondensationWatch:
         ``condensation/mean_cosine`` (mean over blocks) and ``condensation/spearman``. The states are those of the
         residual stream: the last one is taken before the final norm.
         """
-        if not self._pending or self._watching:
+        if not self._pending or self._owner is not None:
             return {}
         values = torch.stack([torch.stack(pair) for pair in self._pending]).tolist()
         self._pending = []
@@ -144,24 +146,24 @@ class CondensationWatch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # the root arms and disarms, so that a recomputation under gradient checkpointing is not taken for a second pass
+    # watched from the owner's first call to its return: a recomputation under gradient checkpointing comes after that
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         if not (self._armed and module.training and torch.is_grad_enabled()):
             return
-        self._watching, self._armed, self._pending = True, False, []
+        self._owner, self._armed, self._pending = module, False, []
         mask = kwargs.get("attention_mask")
         self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def _entry(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        if self._watching and not self._pending:
+        if self._owner is not None and not self._pending:
             state = args[0] if args else kwargs.get("hidden_states")
             if isinstance(state, Tensor):
                 self._take(state)
 
     def _block(self, module: nn.Module, args: Any, output: Any) -> None:
         state = _tensor(output)
-        if self._watching and state is not None:
+        if self._owner is not None and state is not None:
             self._take(state)
 
     def _take(self, state: Tensor) -> None:
@@ -169,7 +171,8 @@ class CondensationWatch:
         self._pending.append(batch_means(state, mask))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._watching, self._mask = False, None
+        if module is self._owner:
+            self._owner = self._mask = None
 
 
 class CondensationCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
