@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -172,6 +173,36 @@ def test_kill_9_loses_nothing(tmp_path) -> None:
     rows = run_study(study, out, workers=1)
     assert [row["timing"]["resumed_from_steps"] for row in rows if row.get("status") == "finished"] != [[], []]
     assert stable_rows(rows) == stable_rows(run_study(study, tmp_path / "whole", workers=0))
+
+
+@pytest.mark.parametrize("room", [3_000, 60_000])
+def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, uninterrupted, room: int) -> None:
+    """A file size limit refuses writes as a full disk does: first to the rows, or else to a checkpoint."""
+    (tmp_path / "study.yaml").write_text(small_study().to_yaml())
+    out = tmp_path / "study"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "decondense",
+            "study",
+            str(tmp_path / "study.yaml"),
+            "--out",
+            str(out),
+            "--workers",
+            "1",
+        ],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
+    )
+    assert done.returncode in (1, 2)
+    said = " ".join(done.stderr.split())
+    assert "File too large" in said
+    assert "Nothing is lost" in said or "Rows written so far are valid" in said
+    for path in out.glob("cells/*/*/rows.jsonl"):
+        read_rows(path)
+    assert stable_rows(run_study(small_study(), out, workers=0)) == stable_rows(uninterrupted[1])
 
 
 def test_a_worker_whose_runner_dies_stops_and_the_next_runner_takes_over(tmp_path) -> None:
