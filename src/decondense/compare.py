@@ -46,6 +46,7 @@ Key = tuple[str, str]
 VALIDATION: Key = ("validation", "loss")
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+_WIDEST_BRACKET = 0.6
 _EXACT_SEEDS = 16
 """Up to this number of seeds every sign pattern is enumerated (65 536); beyond it they are drawn."""
 
@@ -351,7 +352,7 @@ class Difference:
     p_sign_flip_smallest: float | None
     """The smallest value that the sign-flip test can take with n pairs."""
     effect_size: float | None
-    """Hedges' g of the paired differences: mean / sd, times 1 - 3 / (4 (n-1) - 1)."""
+    """Hedges' g of the paired differences: mean / sd, times 1 - 3 / (4 (n-1) - 1); none below 3 pairs."""
     relative: float | None
     """Mean difference over the baseline's mean."""
 
@@ -441,7 +442,7 @@ def paired_difference(
         shown = over_seeds = (mean - half, mean + half)
         kind, p = "over seeds", _two_sided_p(mean, v_seeds, n - 1)
         flip, floor = sign_flip_p(d), smallest_sign_flip_p(n)
-        if sd > 0:
+        if sd > 0 and n > 2:
             effect = mean / sd * (1 - 3 / (4 * (n - 1) - 1))
         reason = f"Student t over {n} seeds; {no_items}"
         if items and min(len(task.weight_I) for task in items) >= 2:
@@ -573,13 +574,18 @@ class Speed:
     time_ratios: tuple[float | None, ...]
     """The same in step time."""
     median_token_ratio: float | None
+    """Over seeds; None unless every seed got there and :attr:`resolved`."""
     median_time_ratio: float | None
+    resolved: bool
+    """Whether the checkpoints around the target are close enough (at most 60 % of training apart) to interpolate."""
 
     @property
     def words(self) -> str:
         """In words."""
         if not self.reached:
             return "not reached"
+        if not self.resolved:
+            return "evaluated too rarely"
         if self.reached < self.n:
             return f"reached by {self.reached} of {self.n} seeds"
         return f"{self.median_token_ratio:.2f}x fewer tokens"
@@ -1051,7 +1057,9 @@ class _Context:
                 time_ratios.append(ratio * rival_pace / pace if ratio and pace and rival_pace else None)
             in_tokens = [ratio for ratio in token_ratios if ratio is not None]
             in_time = [ratio for ratio in time_ratios if ratio is not None]
-            everyone = len(in_tokens) == len(seeds)
+            total = float(self.cells[self.base, seeds[0]].curve()[0][-1])
+            resolved = all(b[1] - b[0] <= _WIDEST_BRACKET * total for b in brackets if b is not None)
+            everyone = len(in_tokens) == len(seeds) and resolved
             found.append(
                 Speed(
                     arm=arm,
@@ -1066,6 +1074,7 @@ class _Context:
                     # a median over the seeds that got there would hide those that did not
                     median_token_ratio=float(np.median(in_tokens)) if everyone else None,
                     median_time_ratio=float(np.median(in_time)) if everyone and len(in_time) == len(seeds) else None,
+                    resolved=resolved,
                 )
             )
         return tuple(found)

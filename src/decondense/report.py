@@ -23,6 +23,7 @@ from decondense.compare import (
     VALIDATION,
     CompareError,
     Comparison,
+    Cost,
     Difference,
     Interval,
     Measure,
@@ -123,17 +124,22 @@ def _cosine_clause(d: Difference, label: str) -> str:
     return f"{label} {'lowers' if d.mean < 0 else 'raises'} it from {values} ({tail})"
 
 
-def _cost_clause(found: Comparison, arm: str, ratio: float) -> str:
-    clause = f"{found.labels[arm]} takes {ratio:.2f} times as long"
-    speed = next((s for s in found.speed if s.arm == arm), None)
+def _cost_clause(found: Comparison, cost: Cost) -> str:
+    assert cost.wall_ratio is not None
+    name = found.labels[cost.arm]
+    processor = f" ({cost.cpu_ratio[0]:.2f} times the CPU time)" if cost.cpu_ratio else ""
+    clause = f"an optimizer step of {name} takes {cost.wall_ratio[0]:.2f} times as long{processor}"
+    speed = next((s for s in found.speed if s.arm == cost.arm), None)
     if speed is None:
         return clause
     target = f"the loss with which {found.labels[found.baseline]} ended"
     if speed.median_token_ratio is not None:
-        return f"{clause} and reaches {target} after {100 / speed.median_token_ratio:.0f}{NBSP}% of the tokens"
+        return f"{clause}, and {target} is reached after {100 / speed.median_token_ratio:.0f}{NBSP}% of the tokens"
+    if speed.reached and not speed.resolved:
+        return f"{clause}; when {target} is reached cannot be said, because the runs were evaluated too rarely"
     if speed.reached:
-        return f"{clause} and reaches {target} in {speed.reached} of {speed.n} seeds"
-    return f"{clause} and never reaches {target}"
+        return f"{clause}, and {target} is reached in {speed.reached} of {speed.n} seeds"
+    return f"{clause}, and {target} is never reached"
 
 
 def sentences(found: Comparison) -> list[str]:
@@ -154,9 +160,9 @@ def sentences(found: Comparison) -> list[str]:
     if blocks is not None and blocks.differences:
         clauses = [_cosine_clause(d, label[d.arm]) for d in blocks.differences]
         lines.append("Condensation, as the mean cosine over the blocks: " + "; ".join(clauses) + ".")
-    costs = [_cost_clause(found, entry.arm, entry.wall_ratio[0]) for entry in found.cost if entry.wall_ratio]
+    costs = "; ".join(_cost_clause(found, entry) for entry in found.cost if entry.wall_ratio)
     if costs:
-        lines.append("An optimizer step of " + "; of ".join(costs) + ".")
+        lines.append(f"Cost: {costs}.")
     return lines
 
 
@@ -283,7 +289,6 @@ def headline(found: Comparison) -> Table:
                     _bounds(d.interval),
                     (probability(d.p_holm), d.p_holm),
                     (probability(d.p_sign_flip_holm), d.p_sign_flip_holm),
-                    (number(d.effect_size, 2, sign=True), d.effect_size),
                     (str(d.n), d.n),
                     d.verdict + (f" ({d.judgement})" if d.judgement in ("better", "worse") else ""),
                 )
@@ -297,7 +302,6 @@ def headline(found: Comparison) -> Table:
         "95 % interval",
         "p",
         "p, sign flip",
-        "effect g",
         "n",
         "in words",
     )
@@ -424,6 +428,7 @@ def speed_table(found: Comparison) -> Table | None:
     """Tokens to reach the baseline's final loss."""
     rows: list[tuple[Entry, ...]] = []
     for s in found.speed:
+        unsure = "" if s.resolved else " (?)"
         for seed, target, tokens, bracket, ratio, time in zip(
             s.seeds, s.targets, s.tokens, s.brackets, s.token_ratios, s.time_ratios, strict=True
         ):
@@ -432,10 +437,10 @@ def speed_table(found: Comparison) -> Table | None:
                     found.labels[s.arm],
                     str(seed),
                     (number(target, 4), target),
-                    ("not reached" if tokens is None else _count(tokens), tokens),
+                    ("not reached" if tokens is None else _count(tokens) + unsure, tokens),
                     NONE if bracket is None else f"{_count(bracket[0])} to {_count(bracket[1])}",
-                    (NONE if ratio is None else f"{ratio:.2f}", ratio),
-                    (NONE if time is None else f"{time:.2f}", time),
+                    (NONE if ratio is None or unsure else f"{ratio:.2f}", ratio),
+                    (NONE if time is None or unsure else f"{time:.2f}", time),
                 )
             )
     if not rows:
@@ -443,7 +448,8 @@ def speed_table(found: Comparison) -> Table | None:
     columns = ("arm", "seed", "loss to reach", "tokens", "between checkpoints at", "speed-up, tokens", "speed-up, time")
     caption = (
         "Tokens needed to reach the loss with which the baseline of the same seed ended (linear between the evaluated "
-        "checkpoints, which errs on the late side; the learning rate is still high there)."
+        "checkpoints, which errs on the late side; the learning rate is still high there). A question mark: these "
+        "checkpoints lie too far apart for that."
     )
     return Table("speed", caption, columns, tuple(rows), 2)
 
@@ -610,6 +616,8 @@ class Picture:
     caption: str
     svg: str
     wide: bool = False
+    width: float = 0.0
+    """Inches."""
 
 
 def inline_svg(figure: Figure, name: str, title: str) -> str:
@@ -745,7 +753,7 @@ def _pictures(study: Study, found: Comparison | None, out: Path) -> tuple[dict[s
     folder = out / "figures"
 
     def show(section: str, name: str, caption: str, figure: Figure, *, wide: bool = False) -> None:
-        sections[section].append(Picture(name, caption, inline_svg(figure, name, caption), wide))
+        sections[section].append(Picture(name, caption, inline_svg(figure, name, caption), wide, figure.get_figwidth()))
 
     def write(name: str, figure: Figure) -> None:
         files.extend(export(figure, folder / name))
@@ -788,8 +796,8 @@ def _pictures(study: Study, found: Comparison | None, out: Path) -> tuple[dict[s
     arms = [arm for arm in study.arms if draw.histograms(study, arm)]
     if arms and draw.map_times(study, arms):
         caption = (
-            "Cosines of all pairs of tokens by layer, over training: colour is density, the dashed line the mean. "
-            "Pooled over passages and seeds."
+            "Cosines of all pairs of tokens by layer, over training: colour is density (on a square-root scale), the "
+            "dashed line the mean. Pooled over passages and seeds."
         )
         figure = draw.heat_maps(study, arms)
         show("maps", "heat-maps", caption, figure, wide=True)

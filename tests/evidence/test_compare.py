@@ -180,6 +180,15 @@ def test_reached_by_some_seeds_only_gives_no_median() -> None:
     assert speed.words == "reached by 2 of 3 seeds"
 
 
+def test_checkpoints_too_far_apart_give_no_speed_up() -> None:
+    rows = study(change=lambda row: None if row["kind"] == "eval" and 0 < row["step"] < 300 else row)
+    (speed,) = compare(rows).speed
+    assert speed.reached == 3
+    assert not speed.resolved
+    assert speed.median_token_ratio is None
+    assert speed.words == "evaluated too rarely"
+
+
 def test_tasks_means_and_ranks() -> None:
     tasks = {
         "cross-entropy": {"arc_easy": 0.40, "piqa": 0.60},

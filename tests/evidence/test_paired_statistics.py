@@ -36,6 +36,7 @@ def test_effect_size_by_hand() -> None:
     # mean 2, sd 1, Hedges' factor 1 - 3 / (4 * 2 - 1)
     assert d.effect_size == pytest.approx(2 * (1 - 3 / 7))
     assert d.relative is None  # over a baseline of zero
+    assert paired_difference([0.0, 0.0], [1.0, 2.0]).effect_size is None  # the factor would be zero
 
 
 def test_one_pair_has_neither_interval_nor_test() -> None:

@@ -9,11 +9,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from decondense.compare import VALIDATION, Comparison, Difference, Key, Measure, Study
-from decondense.figures.condensation import heatmap
+from decondense.figures.condensation import COSINE_RANGE, density, heatmap
 from decondense.figures.style import COLUMN, INK, PAGE, Looks, figure_style, grid, new_figure
 
 Array = npt.NDArray[np.float64]
@@ -144,8 +145,7 @@ def _loss_panel(axes: Axes, study: Study, panel: Panel, looks: Looks, key: Key) 
         axes.set_ylim(low - pad, high + pad)
     else:
         late = [values[:, x >= 0.08 * most] for x, values in seen]
-        late = [values for values in late if values.size]
-        if late:
+        if min(values.shape[1] for values in late) >= 3:
             low = min(float(values.min()) for values in late)
             high = max(float(values.max()) for values in late)
             pad = 0.06 * (high - low or 1)
@@ -407,6 +407,12 @@ def map_times(study: Study, arms: Sequence[str], count: int = 5) -> list[int]:
     return [steps[place] for place in chosen]
 
 
+def _share_below(counts: Array, cosine: float) -> Array:
+    """Share of each layer's pairs whose cosine lies below ``cosine``."""
+    edges = np.linspace(-1, 1, counts.shape[1] + 1)[:-1]
+    return np.asarray(counts[:, edges < cosine].sum(axis=1) / counts.sum(axis=1))
+
+
 def heat_maps(study: Study, arms: Sequence[str], *, count: int = 5, width: float | None = None) -> Figure:
     """Cosines of all pairs over layer fraction, a row an arm and a column a time (after figure 7 of the paper).
 
@@ -423,12 +429,22 @@ def heat_maps(study: Study, arms: Sequence[str], *, count: int = 5, width: float
         figure = Figure(
             figsize=(width or min(PAGE, 0.9 + 1.25 * len(steps)), 0.5 + 1.35 * len(arms)), layout="constrained"
         )
+        every = [histograms(study, arm) for arm in arms]
         table = figure.subplots(len(arms), len(steps), sharex=True, sharey=True, squeeze=False)
+        # pooled densities span a wide range over training: a square-root scale shows both ends
+        top = max(float(np.quantile(density(maps[step], "pooled"), 0.995)) for maps in every for step in steps)
+        norm = PowerNorm(0.5, 0.0, next((limit for limit in (1.0, 2.0, 5.0) if top <= limit), 10.0))
+        below = max(
+            float(_share_below(maps[step]["histogram"], COSINE_RANGE[0]).max()) for maps in every for step in steps
+        )
         mesh = None
         for line, (row, arm) in enumerate(zip(table, arms, strict=True)):
-            maps = histograms(study, arm)
             for number, (axes, step) in enumerate(zip(row, steps, strict=True)):
-                mesh = heatmap(axes, maps[step], kind="pooled")
+                mesh = heatmap(axes, every[line][step], kind="pooled")
+                mesh.set_norm(norm)
+                if below > 0.02:  # the published range would cut these off
+                    axes.set_ylim(-1, 1)
+                    axes.set_yticks([-1, -0.5, 0, 0.5, 1], ["−1", "−0.5", "0", "0.5", "1"])
                 if line == 0:
                     axes.set_title(when(study, step).replace(" (", "\n("), fontsize=8)
                 if line == len(arms) - 1:
@@ -436,7 +452,9 @@ def heat_maps(study: Study, arms: Sequence[str], *, count: int = 5, width: float
                 if number == 0:
                     axes.set_ylabel(f"{looks.tick(arm)}\ncosine" if len(arms) > 1 else "cosine")
         assert mesh is not None
-        bar = figure.colorbar(mesh, ax=table, extend="max", ticks=[0, 5, 10], fraction=0.03, pad=0.015, aspect=25)
+        ticks = [0.0, norm.vmax / 4, norm.vmax] if norm.vmax else []
+        bar = figure.colorbar(mesh, ax=table, extend="max", ticks=ticks, fraction=0.03, pad=0.015, aspect=25)
+        bar.ax.set_yticklabels([f"{tick:g}" for tick in ticks])
         bar.set_label("density")
         bar.outline.set_linewidth(0.5)
     return figure
