@@ -16,8 +16,8 @@ _PUBLIC = {
     "DispersionLoss": "decondense.losses",
     "dispersion_loss": "decondense.losses",
     "attach": "decondense.attaching",
-    "attach_trainer": "decondense.attaching",
-    "DispersionCallback": "decondense.attaching",
+    "attach_trainer": "decondense.integrations.huggingface",
+    "DispersionCallback": "decondense.integrations.huggingface",
     "measure": "decondense.measuring",
     "Profile": "decondense.measuring",
     "CondensationCallback": "decondense.measuring",
@@ -26,9 +26,9 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from decondense.attaching import DispersionCallback as DispersionCallback
     from decondense.attaching import attach as attach
-    from decondense.attaching import attach_trainer as attach_trainer
+    from decondense.integrations.huggingface import DispersionCallback as DispersionCallback
+    from decondense.integrations.huggingface import attach_trainer as attach_trainer
     from decondense.losses import DispersionLoss as DispersionLoss
     from decondense.losses import dispersion_loss as dispersion_loss
     from decondense.measuring import CondensationCallback as CondensationCallback

@@ -20,7 +20,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,6 @@ from decondense.blocks import base_model, find_blocks, find_final_norm, resolve_
 from decondense.config import DispersionConfig, LossConfig, WeightSchedule
 from decondense.losses import DispersionLoss
 from decondense.sequences import SequencesError, real_and_same
-
-if TYPE_CHECKING:
-    from decondense.integrations.huggingface import DispersionCallback as DispersionCallback
-    from decondense.integrations.huggingface import attach_trainer as attach_trainer
 
 _DEFAULT = DispersionConfig()
 _DISCARDED_BEFORE_ERROR = 3
@@ -690,12 +686,3 @@ def _node_names(tensor: Tensor) -> str:
         seen |= fresh
         todo.extend(fresh)
     return " ".join(node.name() for node in seen if node is not None)
-
-
-def __getattr__(name: str) -> Any:
-    # transformers is imported only by those who use its trainer
-    if name in ("attach_trainer", "DispersionCallback"):
-        from decondense.integrations import huggingface
-
-        return getattr(huggingface, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

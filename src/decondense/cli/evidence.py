@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from decondense.compare import Comparison
     from decondense.records import Row
 
 Where = Annotated[Path, typer.Argument(help="A study directory or a rows.jsonl file.", metavar="DIR|ROWS")]
@@ -98,13 +99,11 @@ def _rows(where: Path) -> list[Row]:
     return rows
 
 
-def _print_comparison(found: object, console: Console) -> None:
+def _print_comparison(found: Comparison, console: Console) -> None:
     from rich.table import Table
 
-    from decondense.compare import Comparison
     from decondense.report import summary, terminal_table
 
-    assert isinstance(found, Comparison)
     columns, lines = terminal_table(found)
     table = Table(title=found.title, title_justify="left")
     for index, column in enumerate(columns):

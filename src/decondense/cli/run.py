@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from decondense.config import StudyConfig
+    from decondense.studies import CellState
 
 Out = Annotated[Path | None, typer.Option("--out", help="Directory of the study. Default: decondense-NAME.")]
 Seeds = Annotated[int | None, typer.Option("--seeds", min=1, help="Number of seeds, 0 to N-1. Default: the study's.")]
@@ -91,7 +94,7 @@ def train(
         raise ConfigError(f"seed {seed} is not one of the study's seeds {list(chosen.seeds)}; see --seeds.")
     console = Console(stderr=True)
     chosen = open_directory(chosen, folder, resume=resume)
-    with _Display(console, chosen) as display:
+    with _Display(console) as display:
         corpus = study_corpus(chosen, folder, display)
     from decondense.training.hf import is_main_process, run_cell
 
@@ -128,7 +131,7 @@ def _run(chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retr
     from decondense.studies import run_study
 
     console = Console()
-    with _Display(console, chosen) as display:
+    with _Display(console) as display:
         rows = run_study(chosen, out, workers=workers, resume=resume, retry_failed=retry_failed, watcher=display)
     present(rows, out, console)
 
@@ -136,11 +139,9 @@ def _run(chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retr
 class _Display:
     """Progress bars: the text first, then one bar a cell."""
 
-    def __init__(self, console: object, study: StudyConfig) -> None:
-        from rich.console import Console
+    def __init__(self, console: Console) -> None:
         from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-        assert isinstance(console, Console)
         self.console = console
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -163,11 +164,8 @@ class _Display:
     def corpus(self, what: str, done: int, total: int) -> None:
         self._task(what, what, total, done, f"{done}/{total}")
 
-    def cells(self, states: list[object]) -> None:
-        from decondense.studies import CellState
-
+    def cells(self, states: list[CellState]) -> None:
         for state in states:
-            assert isinstance(state, CellState)
             key = (state.arm, state.seed)
             note = state.status if state.loss is None else f"step {state.step}/{state.steps}, loss {state.loss:.3f}"
             if state.status == "failed":

@@ -78,7 +78,7 @@ class PackedCorpus:
         """The corpus's own tokenizer, in Hugging Face form."""
         from transformers import PreTrainedTokenizerFast
 
-        return PreTrainedTokenizerFast(
+        return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
             tokenizer_file=str(self.path / "tokenizer.json"), eos_token=END, bos_token=END, pad_token=END
         )
 

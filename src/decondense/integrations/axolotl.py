@@ -34,7 +34,7 @@ class DispersionPlugin(BasePlugin):  # type: ignore[misc]
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Attach, once the trainer stands."""
-        from decondense.attaching import attach_trainer
+        from decondense.integrations.huggingface import attach_trainer
 
         # Axolotl hands over nested dictionaries of its own kind, which answer None for any missing key
         settings = dict(cfg["dispersion"] or {})

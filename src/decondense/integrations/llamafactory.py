@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from decondense.attaching import DispersionCallback
 from decondense.config import ConfigError, DispersionConfig
+from decondense.integrations.huggingface import DispersionCallback
 
 
 def dispersion_callback(settings: dict[str, Any] | None = None, **keywords: Any) -> DispersionCallback:

@@ -41,10 +41,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from decondense.attaching import attach_trainer
 from decondense.config import ArmConfig, ConfigError, ModelConfig, StudyConfig, TrainConfig, suggest
 from decondense.corpora.packed import PackedCorpus
 from decondense.evaluate import held_out_loss
+from decondense.integrations.huggingface import attach_trainer
 from decondense.measuring import measure
 from decondense.records import Row, append_rows, make_row, provenance, read_rows, write_rows
 from decondense.seeding import hash_parameters, seed_everything
@@ -94,11 +94,11 @@ def build_model(config: ModelConfig, vocabulary: int, positions: int, end_token:
         try:
             blank = AutoConfig.for_model(config.architecture)
         except ValueError as error:
-            from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+            from transformers import CONFIG_MAPPING
 
             raise ConfigError(
                 f"model.architecture {config.architecture!r} is no Hugging Face model type."
-                f"{suggest(config.architecture, CONFIG_MAPPING_NAMES)}"
+                f"{suggest(config.architecture, CONFIG_MAPPING)}"
             ) from error
         known = {*blank.to_dict(), *type(blank).attribute_map}
         for name in config.overrides:
@@ -117,7 +117,7 @@ def build_model(config: ModelConfig, vocabulary: int, positions: int, end_token:
                 values[name] = positions
         settings = AutoConfig.for_model(config.architecture, **{**values, **config.overrides})
         try:
-            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)  # type: ignore[no-untyped-call]
         except (ValueError, ZeroDivisionError, TypeError) as error:
             raise ConfigError(
                 f"model: {config.architecture} with {config.overrides} cannot be built: {error}"
@@ -126,7 +126,7 @@ def build_model(config: ModelConfig, vocabulary: int, positions: int, end_token:
     # by (T - 1) / T
     model.loss_type = "ForCausalLM"
     model.config.use_cache = False
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 class _OrderedSequences(Dataset[dict[str, torch.Tensor]]):
@@ -154,11 +154,12 @@ class _StudyTrainer(Trainer):
     cross_entropy: torch.Tensor | None = None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        assert self.train_dataset is not None
+        data = self.train_dataset
+        assert isinstance(data, _OrderedSequences)
         loader: DataLoader[Any] = DataLoader(
-            self.train_dataset,
+            data,
             batch_size=self._train_batch_size,
-            sampler=SequentialSampler(self.train_dataset),
+            sampler=SequentialSampler(data),
             collate_fn=self.data_collator,
             drop_last=True,
         )
@@ -590,13 +591,13 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("transformers")
     level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         logger.setLevel(level)
         if bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _device_name() -> str:
