@@ -31,13 +31,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from decondense.geometry import ZERO_NORM, statistics_dtype, unit
 from decondense.losses.forms import COMPAT_EPSILON, Settings
-from decondense.losses.scope import Scope
+from decondense.losses.scope import Scope, differentiated_once
 
-__all__ = ["log_sums", "pair_form", "pair_sums", "per_unit", "tile_size"]
+__all__ = ["log_sums", "pair_form", "pair_sums", "per_unit", "sweep", "tile_size", "unit_rows"]
 
 Space = Literal["sphere", "euclid", "raw"]
 
@@ -49,62 +48,73 @@ Space = Literal["sphere", "euclid", "raw"]
 
 @dataclass(frozen=True)
 class PairForm:
-    """A sum over pairs of a function of the inner product of two prepared vectors. Tiles are changed in place."""
+    """A sum over pairs of a function of a number per pair. Tiles are changed in place.
+
+    The number S is, on the sphere, ``(1 - kappa) + kappa (1 - c)`` with kappa = ``scale**2``: the distance of the shrunk
+    cosine from 1, which has digits left where the cosine has none; for distances, ``-d slope / 2``; raw, the product.
+    """
 
     space: Space = "sphere"
     diagonal: bool = False
     """Pairs i = j count."""
     scale: float = 1.0
-    """Unit vectors are multiplied by this, so that the product of a tile is ``scale**2`` times the cosine."""
+    """Unit vectors are multiplied by this (the square root of the shrinking of the cosine)."""
+    gap: float = 0.0
+    """1 - kappa."""
     epsilon: float = 0.0
     """Added to the norms (compatibility)."""
     slope: float = 1.0
-    """Constant factor of f' that :meth:`weight` leaves out."""
+    """Constant factor of df/dc that :meth:`weight` leaves out."""
     log: bool = True
     """The unit's loss is a log-mean-exp; else a mean."""
     reach: float = 0.0
     """Greatest magnitude of the exponent of a log form."""
+    proportional: bool = False
+    """f' is a constant times f: :meth:`weight` has nothing to do."""
 
     def logit(self, S: Tensor, out: Tensor) -> None:
-        """Write the exponent of a log form for the products S."""
+        """Write the exponent of a log form."""
         raise NotImplementedError
 
     def value(self, S: Tensor, out: Tensor) -> None:
-        """Write f of the products S."""
+        """Write f."""
         self.logit(S, out)
         out.exp_()
 
     def weight(self, S: Tensor, E: Tensor) -> None:
-        """Turn E = f(S) into f'(S) / slope; S may be used up. Nothing to do for the exponential of a multiple of S."""
+        """Turn E = f into its derivative by the cosine, without ``slope``; S may be used up."""
 
 
 @dataclass(frozen=True)
 class _Angular(PairForm):
     rate: float = -1.0 / math.pi
-    limit: float = 1.0
-    floor: float = 0.0
+    clamp: float | None = None
+
+    def half_angle(self, S: Tensor, out: Tensor) -> Tensor:
+        """theta/2 = arcsin sqrt(S/2)."""
+        if self.clamp is None:
+            torch.mul(S, 0.5, out=out)
+        else:
+            torch.clamp(S, self.clamp, 2.0 - self.clamp, out=out).mul_(0.5)
+        return out.sqrt_().arcsin_()
 
     def logit(self, S: Tensor, out: Tensor) -> None:
-        torch.clamp(S, -self.limit, self.limit, out=out)
-        out.arccos_().mul_(self.rate)
+        self.half_angle(S, out).mul_(2.0 * self.rate)
 
     def weight(self, S: Tensor, E: Tensor) -> None:
         E.mul_(self.inverse_sine(S))
 
     def inverse_sine(self, S: Tensor) -> Tensor:
-        """1 / sqrt(1 - S^2) in place; the floor is there for products that rounding puts beyond kappa."""
-        floor = max(self.floor, torch.finfo(S.dtype).eps) if self.limit == 1.0 else 0.0
-        if self.limit < 1.0:
-            S.clamp_(-self.limit, self.limit)
-        return S.square_().neg_().add_(1.0).clamp_(min=floor).rsqrt_()
+        """sqrt(2) / sin(theta) in place: sin^2 = S (2 - S)."""
+        if self.clamp is not None:
+            S.clamp_(self.clamp, 2.0 - self.clamp)
+        return S.addcmul_(S, S, value=-0.5).rsqrt_()
 
 
 @dataclass(frozen=True)
 class _Orthogonalization(_Angular):
     def value(self, S: Tensor, out: Tensor) -> None:
-        torch.clamp(S, -self.limit, self.limit, out=out)
-        # arcsin(c) = pi/2 - arccos(c)
-        out.arcsin_().mul_(1.0 / math.pi).clamp_(min=0.0).square_()
+        self.half_angle(S, out).mul_(-2.0 / math.pi).add_(0.5).clamp_(min=0.0).square_()
 
     def weight(self, S: Tensor, E: Tensor) -> None:
         E.sqrt_().mul_(self.inverse_sine(S))
@@ -112,15 +122,19 @@ class _Orthogonalization(_Angular):
 
 @dataclass(frozen=True)
 class _Exponential(PairForm):
-    """exp(slope (s - 1)): cosine InfoNCE and uniformity."""
+    """exp(-slope (1 - c)): cosine InfoNCE and uniformity."""
+
+    proportional: bool = True
 
     def logit(self, S: Tensor, out: Tensor) -> None:
-        torch.sub(S, 1.0, out=out).mul_(self.slope)
+        torch.mul(S, -self.slope, out=out)
 
 
 @dataclass(frozen=True)
 class _Distance(PairForm):
-    """exp(-d / tau); the engine has already turned the products into -d / tau."""
+    """exp(-d / tau); S is -d / tau already."""
+
+    proportional: bool = True
 
     def logit(self, S: Tensor, out: Tensor) -> None:
         out.copy_(S)
@@ -131,7 +145,7 @@ class _Hinge(PairForm):
     margin: float = 0.0
 
     def value(self, S: Tensor, out: Tensor) -> None:
-        torch.add(S, self.margin, out=out).clamp_(min=0.0).square_()
+        torch.neg(S, out=out).add_(1.0 + self.margin).clamp_(min=0.0).square_()
 
     def weight(self, S: Tensor, E: Tensor) -> None:
         E.sqrt_()
@@ -154,20 +168,23 @@ SQUARE = _Square(space="raw", diagonal=True, slope=2.0, log=False)
 
 def pair_form(s: Settings) -> PairForm:
     """The engine's description of a form of kind ``pairs``."""
-    kappa, tau = s.shrink, s.tau
+    tau = s.tau
     if s.form in ("angular", "orthogonalization"):
-        limit = 1.0 if s.clamp is None else 1.0 - s.clamp
-        # the least 1 - S^2 is delta^2; a quarter of it is out of reach of rounding yet keeps the slope bounded
-        floor = 0.25 * s.delta**2
-        scale = math.sqrt(kappa)
+        kappa = s.shrink
+        # 1 - 1/sqrt(1 + delta^2) without the cancellation
+        gap = s.delta**2 * kappa * kappa / (1.0 + kappa) if s.clamp is None else 0.0
+        # f' carries 1/sin; the engine's inverse sine is sqrt(2) of it
+        slope = 1.0 / (math.pi * tau) if s.form == "angular" else 2.0 / math.pi
+        common: dict[str, Any] = {
+            "scale": math.sqrt(kappa),
+            "gap": gap,
+            "epsilon": s.epsilon,
+            "slope": slope / math.sqrt(2.0),
+            "clamp": s.clamp,
+        }
         if s.form == "angular":
-            rate = -1.0 / (math.pi * tau)
-            return _Angular(
-                scale=scale, epsilon=s.epsilon, slope=-rate, reach=1 / tau, rate=rate, limit=limit, floor=floor
-            )
-        return _Orthogonalization(
-            scale=scale, epsilon=s.epsilon, slope=2.0 / math.pi, log=False, limit=limit, floor=floor
-        )
+            return _Angular(reach=1 / tau, rate=-1.0 / (math.pi * tau), **common)
+        return _Orthogonalization(log=False, **common)
     if s.form == "cosine_infonce":
         return _Exponential(diagonal=True, slope=1 / tau, reach=2 / tau)
     if s.form == "uniformity":
@@ -225,56 +242,98 @@ class _Prepared:
     """Vectors of a chunk and what the gradient needs of their making."""
 
     x: Tensor
-    """``[C, N, D]``, zero for tokens that are not real."""
-    factor: Tensor | None
-    """``[C, N]``: the gradient in z is this times what :meth:`finish` leaves. None: 1."""
+    """``[C, N, D]``, zero for tokens that are not real; around the row's mean on the sphere and for distances."""
     half: Tensor | None = None
-    """``[C, N, 1]``: |x|^2 / 2 (euclid)."""
+    """``[C, N, 1]``: |x|^2 / 2, on the sphere with the constants of S."""
+    factor: Tensor | None = None
+    """``[C, N]``: the gradient in z is this times what :func:`_finish` leaves. None: 1."""
+    mean: Tensor | None = None
+    """``[C, 1, D]``: what was subtracted from ``scale`` times the unit vectors."""
     radial: Tensor | None = None
     """``[C, N]``: factor on the radial part of g where a norm has an epsilon."""
 
 
-def _prepare(z: Tensor, valid_CN: Tensor | None, form: PairForm) -> _Prepared:
+def _centre(x: Tensor, valid_CN: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Real tokens minus their mean ``[C, N, D]`` (in place), and the mean ``[C, 1, D]``."""
+    if valid_CN is None:
+        mean = x.mean(dim=1, keepdim=True)
+        return x.sub_(mean), mean
+    count = valid_CN.sum(dim=1).clamp(min=1)[:, None, None]
+    mean = x.sum(dim=1, keepdim=True) / count
+    return x.sub_(mean).masked_fill_(~valid_CN.unsqueeze(-1), 0.0), mean
+
+
+def unit_rows(z: Tensor, valid_CN: Tensor | None, epsilon: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """z / (|z| + epsilon), zero where not real; 1 / (|z| + epsilon) and |z|, ``[C, N]``."""
     x = z.to(statistics_dtype(z.dtype))
     if valid_CN is not None:
         # not a product: padding may hold anything, infinities too
         x = torch.where(valid_CN.unsqueeze(-1), x, 0.0)
+    inverse, norm = _inverse_norm(x, valid_CN, epsilon)
+    return x * inverse.unsqueeze(-1), inverse, norm
+
+
+def prepare(z: Tensor, valid_CN: Tensor | None, form: PairForm) -> _Prepared:
+    """Make the vectors whose products a form takes."""
+    if form.space == "sphere":
+        x, inverse, norm = unit_rows(z, valid_CN, form.epsilon)
+        if form.scale != 1.0:
+            x.mul_(form.scale)
+        # 1 - |zhat|^2: 0, or 1 for a zero vector, whose cosines are 0
+        missing = torch.where(inverse > 0, 0.0, 1.0).to(x.dtype)
+        radial = None
+        if form.epsilon:
+            present = norm > 0
+            missing = torch.where(present, 1.0 - (norm * inverse).square(), 1.0)
+            # d(z/(r+e)) = dz/(r+e) - z <z,dz>/(r (r+e)^2), in terms of z/(r+e)
+            radial = torch.where(present, 1.0 + form.epsilon / norm, 0.0)
+        x, mean = _centre(x, valid_CN)
+        half = 0.5 * (torch.linalg.vecdot(x, x) + form.scale**2 * missing + form.gap)
+        return _Prepared(x, half.unsqueeze(-1), inverse * (2.0 * form.slope * form.scale), mean, radial)
+    x = z.to(statistics_dtype(z.dtype), copy=form.space == "euclid")
+    if valid_CN is not None:
+        x = torch.where(valid_CN.unsqueeze(-1), x, 0.0)
     if form.space == "raw":
-        return _Prepared(x, None)
+        return _Prepared(x)
+    x, _ = _centre(x, valid_CN)
+    return _Prepared(x, 0.5 * torch.linalg.vecdot(x, x).unsqueeze(-1))
+
+
+def _products(p: _Prepared, i: slice, j: slice, form: PairForm, S: Tensor) -> None:
+    """The number per pair (see :class:`PairForm`) of a tile."""
+    x_i, x_jt = p.x[:, i], p.x[:, j].mT
+    if p.half is None:
+        torch.bmm(x_i, x_jt, out=S)
+        return
+    torch.add(p.half[:, i], p.half[:, j].mT, out=S)
+    S.baddbmm_(x_i, x_jt, alpha=-1.0)
     if form.space == "euclid":
-        if valid_CN is None:
-            x = x - x.mean(dim=1, keepdim=True)
-        else:
-            count = valid_CN.sum(dim=1).clamp(min=1)[:, None, None]
-            x = torch.where(valid_CN.unsqueeze(-1), x - x.sum(dim=1, keepdim=True) / count, 0.0)
-        return _Prepared(x, None, half=0.5 * torch.linalg.vecdot(x, x).unsqueeze(-1))
-    inverse, norm = _inverse_norm(x, valid_CN, form.epsilon)
-    x = x * (inverse * form.scale).unsqueeze(-1)
-    radial = None
-    if form.epsilon:
-        # d(z/(r+e)) = dz/(r+e) - z <z,dz>/(r (r+e)^2), in terms of z/(r+e)
-        radial = torch.where(norm > 0, 1.0 + form.epsilon / norm, 0.0)
-    return _Prepared(x, inverse * (2.0 * form.slope * form.scale), radial=radial)
+        S.clamp_(min=0.0).mul_(-form.slope)
+    else:
+        # rounding may leave [0, 2]; the floor keeps the slope at duplicates bounded, delta or not
+        S.clamp_(min=max(0.5 * form.gap, torch.finfo(S.dtype).eps ** 2), max=2.0 - torch.finfo(S.dtype).eps)
 
 
-def _finish(G: Tensor, p: _Prepared, form: PairForm, sums: Tensor) -> None:
-    """Turn g_i = sum_j W_ij x_j into the gradient of the unit's sum, up to ``p.factor``, in place."""
+def _finish(G: Tensor, p: _Prepared, form: PairForm, pull: Tensor) -> None:
+    """Turn g_i = sum_j W_ij x_j, and ``pull`` = sum_j W_ij, into the gradient, up to ``p.factor``."""
     if form.space == "raw":
         G.mul_(2.0 * form.slope)
-    elif form.space == "euclid":
-        G.addcmul_(sums.unsqueeze(-1), p.x, value=-1.0).mul_(2.0 * form.slope)
-    else:
-        along = torch.linalg.vecdot(G, p.x).div_(form.scale**2)
-        if p.radial is not None:
-            along.mul_(p.radial)
-        G.addcmul_(along.unsqueeze(-1), p.x, value=-1.0)
-
-
-def _products(x_i: Tensor, x_j: Tensor, p: _Prepared, i: slice, j: slice, form: PairForm, S: Tensor) -> None:
-    torch.bmm(x_i, x_j.mT, out=S)
-    if p.half is not None:
-        # -d/tau = (s_ij - |x_i|^2/2 - |x_j|^2/2) 2/tau, at most 0 but for rounding
-        S.sub_(p.half[:, i]).sub_(p.half[:, j].mT).mul_(form.slope).clamp_(max=0.0)
+        return
+    if form.space == "euclid":
+        G.addcmul_(pull.unsqueeze(-1), p.x, value=-1.0).mul_(2.0 * form.slope)
+        return
+    assert p.mean is not None
+    # sum_j W_ij zhat_j = g_i + pull_i m, and any multiple of zhat_i = x_i + m may be taken off, which the projection
+    # does anyway: pull_i (m - zhat_i) = -pull_i x_i is the smaller thing to add where the tokens are close together
+    xx, xm = torch.linalg.vecdot(p.x, p.x), torch.matmul(p.x, p.mean.mT).squeeze(-1)
+    mm = p.mean.square().sum(dim=-1)
+    close = (xx < mm) if p.radial is None else torch.zeros_like(xx, dtype=torch.bool)
+    on_x, on_m = torch.where(close, -pull, 0.0), torch.where(close, 0.0, pull)
+    along = torch.linalg.vecdot(G, p.x) + torch.matmul(G, p.mean.mT).squeeze(-1)
+    along.addcmul_(on_x, xx + xm).addcmul_(on_m, xm + mm).div_(form.scale**2)
+    if p.radial is not None:
+        along.mul_(p.radial)
+    G.addcmul_((on_x - along).unsqueeze(-1), p.x).addcmul_((on_m - along).unsqueeze(-1), p.mean)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -312,13 +371,16 @@ def sweep(
         part = slice(start, min(start + chunk, rows))
         valid = None if valid_RN is None else valid_RN[part]
         label = None if label_RN is None else label_RN[part]
-        p = _prepare(z_RND[part], valid, form)
+        p = prepare(z_RND[part], valid, form)
         G = None
         if gradient is not None:
             G = gradient[part] if kept == dtype else torch.empty(p.x.shape, dtype=dtype, device=device)
-        _sweep_chunk(p, G, sums_RN[part], form, valid, label, tile)
+        pull = sums_RN[part]
+        if G is not None and not form.proportional:
+            pull = torch.zeros_like(pull)
+        _sweep_chunk(p, G, sums_RN[part], pull, form, valid, label, tile)
         if G is not None and gradient is not None:
-            _finish(G, p, form, sums_RN[part])
+            _finish(G, p, form, pull)
             if factor_RN is not None and p.factor is not None:
                 factor_RN[part] = p.factor
             if kept != dtype:
@@ -330,6 +392,7 @@ def _sweep_chunk(
     p: _Prepared,
     G: Tensor | None,
     sums: Tensor,
+    pull: Tensor,
     form: PairForm,
     valid: Tensor | None,
     label: Tensor | None,
@@ -351,29 +414,38 @@ def _sweep_chunk(
         size = count * height * breadth
         S = buffer_S[:size].view(count, height, breadth)
         E = buffer_E[:size].view(count, height, breadth)
-        _products(x[:, i], x[:, j], p, i, j, form, S)
+        _products(p, i, j, form, S)
         form.value(S, E)
         above = i.start != j.start
         if not above and not form.diagonal:
             E.diagonal(dim1=1, dim2=2).zero_()
         if label is not None:
             E.masked_fill_(label[:, i].unsqueeze(2) != label[:, j].unsqueeze(1), 0.0)
-        if real is None:
-            sums[:, i] += E.sum(dim=2)
-            if above:
-                sums[:, j] += E.sum(dim=1)
-        else:
-            sums[:, i] += torch.bmm(E, real[:, j]).squeeze(2)
-            if above:
-                sums[:, j] += torch.bmm(E.mT, real[:, i]).squeeze(2)
+        _accumulate(sums, E, real, i, j)
         if G is None:
             continue
-        form.weight(S, E)
+        if not form.proportional:
+            form.weight(S, E)
+            if form.space != "raw":
+                _accumulate(pull, E, real, i, j)
         # tiles come row by row: the first row touches every block for the first time, so nothing has to be zeroed
         fresh = i.start == 0 and overlap is None
         G[:, i].baddbmm_(E, x[:, j], beta=0 if fresh and not above else 1)
         if above:
             G[:, j].baddbmm_(E.mT, x[:, i], beta=0 if fresh else 1)
+
+
+def _accumulate(sums: Tensor, E: Tensor, real: Tensor | None, i: slice, j: slice) -> None:
+    """Add a tile's sums over partners to its tokens' and, above the diagonal, over tokens to its partners'."""
+    above = i.start != j.start
+    if real is None:
+        sums[:, i] += E.sum(dim=2)
+        if above:
+            sums[:, j] += E.sum(dim=1)
+    else:
+        sums[:, i] += torch.bmm(E, real[:, j]).squeeze(2)
+        if above:
+            sums[:, j] += torch.bmm(E.mT, real[:, i]).squeeze(2)
 
 
 class _PairSums(torch.autograd.Function):
@@ -391,7 +463,7 @@ class _PairSums(torch.autograd.Function):
         return sums_RN
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, above_RN: Tensor) -> tuple[Tensor | None, ...]:
         (z_RND,) = ctx.saved_tensors
         gradient, factor_RN = ctx.made
@@ -429,7 +501,7 @@ def _masked_logits(
     p: _Prepared, form: PairForm, i: slice, j: slice, S: Tensor, E: Tensor, valid: Tensor | None, label: Tensor | None
 ) -> None:
     """Exponents of a tile into E, -inf for pairs that do not count; S keeps the products."""
-    _products(p.x[:, i], p.x[:, j], p, i, j, form, S)
+    _products(p, i, j, form, S)
     form.logit(S, E)
     if i.start == j.start:
         diagonal = E.diagonal(dim1=1, dim2=2)
@@ -458,12 +530,12 @@ def _online(
         part = slice(start, min(start + chunk, rows))
         valid = None if valid_RN is None else valid_RN[part]
         label = None if label_RN is None else label_RN[part]
-        p = _prepare(z_RND[part], valid, form)
+        p = prepare(z_RND[part], valid, form)
         count = p.x.shape[0]
         if p.factor is not None:
             factor_RN[part] = p.factor
         buffer_S, buffer_E = p.x.new_empty(2, count * tile * tile)
-        total = p.x.new_zeros(count, n)
+        total, pull = p.x.new_zeros(2, count, n)
         top = p.x.new_full((count, n), -math.inf)
         G = None if gradient is None else gradient[part].zero_()
         for a in range(0, n, tile):
@@ -481,9 +553,10 @@ def _online(
                 total[:, i] = total[:, i] * fade + E.sum(dim=2)
                 if G is not None:
                     form.weight(S, E)
+                    pull[:, i] = pull[:, i] * fade + E.sum(dim=2)
                     G[:, i].mul_(fade.unsqueeze(2)).baddbmm_(E, p.x[:, j])
         if G is not None:
-            _finish(G, p, form, total)
+            _finish(G, p, form, pull)
             # relative to the token's own sum: all factors stay moderate however far the tokens are apart
             G.div_(torch.where(total > 0, total, 1.0).unsqueeze(2))
         logs_RN[part] = torch.where(total > 0, top + total.log(), -math.inf)
@@ -513,7 +586,7 @@ class _LogSums(torch.autograd.Function):
         return logs_U
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, above_U: Tensor) -> tuple[Tensor | None, ...]:
         z_RND, share_RN = ctx.saved_tensors
         gradient, factor_RN = ctx.made
@@ -577,7 +650,7 @@ class _Entropies(torch.autograd.Function):
         return entropy_RN
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, above_RN: Tensor) -> tuple[Tensor | None, ...]:
         z_RND, log_RN, entropy_RN = ctx.saved_tensors
         scope: Scope = ctx.scope
@@ -621,7 +694,7 @@ def _chunks(
         part = slice(start, min(start + chunk, rows))
         valid = None if scope.valid_RN is None else scope.valid_RN[part]
         label = None if scope.label_RN is None else scope.label_RN[part]
-        p = _prepare(z_RND[part], valid, form)
+        p = prepare(z_RND[part], valid, form)
         S, E = p.x.new_empty(2, p.x.shape[0] * tile * tile)
         yield part, valid, label, p, S, E
 
@@ -641,7 +714,8 @@ def _nearest(z_RND: Tensor, scope: Scope) -> tuple[Tensor, Tensor]:
                 j = slice(b, min(b + tile, n))
                 shape = (p.x.shape[0], i.stop - a, j.stop - b)
                 s = S[: math.prod(shape)].view(shape)
-                torch.bmm(p.x[:, i], p.x[:, j].mT, out=s)
+                _products(p, i, j, form, s)
+                s.neg_()
                 if a == b:
                     s.diagonal(dim1=1, dim2=2).fill_(-math.inf)
                 if valid is not None:

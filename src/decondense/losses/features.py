@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from decondense.geometry import statistics_dtype, unit
-from decondense.losses.chunked import SQUARE, pair_sums
+from decondense.losses.chunked import SQUARE, pair_sums, unit_rows
 from decondense.losses.forms import Settings
 from decondense.losses.reference import sigreg_knots
-from decondense.losses.scope import Scope
+from decondense.losses.scope import Scope, differentiated_once
 
 __all__ = ["draw_directions", "per_unit"]
 
@@ -27,7 +26,7 @@ __all__ = ["draw_directions", "per_unit"]
 def draw_directions(width: int, s: Settings, generator: torch.Generator, like: Tensor) -> Tensor:
     """Random unit directions ``[D, M]`` from a generator of one's own."""
     drawn = torch.randn(width, s.slices, generator=generator, device=generator.device, dtype=torch.float64)
-    drawn = drawn / drawn.norm(dim=0)
+    drawn = torch.nn.functional.normalize(drawn, dim=0)
     return drawn.to(device=like.device, dtype=statistics_dtype(like.dtype))
 
 
@@ -47,7 +46,7 @@ class _GramSquare(torch.autograd.Function):
         return torch.stack(values)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, above_R: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * (4.0 * above_R)[:, None, None], None
@@ -66,32 +65,23 @@ class _MeanCosine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z_RND: Tensor, scope: Scope) -> Tensor:
-        u, _ = _unit(z_RND, scope)
+        u, _, _ = unit_rows(z_RND, scope.valid_RN)
         total_UD = scope.features_to_units(u)
         ctx.save_for_backward(z_RND, total_UD)
         ctx.scope = scope
         return total_UD.square().sum(dim=1) - scope.to_units(torch.linalg.vecdot(u, u))
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, above_U: Tensor) -> tuple[Tensor | None, ...]:
         z_RND, total_UD = ctx.saved_tensors
         scope: Scope = ctx.scope
-        u, inverse_RN = _unit(z_RND, scope)
+        u, inverse_RN, _ = unit_rows(z_RND, scope.valid_RN)
         total_RND = scope.to_tokens(total_UD)
         along_RN = torch.linalg.vecdot(total_RND, u)
         scale_RN = 2.0 * scope.to_tokens(above_U) * inverse_RN
         gradient = u.mul_(-along_RN.unsqueeze(-1)).add_(total_RND).mul_(scale_RN.unsqueeze(-1))
         return gradient.to(z_RND.dtype), None
-
-
-def _unit(z_RND: Tensor, scope: Scope) -> tuple[Tensor, Tensor]:
-    from decondense.losses.chunked import PairForm, _prepare
-
-    p = _prepare(z_RND, scope.valid_RN, PairForm())
-    assert p.factor is not None
-    # the engine's factor carries the 2 of a symmetric sum
-    return p.x, p.factor / 2.0
 
 
 def _centred(x_RND: Tensor, scope: Scope) -> Tensor:
@@ -144,7 +134,7 @@ class _SigReg(torch.autograd.Function):
         return value_U
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, above_U: Tensor) -> tuple[Tensor | None, ...]:
         slope_RNM, directions_DM = ctx.saved_tensors
         scope: Scope = ctx.scope

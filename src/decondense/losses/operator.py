@@ -15,14 +15,9 @@ from torch import Tensor
 from decondense.geometry import statistics_dtype
 from decondense.losses import chunked
 from decondense.losses.forms import Settings
-from decondense.losses.scope import Scope
+from decondense.losses.scope import DOUBLE_BACKWARD, Scope
 
-__all__ = ["DOUBLE_BACKWARD", "pair_sums"]
-
-DOUBLE_BACKWARD = (
-    "the dispersion loss is differentiated once: its gradient is a saved number, not a graph. "
-    "For a second derivative use impl='reference'."
-)
+__all__ = ["pair_sums"]
 
 
 @torch.library.custom_op(

@@ -10,12 +10,34 @@ Shape suffixes: ``B`` sequences, ``T`` tokens of a sequence, ``D`` features, ``R
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Scope", "gather_rows", "sum_by_index"]
+__all__ = ["DOUBLE_BACKWARD", "Scope", "differentiated_once", "gather_rows", "sum_by_index"]
+
+DOUBLE_BACKWARD = (
+    "the dispersion loss is differentiated once: its gradient is a saved number, not a graph, and create_graph=True "
+    "would silently take it for a constant. For a second derivative use impl='reference'."
+)
+
+Backward = Callable[..., "tuple[Tensor | None, ...]"]
+
+
+def differentiated_once(backward: Backward) -> Backward:
+    """Make a backward refuse ``create_graph=True``."""
+
+    @wraps(backward)
+    def checked(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(DOUBLE_BACKWARD)
+        return backward(ctx, *above)
+
+    return checked
 
 
 def sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:

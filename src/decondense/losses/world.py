@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from decondense.losses.scope import differentiated_once
 
 __all__ = ["gather"]
 
@@ -31,7 +32,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once
     def backward(ctx: Any, above_SD: Tensor) -> tuple[Tensor | None, ...]:
         return above_SD[ctx.own] * ctx.world, None, None
 
