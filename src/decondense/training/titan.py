@@ -1,0 +1,240 @@
+r"""Pre-training with torchtitan 0.3: its own trainer and configurations, the dispersion loss attached, no fork.
+
+    torchrun --nproc-per-node 8 -m torchtitan.train --module decondense.training.titan \
+        --config qwen3_0_6b_dispersion --dispersion.weight 0.1 --dispersion.layers deep
+
+The gradient of one optimizer step is that of the token mean of the cross-entropy plus lambda times the mean dispersion
+over all packed documents of the step, over all micro-batches and data-parallel ranks. Data parallelism only (FSDP2,
+HSDP): with tensor, context or pipeline parallelism a rank does not hold whole sequences of whole states, and the
+trainer refuses.
+
+:func:`to_huggingface` turns a checkpoint into a directory that ``decondense measure`` and transformers read.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchtitan.config import TrainingConfig
+from torchtitan.models.qwen3 import model_registry
+from torchtitan.models.qwen3.config_registry import qwen3_0_6b, qwen3_debugmodel
+from torchtitan.trainer import Trainer
+
+from decondense.attaching import AttachError, attach
+from decondense.config import ConfigError, DispersionConfig
+from decondense.sequences import count_in_batch
+
+__all__ = [
+    "DispersionTrainer",
+    "qwen3_0_6b_cross_entropy",
+    "qwen3_0_6b_dispersion",
+    "qwen3_debugmodel_dispersion",
+    "to_huggingface",
+]
+
+_D = DispersionConfig()
+
+
+@dataclass(kw_only=True, slots=True)
+class Dispersion:
+    """The fields of :class:`decondense.config.DispersionConfig` that torchtitan's command line offers."""
+
+    weight: float = _D.weight
+    """lambda; 0 watches the dispersion and adds nothing: the control arm."""
+    layers: str = "all"
+    """all, deep, shallow, last, or block numbers: 0,5,-1."""
+    form: str = _D.loss.form
+    tau: float = _D.loss.tau
+    impl: str = _D.loss.impl
+    pairs: str = _D.loss.pairs
+    seed: int = _D.seed
+    schedule: str = _D.schedule.kind
+    """constant, linear or cosine."""
+    warmup: float = _D.schedule.warmup
+    """Fraction of training over which the weight rises."""
+    until: float = _D.schedule.until
+    """Fraction of training at which the weight has come to ``final``."""
+    final: float = _D.schedule.final
+
+    def config(self) -> DispersionConfig:
+        """Validated."""
+        numbers = self.layers.replace(",", "").replace("-", "").replace(" ", "")
+        layers: Any = [int(part) for part in self.layers.split(",")] if numbers.isdigit() else self.layers
+        schedule = {"kind": self.schedule, "warmup": self.warmup, "until": self.until, "final": self.final}
+        loss = {"form": self.form, "tau": self.tau, "impl": self.impl, "pairs": self.pairs}
+        settings = {"weight": self.weight, "layers": layers, "seed": self.seed, "loss": loss, "schedule": schedule}
+        return DispersionConfig.parse(settings, where="dispersion")
+
+
+class DispersionTrainer(Trainer):  # type: ignore[misc]
+    """torchtitan's trainer with a ``dispersion`` section."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):  # type: ignore[misc]
+        """torchtitan's configuration and the dispersion loss."""
+
+        dispersion: Dispersion = field(default_factory=Dispersion)
+
+    def __init__(self, config: DispersionTrainer.Config) -> None:
+        settings = config.dispersion.config()
+        if not config.training.disable_cuda_graphs:
+            raise ConfigError(
+                "CUDA graphs would replay the weight and the divisor of the first step; set "
+                "--training.disable_cuda_graphs."
+            )
+        super().__init__(config)  # applies checkpointing, compile and FSDP2
+        dims = self.parallel_dims
+        for name in ("pp", "tp", "cp"):
+            if getattr(dims, f"{name}_enabled"):
+                raise AttachError(
+                    f"{name.upper()} parallelism is not supported, because a rank does not hold whole sequences of "
+                    f"whole "
+                    "states; use data parallelism."
+                )
+        self.dispersion = attach(self.model_parts[0], config=settings)
+        self.dispersion.defer = True
+        self._sequences: Tensor | None = None
+        # the validator was built with the plain loss, and keeps it
+        plain: Any = self.loss_fn  # type: ignore[has-type]
+        self._plain_loss = plain
+        self.loss_fn = self._loss_with_dispersion
+        self._plain_log, self.metrics_processor.log = self.metrics_processor.log, self._log_with_dispersion
+
+    def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
+        """One optimizer step; its micro-batches are fetched first, to know how many sequences they hold."""
+        micro_batches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
+        self.dispersion.set_progress(self.step - 1, self.config.training.steps)
+        counts = [
+            1 if self.dispersion.counts_batches else count_in_batch({**inputs, "input_ids": inputs["input"]})
+            for inputs, _ in micro_batches
+        ]
+        self._sequences = self._sum_over_ranks(torch.as_tensor(sum(counts), dtype=torch.float32))
+        super().train_step(itertools.chain(micro_batches, data_iterator))
+
+    def _loss_with_dispersion(
+        self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **keywords: Any
+    ) -> tuple[Tensor, Any]:
+        loss, metrics = self._plain_loss(pred, labels, global_valid_tokens, **keywords)
+        taken = self.dispersion.take_sum_and_count()
+        if taken is None or self._sequences is None:
+            return loss, metrics
+        # torchtitan sums the gradients of micro-batches and ranks, each divided by what is global
+        extra = self.dispersion.weighted(taken[0] / self._sequences.clamp(min=1))
+        # added, never multiplied: the chunked loss has its gradients ready and ignores what comes back
+        return loss + extra, metrics
+
+    def _log_with_dispersion(
+        self, *arguments: Any, extra_metrics: dict[str, Any] | None = None, **keywords: Any
+    ) -> Any:
+        values = self.dispersion.pop(self._sum_over_ranks)
+        return self._plain_log(*arguments, extra_metrics={**(extra_metrics or {}), **values}, **keywords)
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        values = values.to(self.device)
+        if self.parallel_dims.dp_enabled:
+            torch.distributed.all_reduce(values, group=self.parallel_dims.get_mesh("batch").get_group())
+        return values
+
+
+def qwen3_0_6b_dispersion() -> DispersionTrainer.Config:
+    """Qwen3-0.6B from scratch on C4 with dispersion loss (Liu et al. 2026, arXiv:2602.00217, table 5).
+
+    From the paper: model, corpus, 156 billion tokens, lambda .1, tau 1, all layers. AdamW (.9, .95), weight decay .1
+    and the peak rate 3e-4 are torchtitan's for this model. Ours: 1,048,576 tokens a step, 2,000 steps of warm-up,
+    cosine decay to a tenth. A control arm is the same with ``--dispersion.weight 0``
+    (:func:`qwen3_0_6b_cross_entropy`).
+    """
+    base = qwen3_0_6b()
+    base.training = TrainingConfig(
+        local_batch_size=4, global_batch_size=256, seq_len=4096, steps=148_773, disable_cuda_graphs=True
+    )
+    base.lr_scheduler.warmup_steps = 2000
+    base.lr_scheduler.decay_type = "cosine"
+    base.lr_scheduler.min_lr_factor = 0.1
+    base.metrics.log_freq = 10
+    base.checkpoint.enable = True
+    base.checkpoint.interval = 5000
+    return _with_dispersion(base, Dispersion())
+
+
+def qwen3_0_6b_cross_entropy() -> DispersionTrainer.Config:
+    """The control arm of :func:`qwen3_0_6b_dispersion`: weight 0, the dispersion watched and not trained."""
+    config = qwen3_0_6b_dispersion()
+    config.dispersion = Dispersion(weight=0.0)
+    return config
+
+
+def qwen3_debugmodel_dispersion() -> DispersionTrainer.Config:
+    """torchtitan's own debug model (8 layers, width 256) for a try-out."""
+    base = qwen3_debugmodel()
+    base.training.disable_cuda_graphs = True
+    return _with_dispersion(base, Dispersion())
+
+
+def _with_dispersion(base: Any, dispersion: Dispersion) -> DispersionTrainer.Config:
+    values = {item.name: getattr(base, item.name) for item in fields(base) if item.init}
+    return DispersionTrainer.Config(**values, dispersion=dispersion)
+
+
+def to_huggingface(
+    checkpoint: str | Path, out: str | Path, *, flavor: str = "0.6B", tokenizer: str | Path | None = None
+) -> Path:
+    """Convert a torchtitan checkpoint of a dense Qwen3 model into a Hugging Face model directory.
+
+    Args:
+        checkpoint: A ``step-...`` folder written by torchtitan's checkpointer.
+        out: Folder to write: ``config.json``, ``model.safetensors``, and the tokenizer when given.
+        flavor: torchtitan's name of the model: ``"0.6B"``, ``"1.7B"``, ``"debugmodel"``, ...
+        tokenizer: Folder of the tokenizer that the model was trained with (``hf_assets_path``).
+
+    Returns:
+        ``out``.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    checkpoint, out = Path(checkpoint), Path(out)
+    if not (checkpoint / ".metadata").is_file():
+        raise ConfigError(f"{checkpoint} is no torchtitan checkpoint (no .metadata); name a step-... folder.")
+    spec = model_registry(flavor)
+    titan = spec.model
+    with torch.device("meta"):
+        state = titan.build().state_dict()
+    saved = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+    missing = [name for name in state if name not in saved]
+    if missing:
+        raise ConfigError(f"{checkpoint} holds no {missing[0]!r}; is it a checkpoint of flavor {flavor!r}?")
+    state = {name: torch.empty_like(value, device="cpu") for name, value in state.items()}
+    load(state, storage_reader=FileSystemReader(str(checkpoint)))
+    weights = spec.state_dict_adapter(titan, None).to_hf(state)
+
+    attention = titan.layers[0].attention
+    config = Qwen3Config(
+        vocab_size=titan.vocab_size,
+        hidden_size=titan.dim,
+        intermediate_size=weights["model.layers.0.mlp.gate_proj.weight"].shape[0],
+        num_hidden_layers=len(titan.layers),
+        num_attention_heads=attention.n_heads,
+        num_key_value_heads=attention.n_kv_heads or attention.n_heads,
+        head_dim=attention.head_dim,
+        max_position_embeddings=attention.rope.max_seq_len,
+        rope_parameters={"rope_type": "default", "rope_theta": attention.rope.theta},
+        rms_norm_eps=titan.norm.eps,
+        tie_word_embeddings=titan.enable_weight_tying,
+        attention_bias=False,
+    )
+    with torch.device("meta"):
+        converted = Qwen3ForCausalLM(config)
+    converted.load_state_dict(weights, strict=not titan.enable_weight_tying, assign=True)
+    converted.tie_weights()
+    converted.save_pretrained(out)
+    if tokenizer is not None:
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(out)
+    return out
