@@ -1,4 +1,4 @@
-"""{reference} = {chunked}, for every form, scope of pairs and way to the gradient; both are their values' derivatives."""
+"""{reference} = {chunked}, for every form, scope of pairs and way to the gradient; gradcheck of both."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ Space = Literal["sphere", "euclid", "raw"]
 class PairForm:
     """A sum over pairs of a function of a number per pair. Tiles are changed in place.
 
-    The number S is, on the sphere, ``(1 - kappa) + kappa (1 - c)`` with kappa = ``scale**2``: the distance of the shrunk
+    The number S is, on the sphere, ``(1 - kappa) + kappa (1 - c)``, kappa = ``scale**2``: the distance of the shrunk
     cosine from 1, which has digits left where the cosine has none; for distances, ``-d slope / 2``; raw, the product.
     """
 
