@@ -7,6 +7,7 @@ A study with failed or missing runs still gets its report, which then says so fi
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 import re
@@ -866,7 +867,7 @@ def build_report(rows: Iterable[Row] | Study, out_dir: str | Path, *, baseline: 
     study = rows if isinstance(rows, Study) else Study.from_rows(rows)
     out = Path(out_dir)
     if baseline is not None:
-        study.baseline = baseline
+        study = dataclasses.replace(study, baseline=baseline)
     found: Comparison | None = None
     problems: list[str] = []
     try:

@@ -317,6 +317,11 @@ def _no_final_score(row: Row) -> Row | None:
     return None if _is(row, "eval", arm="dispersion", seed=1, step=300) else row
 
 
+def _stopped_being_measured(row: Row) -> Row | None:
+    late = row["kind"] in ("eval", "eval_item", "profile") and row["step"] == 300
+    return None if late and row["arm"] == "dispersion" and row["seed"] == 1 else row
+
+
 REFUSED = {
     "unfinished": (_without_end, "dispersion (seed 1) is unfinished (last row at step 300)"),
     "failed": (_failed, "dispersion (seed 1) failed: out of memory"),
@@ -327,6 +332,10 @@ REFUSED = {
     "no proof": (_no_hash, "dispersion (seed 1) has no order_hash"),
     "other items": (_other_items, "dispersion (seed 1) was scored on other items of validation"),
     "other weights": (_other_weights, "the same items have other weights"),
+    "last score is not the final one": (
+        _stopped_being_measured,
+        "dispersion (seed 1) has no score of its final checkpoint (step 300)",
+    ),
     "no final score": (_no_final_score, "dispersion (seed 1) has no score of its final checkpoint (step 300)"),
 }
 

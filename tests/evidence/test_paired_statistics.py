@@ -128,6 +128,21 @@ def test_bootstrap_weighs_items() -> None:
     assert np.median(replicates) == pytest.approx(0.0, abs=0.01)
 
 
+def test_equal_differences_stay_equal_whatever_the_weights() -> None:
+    weights = np.random.default_rng(9).integers(1, 1000, 30).astype(float)
+    replicates = two_level_bootstrap([Items(np.full((3, 30), 0.25), weights)], resamples=500)
+    # a weighted mean over the resampled items, so their weights divide too
+    np.testing.assert_allclose(replicates, 0.25)
+
+
+def test_percentiles_of_pure_item_effects_are_those_of_the_normal_law() -> None:
+    effects = np.random.default_rng(10).normal(0.2, 1, 400)
+    task = Items(np.tile(effects, (4, 1)), np.ones(400))
+    d = paired_difference(np.zeros(4), np.full(4, effects.mean()), items=[task], resamples=20_000)
+    half = stats.norm.ppf(0.975) * effects.std() / 20
+    assert d.bootstrap_percentiles == pytest.approx((effects.mean() - half, effects.mean() + half), abs=0.01)
+
+
 def test_mean_over_tasks_divides_by_the_tasks() -> None:
     rng = np.random.default_rng(5)
     tasks = [Items(rng.normal(mean, 1, (4, 40)), np.ones(40)) for mean in (1.0, 3.0)]
