@@ -408,6 +408,24 @@ class EvaluateConfig(Config):
         return sorted({round(point * total) for point in self.points})
 
 
+class NoisyEmbeddingConfig(Config):
+    """Baseline: uniform noise on the token embeddings in training (NEFTune; paper, table 2)."""
+
+    alpha: float = Field(default=1.0, gt=0)
+    """The noise is bounded by alpha / sqrt(tokens x features). Paper: 1."""
+
+
+class ActiveForgettingConfig(Config):
+    """Baseline: the input embedding is initialised again every ``every`` steps (Chen et al. 2023; paper, table 2)."""
+
+    every: int = Field(default=1000, ge=2)
+    """Optimizer steps of a period. Paper: 1000."""
+    std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the new embedding. Paper: 0.02."""
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction of a period over which the embedding's own learning rate rises; then it falls linearly to 0."""
+
+
 class ArmConfig(Config):
     """One treatment; everything it does not name is the study's."""
 
@@ -415,6 +433,8 @@ class ArmConfig(Config):
     label: str | None = None
     """How tables and figures call the arm; None: its name."""
     dispersion: DispersionConfig | None = None
+    noisy_embedding: NoisyEmbeddingConfig | None = None
+    active_forgetting: ActiveForgettingConfig | None = None
     learning_rate: float | None = Field(default=None, gt=0)
 
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import (
     AutoConfig,
@@ -48,6 +49,7 @@ from decondense.integrations.huggingface import attach_trainer
 from decondense.measuring import measure
 from decondense.records import Row, append_rows, make_row, provenance, read_rows, write_rows
 from decondense.seeding import hash_parameters, seed_everything
+from decondense.training.baselines import ActiveForgetting, NoisyEmbedding, own_group, split_schedule
 
 if TYPE_CHECKING:
     from decondense.attaching import DispersionHandle
@@ -152,6 +154,22 @@ class _StudyTrainer(Trainer):
     """The Trainer with the study's order of data, and the plain cross-entropy kept apart from what is added to it."""
 
     cross_entropy: torch.Tensor | None = None
+    forgetting: ActiveForgetting | None = None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if new and self.forgetting is not None:
+            own_group(optimizer, self.forgetting.weight)
+        return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        new = self.lr_scheduler is None
+        scheduler = super().create_scheduler(*args, **kwargs)
+        if new and self.forgetting is not None:
+            assert isinstance(scheduler, LambdaLR)
+            scheduler = self.lr_scheduler = split_schedule(scheduler, self.forgetting)
+        return scheduler
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         data = self.train_dataset
@@ -510,6 +528,12 @@ def _train(cell: _Cell, rows: list[Row]) -> Row:
         # the Trainer's own reporters write to the terminal; ours write rows
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)
+    if cell.arm.noisy_embedding is not None:
+        rank = int(os.environ.get("RANK", "0"))
+        trainer.add_callback(NoisyEmbedding(model, cell.arm.noisy_embedding, cell.seed, rank))
+    if cell.arm.active_forgetting is not None:
+        trainer.forgetting = ActiveForgetting(model, cell.arm.active_forgetting, cell.seed)
+        trainer.add_callback(trainer.forgetting)
     handle: DispersionHandle | None = None
     if cell.arm.dispersion is not None:
         handle = attach_trainer(trainer, config=cell.arm.dispersion)

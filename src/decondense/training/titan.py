@@ -94,8 +94,7 @@ class DispersionTrainer(Trainer):  # type: ignore[misc]
             if getattr(dims, f"{name}_enabled"):
                 raise AttachError(
                     f"{name.upper()} parallelism is not supported, because a rank does not hold whole sequences of "
-                    f"whole "
-                    "states; use data parallelism."
+                    "whole states; use data parallelism."
                 )
         self.dispersion = attach(self.model_parts[0], config=settings)
         self.dispersion.defer = True

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerControl, TrainerState, TrainingArguments
+
+from decondense.config import ActiveForgettingConfig, NoisyEmbeddingConfig
+from decondense.records import stable
+from decondense.studies import run_study
+from decondense.training.baselines import ActiveForgetting, NoisyEmbedding, own_group
+from studies.conftest import small_study
+
+
+@pytest.fixture
+def model() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_layer=1, n_embd=16, n_head=2, n_positions=8, pad_token_id=3))
+
+
+def at_step(step: int, last: int = 100) -> tuple[TrainingArguments, TrainerState, TrainerControl]:
+    state = TrainerState()
+    state.global_step, state.max_steps = step, last
+    return TrainingArguments(output_dir="unused", report_to=[]), state, TrainerControl()
+
+
+def test_noise_is_uniform_within_the_published_bound_and_only_in_training(model) -> None:
+    noise = NoisyEmbedding(model, NoisyEmbeddingConfig(alpha=2.0), seed=0)
+    embedding = model.get_input_embeddings()
+    ids = torch.arange(8).repeat(400, 1)
+    clean = embedding.weight[ids]
+    before = torch.get_rng_state()
+    noise.on_step_begin(*at_step(5))
+    model.train()
+    added = (embedding(ids) - clean).detach()
+    bound = 2.0 / math.sqrt(8 * 16)
+    assert added.abs().max() <= bound * (1 + 1e-5)
+    assert added.std() == pytest.approx(bound / math.sqrt(3), rel=0.01)  # of a uniform distribution
+    assert torch.equal(before, torch.get_rng_state())
+    # a resumed run draws the same; the next step and another rank do not
+    noise.on_step_begin(*at_step(5))
+    assert torch.equal(embedding(ids) - clean, added)
+    noise.on_step_begin(*at_step(6))
+    assert not torch.equal(embedding(ids) - clean, added)
+    model.eval()
+    assert torch.equal(embedding(ids), clean)
+    model.train()
+    with torch.no_grad():
+        assert torch.equal(embedding(ids), clean)
+    noise.on_train_end(*at_step(6))
+    assert torch.equal(embedding(ids), clean)
+
+
+def test_forgetting_draws_zeroes_and_clears_at_every_period_but_the_last(model) -> None:
+    forgetting = ActiveForgetting(model, ActiveForgettingConfig(every=4, std=0.5), seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    old = forgetting.weight.detach().clone()
+    other = model.transformer.h[0].mlp.c_fc.weight
+    moment = optimizer.state[other]["exp_avg"].clone()
+    for step in (1, 3, 5):
+        forgetting.on_step_end(*at_step(step), optimizer=optimizer)
+        assert torch.equal(forgetting.weight, old)
+    forgetting.on_step_end(*at_step(4), optimizer=optimizer)
+    new = forgetting.weight.detach()
+    assert not torch.equal(new, old)
+    assert new.std() == pytest.approx(0.5, rel=0.1)
+    assert torch.equal(new[3], torch.zeros(16))
+    state = optimizer.state[forgetting.weight]
+    assert all(float(value.abs().sum()) == 0 for value in state.values() if torch.is_tensor(value))
+    assert torch.equal(optimizer.state[other]["exp_avg"], moment)
+    held = forgetting.weight.detach().clone()
+    forgetting.on_step_end(*at_step(100), optimizer=optimizer)
+    assert torch.equal(forgetting.weight, held)
+
+
+def test_the_embedding_has_a_rate_of_its_own(model) -> None:
+    forgetting = ActiveForgetting(model, ActiveForgettingConfig(every=10, warmup=0.2), seed=0)
+    factors = [forgetting.factor(step) for step in range(20)]
+    assert factors[:10] == factors[10:]
+    assert factors[2] == 1.0
+    assert factors[0] < factors[1] < factors[2]
+    assert factors[2:10] == sorted(factors[2:10], reverse=True)
+    assert 0 < factors[9] <= 0.125
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.3)
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    own_group(optimizer, forgetting.weight)
+    assert optimizer.param_groups[-1]["params"] == [forgetting.weight]
+    assert optimizer.param_groups[-1]["weight_decay"] == 0.3
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == count
+
+
+def test_baselines_are_arms_that_pair_and_resume(tmp_path) -> None:
+    from decondense.studies.runner import cell_folder, open_directory, opened_corpus, study_corpus
+    from decondense.training.hf import run_cell
+
+    arms = [
+        {"name": "cross-entropy"},
+        {"name": "noise", "noisy_embedding": {"alpha": 5.0}},
+        {"name": "forget", "active_forgetting": {"every": 3}},
+        {"name": "all", "noisy_embedding": {}, "active_forgetting": {"every": 3}, "dispersion": {"weight": 0.3}},
+    ]
+    study = small_study(arms=arms)
+    rows = run_study(study, tmp_path / "whole", workers=0)
+    ends = {row["arm"]: row for row in rows if row["kind"] == "run" and row["status"] == "finished"}
+    assert len({row["init_hash"] for row in ends.values()}) == 1
+    assert len({row["order_hash"] for row in ends.values()}) == 1
+    assert len({row["final_hash"] for row in ends.values()}) == 4
+
+    out = tmp_path / "resumed"
+    open_directory(study, out)
+    study_corpus(study, out)
+    written = 0
+
+    class Interrupted(Exception):
+        pass
+
+    def stop() -> None:
+        nonlocal written
+        written += 1
+        if written > 5:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run_cell(study, study.arm("all"), 0, opened_corpus(out), cell_folder(out, "all", 0), watch=stop)
+    again = run_study(study, out, workers=0)
+    assert [stable(row) for row in again] == [stable(row) for row in rows]
