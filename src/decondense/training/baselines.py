@@ -63,11 +63,11 @@ class ActiveForgetting(TrainerCallback):
     r"""Forget the input embedding every K optimizer steps (Chen et al. 2023, arXiv:2307.01163).
 
     After steps K, 2K, ... (never after the last one) the embedding is drawn anew from :math:`N(0, \sigma^2)`, the
-    padding row is zeroed and the embedding's Adam state is cleared. The embedding has a learning rate of its own, which rises
-    and falls once in every period; everything else follows the run's schedule.
+    padding row is zeroed and the embedding's Adam state is cleared. The embedding has a learning rate of its own,
+    which rises and falls once in every period; everything else follows the run's schedule.
 
-    Where input and output embedding are one tensor (GPT-2), the output embedding is forgotten with it: that is the
-    published procedure on such models, and it costs them more.
+    Where input and output embedding are one tensor (GPT-2), the output embedding is forgotten with it, and the arm
+    pays for that too.
     """
 
     def __init__(self, model: PreTrainedModel, config: ActiveForgettingConfig, seed: int) -> None:
@@ -104,7 +104,7 @@ class ActiveForgetting(TrainerCallback):
                 break
 
     def factor(self, step: int) -> float:
-        """The embedding's learning-rate factor at an optimizer step: up over the warm-up, then down to 0, each period."""
+        """The embedding's learning-rate factor: up over the warm-up, then down to 0, once in every period."""
         position = (step % self.config.every) / self.config.every
         if position < self.config.warmup:
             return (position * self.config.every + 1) / (self.config.warmup * self.config.every + 1)
