@@ -811,8 +811,7 @@ def compare(
         raise CompareError(
             f"study {study.name} cannot be compared:\n  - "
             + "\n  - ".join(faults)
-            + "\nFinish or repeat these runs (a study goes on where it was, with --resume), "
-            'or leave them out by name with incomplete="omit".'
+            + "\nFinish or repeat these runs. The report, and compare(..., incomplete='omit'), compare what is left."
         )
     if not good:
         raise CompareError(f"study {study.name} has no finished run:\n  - " + "\n  - ".join(faults))

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -554,31 +555,38 @@ def difference_table(found: Comparison) -> Table | None:
     return Table("differences", caption, columns, rows, 2)
 
 
+_SHORT = {
+    "mean cosine, all blocks": "cosine, blocks",
+    "mean cosine, last layer": None,  # the last of the layers below
+    "Spearman of mean cosine with depth": "Spearman (depth)",
+}
+
+
 def terminal_table(found: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of text for a terminal: measures, mean cosine by layer, step time."""
+    """Columns and rows of text that fit a terminal: measures, mean cosine by layer, step time, tokens to equal loss."""
     several = len(found.treated) > 1
-    base = found.labels[found.baseline]
-    columns = ["", *(["arm"] if several else []), base]
-    columns += ["value" if several else found.labels[found.treated[0]]] if found.treated else []
-    columns += ["difference", "95 % interval", "n"] if found.treated else []
+    short = {arm: textwrap.fill(found.labels[arm], 13) for arm in found.arms}
+    columns = ["", *(["arm"] if several else []), short[found.baseline]]
     lines: list[list[str]] = []
-
-    def add(name: str, label: str, cells: Sequence[str]) -> None:
-        lines.append([name, *([label] if several else []), *cells])
-
     if not found.treated:
         for measure in _measures(found):
             values = measure.of(found.baseline)
             lines.append([measure.name, number(values.mean) if values else NONE])
         return columns, lines
+    columns += ["value" if several else short[found.treated[0]], "difference", "95 % interval", "n"]
+
+    def add(name: str, arm: str, *cells: str) -> None:
+        lines.append([name, *([short[arm]] if several else []), *cells])
 
     def add_difference(name: str, d: Difference) -> None:
-        pair = [number(sum(values) / d.n) for values in (d.baseline_values, d.arm_values)]
-        add(name, found.labels[d.arm], [*pair, number(d.mean, sign=True), interval(d.interval), str(d.n)])
+        base, own = (number(sum(values) / d.n) for values in (d.baseline_values, d.arm_values))
+        add(name, d.arm, base, own, number(d.mean, sign=True), interval(d.interval), str(d.n))
 
     for measure in _measures(found):
+        name = _SHORT.get(measure.name, measure.name)
         for d in measure.differences:
-            add_difference(measure.name, d)
+            if name is not None:
+                add_difference(name, d)
     if found.layers is not None:
         labels = found.layers.labels
         stride = math.ceil(len(labels) / 16)
@@ -587,20 +595,20 @@ def terminal_table(found: Comparison) -> tuple[list[str], list[list[str]]]:
                 continue
             for arm in found.treated:
                 if arm in found.layers.differences:
-                    add_difference(f"mean cosine, {label}", found.layers.differences[arm][place])
+                    add_difference(f"cosine, {label}", found.layers.differences[arm][place])
+    base_cost = next((c for c in found.cost if c.arm == found.baseline), None)
     for c in found.cost:
-        if c.wall_ratio:
-            mine = _median(c.step_wall_ms)
-            theirs = next((_median(o.step_wall_ms) for o in found.cost if o.arm == found.baseline), None)
-            median, low, high = c.wall_ratio
-            pair = [number(theirs, 1), number(mine, 1)]
-            cells = [*pair, f"× {median:.3f}", f"range {low:.3f} to {high:.3f}", str(c.n)]
-            add("step time (ms)", found.labels[c.arm], cells)
+        for name, ratio, theirs, mine in (
+            ("step time (ms)", c.wall_ratio, base_cost and base_cost.step_wall_ms, c.step_wall_ms),
+            ("step, CPU (ms)", c.cpu_ratio, base_cost and base_cost.step_cpu_ms, c.step_cpu_ms),
+        ):
+            if ratio and theirs:
+                times = number(_median(theirs), 1), number(_median(mine), 1)
+                add(name, c.arm, *times, f"× {ratio[0]:.3f}", f"{ratio[1]:.3f} to {ratio[2]:.3f}", str(c.n))
     for s in found.speed:
         told = NONE if s.median_token_ratio is None else f"× {1 / s.median_token_ratio:.2f}"
-        at = _median(s.tokens) if s.reached == s.n else None
-        cells = [_count(found.tokens), _count(at) if at is not None else s.words, told, NONE, str(s.n)]
-        add(f"tokens to {base}'s final loss", found.labels[s.arm], cells)
+        at = _count(_median(s.tokens)) if s.median_token_ratio is not None else s.words
+        add("same-loss tokens", s.arm, _count(found.tokens), at, told, NONE, str(s.n))
     return columns, lines
 
 

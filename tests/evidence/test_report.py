@@ -295,7 +295,12 @@ def test_terminal_table_holds_layers_and_step_time() -> None:
     assert columns == ["", "cross-entropy", "dispersion", "difference", "95 % interval", "n"]
     by_name = {line[0]: line for line in lines}
     assert by_name["validation loss"][-1] == "3"
-    assert "mean cosine, block 5" in by_name
+    assert "cosine, block 5" in by_name
+    assert by_name["same-loss tokens"][1] == "614,400"
+    assert by_name["step, CPU (ms)"][3] == "× 1.080"
+    # with the narrowest of borders it fits 80 characters
+    widths = [max(len(part) for line in [columns, *lines] for part in line[i].splitlines() or [""]) for i in range(6)]
+    assert sum(widths) + 2 * (len(widths) - 1) <= 80
     assert by_name["step time (ms)"][1:4] == ["100.0", "108.0", "× 1.080"]
 
 
