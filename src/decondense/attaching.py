@@ -115,8 +115,9 @@ def attach(
 def attached(model: nn.Module) -> DispersionHandle | None:
     """The handle that is attached to ``model`` or to one of its blocks, if there is one."""
     for module in unwrap(model).modules():
-        hooks: list[Any] = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        for hook in hooks:
+        # torch has no public way to list a module's hooks; without these names nothing is found, and nothing breaks
+        tables: list[dict[int, Any]] = [vars(module).get(name, {}) for name in ("_forward_hooks", "_forward_pre_hooks")]
+        for hook in (hook for table in tables for hook in table.values()):
             if isinstance(hook, _Hook) and hook.handle.is_attached:
                 return hook.handle
     return None
@@ -157,16 +158,18 @@ class DispersionHandle:
         self._ratio_step: int | None = None
         self._on_detach: list[Callable[[], None]] = []
         self.micro_batches: int | None = None
-        """What a value is divided by where the trainer divides by the tokens of several micro-batches; None: token "
-        "share."""
+        """What divides a value where the trainer divides by the tokens of several micro-batches; None: token share."""
         self.training_forwards = 0
         """Forwards of the model in training mode since attaching (not counted inside compiled graphs)."""
         self.last: Tensor | None = None
         """Dispersion loss of the last training forward (mean over layers and sequences), detached."""
 
         device = next((p.device for p in blocks.root.parameters() if p.device.type != "meta"), torch.device("cpu"))
-        # a tensor: a Python number would recompile a compiled model each time that the schedule moves it
-        self._weight = torch.tensor(config.weight * self._factor(), dtype=torch.float64, device="cpu")
+        # A Python number would recompile a compiled model each time that the schedule moves it; a tensor does not.
+        self._weight_tensor = torch.zeros(
+            (), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
+        )
+        self._set_weight()
         sources: list[tuple[int, nn.Module]] = [(number, blocks.modules[number]) for number in self._layers]
         if config.final_norm:
             if self._layers[-1] != len(blocks) - 1:
@@ -180,6 +183,9 @@ class DispersionHandle:
         if config.embedding:
             self._labels.insert(0, "embedding")
         self._keys = [-1, *self._layers] if config.embedding else list(self._layers)
+        self._looks_once = device.type != "cpu"
+        self._numbered: bool | None = None  # whether integer masks number documents
+        self._overlooked: Tensor | None = None
         # sums over sequences per layer, then the number of sequences
         self._totals = torch.zeros(len(self._keys) + 1, device=device)
 
@@ -209,9 +215,8 @@ class DispersionHandle:
         now = "" if self.weight == self.config.weight else f" (now {self.weight:.4g})"
         return (
             f"DispersionHandle(layers={', '.join(self._labels)} of {len(self._blocks)} blocks at "
-            f"{self._blocks.path!r}, "
-            f"form={loss.form!r}, tau={loss.tau:g}, weight={self.config.weight:g}{now}, impl={loss.impl!r}, "
-            f"{'attached' if self._attached else 'detached'})"
+            f"{self._blocks.path!r}, form={loss.form!r}, tau={loss.tau:g}, weight={self.config.weight:g}{now}, "
+            f"impl={loss.impl!r}, {'attached' if self._attached else 'detached'})"
         )
 
     @property
@@ -227,7 +232,7 @@ class DispersionHandle:
     @property
     def weight(self) -> float:
         """The weight lambda that the next training forward uses, after the schedule."""
-        return float(self._weight)
+        return self._weight
 
     def detach(self) -> None:
         """Take every hook off; the model is as it was. Detaching twice does nothing."""
@@ -248,14 +253,11 @@ class DispersionHandle:
         return {**self.__dict__, **fresh}
 
     def set_progress(self, step: int, total_steps: int) -> None:
-        """Say that the next forward belongs to optimizer step ``step`` (from 0) of ``total_steps``; moves the "
-        "weight."""
+        """Say that the next forward belongs to step ``step`` (from 0) of ``total_steps``; moves the weight."""
         if step != self._step:
             self._forwards = 0
         self._step, self._total_steps = step, total_steps
-        factor = self._factor()
-        self._off = factor == 0
-        self._weight.fill_(self.config.weight * factor)
+        self._set_weight()
 
     def take(self) -> Tensor | None:
         """With ``defer``: the loss of the last training forward with its graph, unweighted; None if there was none."""
@@ -274,6 +276,12 @@ class DispersionHandle:
         ``gradient_ratio_every`` also ``dispersion_gradient_ratio``. Waits for the device. ``reduce`` sums a tensor over
         ranks.
         """
+        overlooked, self._overlooked = self._overlooked, None
+        if overlooked is not None and bool(overlooked):
+            raise AttachError(
+                "some attention masks number the documents of packed rows and the first one did not, so pairs were formed "
+                "across documents since the last log. Pass masks of one kind, or position_ids."
+            )
         totals = self._totals.double() if self._totals.device.type != "mps" else self._totals.clone()
         self._totals.zero_()
         if reduce is not None:
@@ -301,7 +309,9 @@ class DispersionHandle:
 
     def weighted(self, value: Tensor) -> Tensor:
         """``value`` times the current weight."""
-        return self._weight.to(value.device, value.dtype) * value
+        if torch.compiler.is_compiling():
+            return self._weight_tensor.to(value.device, value.dtype) * value
+        return self._weight * value
 
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule and the random generator stand, and the configuration they belong to."""
@@ -327,10 +337,13 @@ class DispersionHandle:
 
     # ---- the hooks' side -------------------------------------------------------------------------------------------
 
-    def _factor(self) -> float:
-        if self._step is None or self._total_steps is None:
-            return 1.0
-        return self.config.schedule.factor(self._step, self._total_steps)
+    def _set_weight(self) -> None:
+        factor = 1.0
+        if self._step is not None and self._total_steps is not None:
+            factor = self.config.schedule.factor(self._step, self._total_steps)
+        self._off = factor == 0
+        self._weight = self.config.weight * factor
+        self._weight_tensor.fill_(self._weight)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._states = {}
@@ -344,9 +357,9 @@ class DispersionHandle:
         if self._discarded >= _DISCARDED_BEFORE_ERROR:
             raise AttachError(
                 f"the last {self._discarded} dispersion losses were discarded without a gradient. Either this trainer "
-                "does not use the loss that the model returns (TRL's trainers do not): then use attach_trainer(trainer), "
-                "or handle.defer and handle.take() in a loss of your own. Or the model was evaluated in training mode: "
-                "then use model.eval() or torch.no_grad()."
+                "does not use the loss that the model returns (TRL's trainers do not): then use "
+                "attach_trainer(trainer), or handle.defer and handle.take() in a loss of your own. Or the model was "
+                "evaluated in training mode: then use model.eval() or torch.no_grad()."
             )
         self._batch = {**dict(zip(self._parameter_names, args, strict=False)), **kwargs}
 
@@ -357,8 +370,8 @@ class DispersionHandle:
         _refuse_meshes(self._blocks.root)
         if self._step is None and not self.config.schedule.is_constant:
             raise AttachError(
-                "the weight schedule needs to know the progress of training: call "
-                "handle.set_progress(step, total_steps) before each optimizer step, or use attach_trainer(trainer)."
+                "the weight schedule needs to know the progress of training: call handle.set_progress(step, "
+                "total_steps) before each optimizer step, or use attach_trainer(trainer)."
             )
 
     def _keep(self, key: int, module: nn.Module, state: Any) -> None:
@@ -366,15 +379,13 @@ class DispersionHandle:
             if key in self._states:
                 raise AttachError(
                     f"block {max(key, 0)} ran twice in one forward (layers that share their weights?); dispersion "
-                    f"needs one "
-                    "state per layer."
+                    "needs one state per layer."
                 )
             self._states[key] = state[0] if isinstance(state, (tuple, list)) else state
         elif self._attached and module.training and torch.is_grad_enabled() and not self._off and not _in_backward():
             raise AttachError(
                 f"block {max(key, 0)} ran outside the forward of the model that the loss is attached to, so the loss "
-                f"would be "
-                "missed. Attach to the model that is called (after wrapping it with PEFT), or detach() first."
+                "would be missed. Attach to the model that is called (after wrapping it with PEFT), or detach() first."
             )
 
     def _end(self, output: Any) -> Any:
@@ -394,8 +405,7 @@ class DispersionHandle:
             if self._pending is not None:
                 raise AttachError(
                     "the model ran two training forwards for one loss (as DPO and GRPO trainers do); that is not "
-                    "supported. "
-                    "Call handle.take() after each forward."
+                    "supported. Call handle.take() after each forward."
                 )
             self._pending = (total, count)
             return None
@@ -406,9 +416,8 @@ class DispersionHandle:
         if missing:
             raise AttachError(
                 f"no hidden state came from {', '.join(missing)}: the block did not run (layer drop, early exit), or "
-                f"the loss "
-                "was attached after the model had been compiled and called (then call torch._dynamo.reset() after "
-                "attaching)."
+                "the loss was attached after the model had been compiled and called (then call torch._dynamo.reset() "
+                "after attaching)."
             )
         first = states[self._keys[0]]
         if first.ndim == 2:  # newer torchtitan folds the batch into one row [T, D] with positions [T]
@@ -417,16 +426,14 @@ class DispersionHandle:
         if first.ndim != 3 or type(first).__name__ == "DTensor":
             raise AttachError(
                 f"the blocks return {type(first).__name__} of shape {tuple(first.shape)}; dispersion needs plain "
-                f"tensors "
-                "[batch, tokens, features] with whole sequences on each rank. Tensor, sequence and context "
-                "parallelism are "
-                "not supported; use data parallelism (DDP, FSDP2)."
+                "tensors [batch, tokens, features] with whole sequences on each rank. Tensor, sequence and context "
+                "parallelism are not supported; use data parallelism (DDP, FSDP2)."
             )
         if not self._monitoring:
             self._check_graph(states)
         rows, positions = first.shape[:2]
         try:
-            mask, segments = real_and_same(batch, rows, positions, first.device)
+            mask, segments = real_and_same(self._plain_mask(batch), rows, positions, first.device)
         except SequencesError as error:
             raise AttachError(str(error)) from None
         self._seed_draws()
@@ -443,6 +450,25 @@ class DispersionHandle:
             total, count = sums_L.mean(), counts[0]
             self._record(sums_L.detach(), total.detach(), count)
         return total, count
+
+    def _plain_mask(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Away from the processor: take an integer mask for a plain one if the first was, and verify that in pop().
+
+        An integer mask may number the documents of packed rows. To look at each would wait for the device each time; to
+        treat each as if it did costs a third of the loss.
+        """
+        mask = batch.get("attention_mask")
+        if not isinstance(mask, Tensor) or torch.compiler.is_compiling() or not self._looks_once:
+            return batch
+        if mask.dtype not in (torch.int64, torch.int32) or self._numbered:
+            return batch
+        numbers = (mask > 1).any()
+        if self._numbered is None:
+            self._numbered = bool(numbers)
+            if self._numbered:
+                return batch
+        self._overlooked = numbers if self._overlooked is None else self._overlooked | numbers
+        return {**batch, "attention_mask": mask != 0}
 
     def _seed_draws(self) -> None:
         if self.config.loss.pairs == "all" and not self.loss.settings.info.random:
@@ -467,8 +493,8 @@ class DispersionHandle:
             if any(parameter.requires_grad for parameter in self._trainable_above[key].parameters()):
                 raise AttachError(
                     f"the output of {label} carries no gradient although its parameters are trained. With frozen "
-                    f"embeddings "
-                    "and reentrant checkpointing call model.enable_input_require_grads(), or use use_reentrant=False."
+                    "embeddings and reentrant checkpointing call model.enable_input_require_grads(), or use "
+                    "use_reentrant=False."
                 )
         if not any(states[key].requires_grad for key in self._keys):
             raise AttachError(
@@ -511,9 +537,8 @@ class DispersionHandle:
         if len(scalars) != 1:
             raise AttachError(
                 "the output of the model has no loss to add to (no labels passed? label smoothing or "
-                "compute_loss_func, "
-                "which take the loss out of the model?). Use attach_trainer(trainer), or handle.defer and "
-                "handle.take()."
+                "compute_loss_func, which take the loss out of the model?). Use attach_trainer(trainer), or "
+                "handle.defer and handle.take()."
             )
         key, loss = next(iter(scalars.items()))
         self.measure_gradient_ratio(loss, extra)
@@ -552,8 +577,7 @@ class DispersionHandle:
         if "Liger" in _node_names(loss):
             raise AttachError(
                 "gradient_ratio_every does not work with Liger's fused cross-entropy, whose backward can run only "
-                "once; "
-                "leave it out."
+                "once; leave it out."
             )
         try:
             norms = [
@@ -563,8 +587,7 @@ class DispersionHandle:
         except RuntimeError as error:
             raise AttachError(
                 f"gradient_ratio_every needs a second backward pass, which failed ({error}). Reentrant checkpointing "
-                f"and "
-                "compiled models do not allow it; leave it out."
+                "and compiled models do not allow it; leave it out."
             ) from error
         self._ratio = norms[0] / norms[1]
 
@@ -627,8 +650,7 @@ def _refuse(model: nn.Module) -> None:
     if getattr(getattr(core, "config", None), "is_encoder_decoder", False):
         raise AttachError(
             f"{type(core).__name__} is an encoder-decoder model, whose attention mask is the encoder's; only "
-            f"decoder-only and "
-            "encoder-only models are supported."
+            "decoder-only and encoder-only models are supported."
         )
     if (getattr(core, "_tp_size", None) or 1) > 1:  # set by from_pretrained(tp_plan=...)
         raise AttachError("tensor parallelism (tp_plan) is not supported; use data parallelism (DDP, FSDP2).")
@@ -641,11 +663,9 @@ def _refuse_meshes(model: nn.Module) -> None:
         for dimension in getattr(mesh, "mesh_dim_names", None) or ():
             if any(part in _INEXACT_MESH_DIMENSIONS for part in dimension.split("_")) and mesh[dimension].size() > 1:
                 raise AttachError(
-                    f"parameter {name} is distributed over the mesh dimension {dimension!r}: tensor, sequence, "
-                    f"context and "
-                    "pipeline parallelism are not supported, because a rank does not hold whole sequences of whole "
-                    "states. "
-                    "Use data parallelism (DDP, FSDP2, HSDP)."
+                    f"parameter {name} is distributed over the mesh dimension {dimension!r}: tensor, sequence, context "
+                    "and pipeline parallelism are not supported, because a rank does not hold whole sequences of "
+                    "whole states. Use data parallelism (DDP, FSDP2, HSDP)."
                 )
 
 

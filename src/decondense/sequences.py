@@ -40,9 +40,8 @@ def real_and_same(
     if mask is not None and tuple(mask.shape) != (rows, positions):
         raise SequencesError(
             f"the attention mask has shape {tuple(mask.shape)} and the hidden states {rows} rows of {positions} "
-            f"positions, "
-            "so the real tokens cannot be told. Pass the two-dimensional mask of the same tokens "
-            "(prompt tuning, which adds tokens inside the model, is not supported)."
+            "positions, so the real tokens cannot be told. Pass the two-dimensional mask of the same tokens (prompt "
+            "tuning, which adds tokens inside the model, is not supported)."
         )
     segments = _segments(batch, rows, positions, device)
     if mask is not None:

@@ -129,6 +129,29 @@ def test_packed_documents_are_sequences_of_their_own(how):
     assert greatest_difference(got, expected) < 1e-10
 
 
+def test_masks_are_looked_at_once_away_from_the_processor():
+    """What happens on a GPU, where each look would wait for the device; here the same code on the processor."""
+    ids = tokens(2, 6)
+    plain, numbered = torch.ones(2, 6, dtype=torch.long), torch.tensor([[1, 1, 1, 2, 2, 2]] * 2)
+    for first in (plain, numbered):
+        model = tiny()
+        with attach(model, WEIGHT) as handle:
+            value = {}
+            for looks_once in (False, True):
+                handle._looks_once = looks_once
+                model(input_ids=ids, labels=ids, attention_mask=first).loss.backward()
+                value[looks_once] = float(handle.last)
+            assert value[True] == value[False]
+            assert handle.pop()
+            other = numbered if first is plain else plain
+            model(input_ids=ids, labels=ids, attention_mask=other).loss.backward()
+            if first is numbered:  # the careful way is right for both kinds
+                assert handle.pop()
+            else:
+                with pytest.raises(AttachError, match="masks of one kind"):
+                    handle.pop()
+
+
 @pytest.mark.parametrize("kind", ["tuple", "nanogpt", "scalar", "namespace", "named tuple", "list"])
 def test_outputs_of_every_shape(kind):
     import types

@@ -68,24 +68,32 @@ def test_dispersion_gradient_is_counted_once(tmp_path):
 
 
 def test_the_last_incomplete_step_of_an_epoch(tmp_path):
-    """8 sequences, 3 micro-batches a step: the third step has two micro-batches only."""
+    """8 sequences, 3 micro-batches a step: the third step has two, and is the mean over those two."""
     trainer = make_trainer(
         tmp_path, data=examples(LENGTHS), gradient_accumulation_steps=3, max_steps=3, learning_rate=0.0
     )
-    steps = []
-
-    def keep(optimizer, *_):
-        steps.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
-
-    attach_trainer(trainer, WEIGHT)
+    lengths, steps = [], []
+    trainer.model.register_forward_pre_hook(
+        lambda m, a, inputs: lengths.append(inputs["attention_mask"].sum().item()), with_kwargs=True
+    )
     trainer.create_optimizer()
-    trainer.optimizer.register_step_pre_hook(keep)
+    trainer.optimizer.register_step_pre_hook(lambda *_: steps.append((len(lengths), gradients(trainer.model))))
+    attach_trainer(trainer, WEIGHT)
     trainer.train()
-    order = [int(i) for i in torch.cat([torch.tensor(x) for x in [list(trainer.get_train_dataloader().sampler)]])]
-    assert len(steps) == 3
-    assert sorted(order) == list(range(8))
-    assert steps[2].isfinite().all()
-    assert 0.3 < steps[2].norm() / steps[0].norm() < 3
+    assert [n for n, _ in steps] == [3, 6, 8]
+    by_length = {len(row["input_ids"]): row for row in examples(LENGTHS)}
+    last = lengths[6:]
+    assert 12 not in last  # two of the sequences have this length; the others are told by theirs
+    batch = pad([by_length[n] for n in last])
+    model = tiny()
+    kept, hooks = block_outputs(list(model.model.layers))
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    for hook in hooks:
+        hook.remove()
+    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+    sequences = [[(row, list(range(n))) for row, n in enumerate(last) if n > 1]]
+    (loss + WEIGHT * dispersion(kept, sequences)).backward()
+    assert greatest_difference(steps[2][1], gradients(model)) < 1e-6
 
 
 def test_label_smoothing(tmp_path):

@@ -194,6 +194,24 @@ def test_compiled_blocks():
     assert greatest_difference(backward(model, batch)[0], plain) < 1e-12
 
 
+@pytest.mark.parametrize("tool", [attach, attach_trainer])
+def test_compiled_in_the_trainer(tmp_path, tool):
+    torch._dynamo.reset()
+    found = []
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        data = examples([12] * 8)
+        trainer = make_trainer(
+            tmp_path, max_steps=2, data=data, per_device_train_batch_size=2, gradient_accumulation_steps=2, **settings
+        )
+        handle = tool(trainer if tool is attach_trainer else trainer.model, WEIGHT)
+        trainer.train()
+        handle.detach()
+        found.append(weights(trainer.model))
+    torch._dynamo.reset()
+    assert greatest_difference(found[0], found[1]) < 1e-6
+    assert mean_residual(found[0], found[1]) < 1e-7
+
+
 # ---- LoRA ----------------------------------------------------------------------------------------------------------
 
 

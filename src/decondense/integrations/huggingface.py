@@ -116,8 +116,7 @@ class _TrainerHandle:
             if model.training and torch.is_grad_enabled() and not handle.is_off and handle.training_forwards == before:
                 raise AttachError(
                     "the trainer computed a training loss without running the model that the dispersion loss is "
-                    "attached to; "
-                    "attach after the trainer's model has been wrapped or replaced."
+                    "attached to; attach after the trainer's model has been wrapped or replaced."
                 )
             return result
         total, count = taken
@@ -159,8 +158,7 @@ class _TrainerHandle:
         if seen and expected and seen != expected:
             raise AttachError(
                 f"the batches of the last steps held {expected:g} sequences and the model saw {seen:g}: the trainer "
-                f"changes "
-                "its batches between fetching and the forward, so the mean over sequences would be wrong."
+                "changes its batches between fetching and the forward, so the mean over sequences would be wrong."
             )
 
     def reduce(self, values: Tensor) -> Tensor:
@@ -269,8 +267,8 @@ def _sum_over_ranks(device: torch.device) -> Callable[[Tensor], Tensor] | None:
 def _refuse(trainer: Any) -> None:
     if not hasattr(trainer, "compute_loss") or not hasattr(trainer, "get_batch_samples"):
         raise AttachError(
-            f"attach_trainer() needs a transformers Trainer (4.46 or newer), got {type(trainer).__name__}; "
-            "use attach(model) for other loops."
+            f"attach_trainer() needs a transformers Trainer (4.46 or newer), got {type(trainer).__name__}; use "
+            "attach(model) for other loops."
         )
     if trainer.args.n_gpu > 1:
         raise AttachError("nn.DataParallel is not supported; start with torchrun or accelerate launch.")
@@ -279,8 +277,7 @@ def _refuse(trainer: Any) -> None:
         if getattr(parallel, f"{kind}_enabled", False):
             raise AttachError(
                 f"{kind.upper()} parallelism is not supported, because a rank does not hold whole sequences of whole "
-                f"states; "
-                "use data parallelism (DDP, FSDP2, HSDP)."
+                "states; use data parallelism (DDP, FSDP2, HSDP)."
             )
 
 
