@@ -208,7 +208,7 @@ def tile_size(n: int, device: torch.device) -> int:
 def _chunk_rows(rows: int, n: int, device: torch.device) -> int:
     """Rows swept at once: few enough for the caches, enough to keep the threads of a batched product busy."""
     tile = tile_size(n, device)
-    budget = 4 * 256 * 256 if device.type == "cpu" else 32 * 1024 * 1024
+    budget = 2 * 256 * 256 if device.type == "cpu" else 32 * 1024 * 1024
     return max(1, min(rows, budget // (tile * tile)))
 
 
@@ -217,6 +217,13 @@ def _tiles(n: int, tile: int) -> Iterator[tuple[slice, slice]]:
     for i in range(0, n, tile):
         for j in range(i, n, tile):
             yield slice(i, min(i + tile, n)), slice(j, min(j + tile, n))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products along the last dimension, ``[C, N]``; row by row where the elementwise product would be large."""
+    if a.device.type == "cpu" and a.numel() > 2**18:
+        return torch.stack([torch.linalg.vecdot(x, y) for x, y in zip(a, b, strict=True)])
+    return torch.linalg.vecdot(a, b)
 
 
 def _inverse_norm(x: Tensor, valid_CN: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -288,7 +295,7 @@ def prepare(z: Tensor, valid_CN: Tensor | None, form: PairForm) -> _Prepared:
             # d(z/(r+e)) = dz/(r+e) - z <z,dz>/(r (r+e)^2), in terms of z/(r+e)
             radial = torch.where(present, 1.0 + form.epsilon / norm, 0.0)
         x, mean = _centre(x, valid_CN)
-        half = 0.5 * (torch.linalg.vecdot(x, x) + form.scale**2 * missing + form.gap)
+        half = 0.5 * (_dot(x, x) + form.scale**2 * missing + form.gap)
         return _Prepared(x, half.unsqueeze(-1), inverse * (2.0 * form.slope * form.scale), mean, radial)
     x = z.to(statistics_dtype(z.dtype), copy=form.space == "euclid")
     if valid_CN is not None:
@@ -296,7 +303,7 @@ def prepare(z: Tensor, valid_CN: Tensor | None, form: PairForm) -> _Prepared:
     if form.space == "raw":
         return _Prepared(x)
     x, _ = _centre(x, valid_CN)
-    return _Prepared(x, 0.5 * torch.linalg.vecdot(x, x).unsqueeze(-1))
+    return _Prepared(x, 0.5 * _dot(x, x).unsqueeze(-1))
 
 
 def _products(p: _Prepared, i: slice, j: slice, form: PairForm, S: Tensor) -> None:
@@ -325,11 +332,11 @@ def _finish(G: Tensor, p: _Prepared, form: PairForm, pull: Tensor) -> None:
     assert p.mean is not None
     # sum_j W_ij zhat_j = g_i + pull_i m, and any multiple of zhat_i = x_i + m may be taken off, which the projection
     # does anyway: pull_i (m - zhat_i) = -pull_i x_i is the smaller thing to add where the tokens are close together
-    xx, xm = torch.linalg.vecdot(p.x, p.x), torch.matmul(p.x, p.mean.mT).squeeze(-1)
+    xx, xm = _dot(p.x, p.x), torch.matmul(p.x, p.mean.mT).squeeze(-1)
     mm = p.mean.square().sum(dim=-1)
     close = (xx < mm) if p.radial is None else torch.zeros_like(xx, dtype=torch.bool)
     on_x, on_m = torch.where(close, -pull, 0.0), torch.where(close, 0.0, pull)
-    along = torch.linalg.vecdot(G, p.x) + torch.matmul(G, p.mean.mT).squeeze(-1)
+    along = _dot(G, p.x) + torch.matmul(G, p.mean.mT).squeeze(-1)
     along.addcmul_(on_x, xx + xm).addcmul_(on_m, xm + mm).div_(form.scale**2)
     if p.radial is not None:
         along.mul_(p.radial)
@@ -385,6 +392,7 @@ def sweep(
                 factor_RN[part] = p.factor
             if kept != dtype:
                 gradient[part] = G
+        del p  # before the next chunk's takes its place
     return sums_RN, gradient, factor_RN
 
 
