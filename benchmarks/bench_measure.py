@@ -5,7 +5,8 @@
 A GPT-2-like model of 12 layers with random weights, 512 tokens a passage. Time: rounds of (forward, means, both
 histograms) follow each other, so that a busy machine slows all alike; each row gives the sum over rounds and the
 median ratio of a round to its own forward pass. "forward" is the model without its language-model head, which measuring
-does not need; "forward with logits" is what a plain call of the model costs. Memory: the peak of resident memory after
+does not need; "forward with logits" is what a plain call of the model costs. "watch": what ``CondensationWatch`` spends
+of a training step (4 sequences, forward and backward) when it watches every one. Memory: the peak of resident memory after
 the model is built, each variant in a process of its own (Linux).
 """
 
@@ -61,6 +62,34 @@ def runner(variant: str, model: Any, batch_size: int) -> Callable[[Any], None]:
 
 def void(_: object) -> None:
     """Let a result go."""
+
+
+def watch_share(width: int, batch: int) -> tuple[float, float]:
+    """(seconds of a training step, share of it that a watched pass spends on its numbers)."""
+    from decondense.measuring import CondensationWatch
+
+    model = build(width).train()
+    ids = passages(batch)
+    with CondensationWatch(model, every=1) as watch:
+        spent = [0.0]
+        take = watch._take
+
+        def timed(state: Any) -> None:
+            start = time.perf_counter()
+            take(state)
+            spent[0] += time.perf_counter() - start
+
+        watch._take = timed  # type: ignore[method-assign]
+        steps, shares = [], []
+        for _ in range(4):
+            spent[0] = 0.0
+            start = time.perf_counter()
+            model(input_ids=ids, labels=ids).loss.backward()
+            watch.step()
+            steps.append(time.perf_counter() - start)
+            shares.append(spent[0] / steps[-1])
+            model.zero_grad()
+    return statistics.median(steps[1:]), statistics.median(shares[1:])
 
 
 def peak_bytes(variant: str, width: int, count: int, batch_size: int, threads: int) -> int:
@@ -154,6 +183,14 @@ def main() -> None:
             above, growth = metrics["above_forward_bytes"] / 1e6, metrics["growth_bytes"] / 1e6
             line += f"  peak {above:+.0f} MB, growth {growth:+.0f} MB"
         print(line)
+    step_seconds, share = watch_share(arguments.width, 4)
+    metrics = {"step_s": step_seconds, "share_of_step": share}
+    params = {"layers": 12, "width": arguments.width, "tokens": TOKENS, "sequences": 4, "every": 1}
+    params |= {"threads": arguments.threads, "device": "cpu"}
+    rows.append(
+        make_row("benchmark", name="measure", variant="watch", params=params, metrics=metrics, provenance=provenance())
+    )
+    print(f"{'watch, every step':20s} {100 * share:.2f} % of a training step of {step_seconds:.2f} s")
     if arguments.out:
         append_rows(arguments.out, rows)
 

@@ -107,6 +107,31 @@ FAMILIES = {
         },
         True,
     ),
+    "JambaForCausalLM": (
+        {
+            **ROPE,
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 2,
+            "use_mamba_kernels": False,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 4,
+        },
+        True,
+    ),
+    "BambaForCausalLM": (
+        {
+            **ROPE,
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_state": 4,
+            "mamba_n_groups": 1,
+        },
+        True,
+    ),
     "MambaForCausalLM": ({"vocab_size": V, "hidden_size": W, "num_hidden_layers": L, "state_size": 4}, True),
 }
 
@@ -157,7 +182,7 @@ def test_statistics_are_those_of_the_listed_states(name: str, ids: torch.Tensor)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_padding_and_company_in_the_batch_change_nothing(name: str, ids: torch.Tensor) -> None:
     model = build(name, FAMILIES[name][0])
-    if "Moe" in name or name in ("MixtralForCausalLM", "Qwen3NextForCausalLM"):
+    if "Moe" in name or name in ("MixtralForCausalLM", "Qwen3NextForCausalLM", "JambaForCausalLM"):
         model.set_experts_implementation("eager")  # the grouped kernel has no float64
     model = model.double()
     lengths = (T, 5, 9)

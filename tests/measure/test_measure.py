@@ -342,6 +342,19 @@ def test_states_that_are_not_the_passages(model: GPT2LMHeadModel, ids: torch.Ten
         measure(Prompted(), input_ids=ids, batch_size=7)
 
 
+def test_batch_size_falls_with_the_size_of_a_passage() -> None:
+    from decondense.blocks import find_blocks
+    from decondense.measuring.running import _batch_size
+
+    sizes = []
+    for width, tokens in ((32, 16), (256, 512), (768, 512), (768, 4096)):
+        model = gpt2(n_embd=width, n_layer=1, n_positions=8)
+        sizes.append(_batch_size(model, find_blocks(model), tokens, False, torch.device("cpu")))
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 64
+    assert sizes[-1] == 1
+
+
 def test_progress_and_no_logits(model: GPT2LMHeadModel, ids: torch.Tensor) -> None:
     calls: list[tuple[str, int, int]] = []
     measure(model, input_ids=ids, batch_size=3, progress=lambda *call: calls.append(call))

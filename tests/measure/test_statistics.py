@@ -124,6 +124,11 @@ def test_large_finite_states_are_not_called_infinite() -> None:
     assert statistics([z]).cosine_P[0] == pytest.approx(5 / 9, abs=1e-6)
 
 
+def test_tiny_states_have_a_direction() -> None:
+    z = torch.tensor([[1e-30, 1e-30], [1e-30, -1e-30], [2e-30, 2e-30]], dtype=torch.float32)
+    assert statistics([z]).cosine_P[0] == pytest.approx(5 / 9, abs=1e-6)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_finite_states_are_named(bad: float) -> None:
     good, z = torch.ones(4, 3), torch.ones(4, 3)

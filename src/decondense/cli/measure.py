@@ -366,7 +366,10 @@ def _show(console: Console, label: str, profile: Profile, place: Path, bins: int
             f"{name.capitalize()} of mean cosine and depth: {getattr(profile, name):+.2f} "
             f"(95 % interval over passages {low:+.2f}..{high:+.2f})",
             highlight=False,
+            soft_wrap=True,
         )
+    if profile.has_final_norm:
+        console.print(f"(the last layer of the depth is the state {_last_state(profile)})", highlight=False)
     atomic_write(place / "layers.md", tables.to_markdown(table))
     atomic_write(place / "layers.csv", tables.to_csv(table))
     data = _mapping(profile, label, bins)
@@ -374,6 +377,11 @@ def _show(console: Console, label: str, profile: Profile, place: Path, bins: int
         console.print(f"[yellow]note:[/] {profile.no_averaged} Drawing the pooled one.", highlight=False)
         kind = "pooled"
     export(condensation.heatmap_figure(data, kind=kind, palette=palette), place / "heatmap")  # type: ignore[arg-type]
+
+
+def _last_state(profile: Profile) -> str:
+    """Which of the two last states the rank correlations count."""
+    return "after the final norm" if profile.final == "after" else "before the final norm"
 
 
 def _compare(

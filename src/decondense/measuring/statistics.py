@@ -166,8 +166,9 @@ class LayerStatistics:
     def _add_passage(self, z_ND: Tensor, passage: int) -> None:
         n = z_ND.shape[0]
         norm_N = torch.linalg.vector_norm(z_ND, dim=-1)
-        if not torch.isfinite(norm_N).all():
-            # the squares of large finite states may overflow in float32, and in float64 may not
+        low, high = (float(bound) for bound in torch.aminmax(norm_N))
+        if not (low > 1e-15 and high < float("inf")):
+            # in float32 the squares of very large and very small states overflow and vanish, in float64 they do not
             norm_N = torch.linalg.vector_norm(z_ND, dim=-1, dtype=torch.float64)
             if not torch.isfinite(norm_N).all():
                 bad = int((~torch.isfinite(norm_N)).nonzero()[0, 0])
