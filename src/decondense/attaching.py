@@ -183,6 +183,7 @@ class DispersionHandle:
         if config.embedding:
             self._labels.insert(0, "embedding")
         self._keys = [-1, *self._layers] if config.embedding else list(self._layers)
+        self._shifts_labels = _shifts_labels(base_model(blocks.root))
         self._looks_once = device.type != "cpu"
         self._numbered: bool | None = None  # whether integer masks number documents
         self._overlooked: Tensor | None = None
@@ -279,8 +280,8 @@ class DispersionHandle:
         overlooked, self._overlooked = self._overlooked, None
         if overlooked is not None and bool(overlooked):
             raise AttachError(
-                "some attention masks number the documents of packed rows and the first one did not, so pairs were formed "
-                "across documents since the last log. Pass masks of one kind, or position_ids."
+                "some attention masks number the documents of packed rows and the first one did not, so pairs were "
+                "formed across documents since the last log. Pass masks of one kind, or position_ids."
             )
         totals = self._totals.double() if self._totals.device.type != "mps" else self._totals.clone()
         self._totals.zero_()
@@ -526,8 +527,7 @@ class DispersionHandle:
                     "num_items_in_batch came without labels, so the share of this micro-batch cannot be told; use "
                     "attach_trainer(trainer)."
                 )
-            # the trainer counts the labels of a model without loss_type unshifted
-            if "CausalLM" in (getattr(base_model(self._blocks.root), "loss_type", None) or ""):
+            if self._shifts_labels:
                 labels = labels[..., 1:]
         share: Tensor = (labels != -100).sum() / items
         return share
@@ -681,6 +681,18 @@ def _scalars(output: Any) -> Iterable[tuple[Any, Tensor]]:
     return [
         (key, value) for key, value in items if isinstance(value, Tensor) and value.ndim == 0 and value.requires_grad
     ]
+
+
+def _shifts_labels(core: nn.Module) -> bool:
+    """Whether transformers' Trainer counts this model's labels without the first: causal ones that have a loss_type."""
+    loss_type = getattr(core, "loss_type", None)
+    if loss_type is None:
+        return False
+    try:
+        from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+    except ImportError:
+        return "CausalLM" in str(loss_type)
+    return LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
 
 
 def _in_backward() -> bool:

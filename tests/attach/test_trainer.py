@@ -8,8 +8,9 @@ from attach_helpers import block_outputs, dispersion, gradients, greatest_differ
 from torch.nn import functional
 from trainer_helpers import examples, make_trainer, pad, weights
 
-from decondense import DispersionCallback, attach_trainer
+from decondense import DispersionCallback, attach, attach_trainer
 from decondense.attaching import AttachError, attached
+from decondense.blocks import find_blocks
 from decondense.config import DispersionConfig, WeightSchedule
 
 LENGTHS = [12, 5, 9, 2, 7, 12, 1, 4]
@@ -94,6 +95,33 @@ def test_the_last_incomplete_step_of_an_epoch(tmp_path):
     sequences = [[(row, list(range(n))) for row, n in enumerate(last) if n > 1]]
     (loss + WEIGHT * dispersion(kept, sequences)).backward()
     assert greatest_difference(steps[2][1], gradients(model)) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("cut", [(8, 1), (2, 4), (1, 8)])
+def test_attached_inside_the_model_the_share_of_tokens_is_exact_for_equal_lengths(tmp_path, family, cut):
+    """Models without loss_type (GPT-2) and masked-LM models have their labels counted unshifted by the Trainer."""
+    data = examples([12] * 8)
+    found = []
+    for weight in (WEIGHT, 0.0):
+        size, steps = cut
+        trainer = make_trainer(
+            tmp_path, tiny(family), data=data, per_device_train_batch_size=size, gradient_accumulation_steps=steps
+        )
+        with attach(trainer.model, weight):
+            trainer.train()
+        found.append(weights(trainer.model))
+    model = tiny(family)
+    kept, hooks = block_outputs(find_blocks(model).modules)
+    batch = pad(data)
+    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    for hook in hooks:
+        hook.remove()
+    (WEIGHT * dispersion(kept)).backward()
+    part = {name: found[0][name] - found[1][name] for name in gradients(model)}
+    expected = {name: -0.5 * gradient for name, gradient in gradients(model).items()}
+    assert greatest_difference(part, expected) < 1e-6
+    assert mean_residual(part, expected) < 1e-6
 
 
 def test_label_smoothing(tmp_path):
