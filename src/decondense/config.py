@@ -395,6 +395,16 @@ class EvaluateConfig(Config):
     passages: int = Field(default=32, ge=1)
     """Held-out passages on which condensation is measured."""
     passage_tokens: int = Field(default=128, ge=2)
+    tasks: tuple[str, ...] = ()
+    """Benchmarks of the final checkpoint (:func:`decondense.evaluate.evaluate`): ``paper``, ``ten``, harness tasks."""
+    shots: Literal["gpt2", "qwen3"] | int = "gpt2"
+    """Examples in the prompts: the paper's for GPT2 or Qwen3, or one number for every task that takes some."""
+    limit: int | None = Field(default=None, ge=1)
+    """Items of each benchmark at most; None: all. Paper: 500 (GPT2), 200 (Qwen3)."""
+    data_dir: str | None = None
+    """Folder with the benchmarks in local files; None: the hub."""
+    task_batch: int = Field(default=16, ge=1)
+    """Benchmark requests of one forward pass."""
 
     @field_validator("points")
     @classmethod
@@ -426,6 +436,17 @@ class ActiveForgettingConfig(Config):
     """Fraction of a period over which the embedding's own learning rate rises; then it falls linearly to 0."""
 
 
+class DistillationConfig(Config):
+    """Knowledge distillation from a larger model of the same tokenizer, beside the cross-entropy (paper, figure 5)."""
+
+    teacher: str = Field(min_length=1)
+    """Directory or hub id of the teacher."""
+    temperature: float = Field(default=1.0, gt=0)
+    """T of the softened predictions; the loss carries T^2, so that its gradient does not shrink with T."""
+    weight: float = Field(default=1.0, ge=0)
+    """Weight of the distillation loss; the cross-entropy keeps 1."""
+
+
 class ArmConfig(Config):
     """One treatment; everything it does not name is the study's."""
 
@@ -435,6 +456,7 @@ class ArmConfig(Config):
     dispersion: DispersionConfig | None = None
     noisy_embedding: NoisyEmbeddingConfig | None = None
     active_forgetting: ActiveForgettingConfig | None = None
+    distillation: DistillationConfig | None = None
     learning_rate: float | None = Field(default=None, gt=0)
 
 

@@ -82,6 +82,8 @@ class StepRow(_CellRow):
     dispersion: float | None = None
     """Value of the dispersion loss (before its weight), mean over layers."""
     dispersion_weight: float | None = None
+    distillation: float | None = None
+    """Value of the distillation loss (before its weight)."""
     timing: dict[str, Any] = {}
 
 
@@ -114,6 +116,16 @@ class EvalRow(_CellRow):
     value: float
     higher_is_better: bool
     items: int
+    stderr: float | None = None
+    """Standard error over the items."""
+    official_items: int | None = None
+    """Items that the benchmark has officially; None: no benchmark, or not known."""
+    limit: int | None = None
+    """Items at most that were asked for; None: all."""
+    shots: int | None = None
+    """Examples in the prompt."""
+    notes: list[str] = []
+    """What qualifies the value, in words; every table shows them."""
     timing: dict[str, Any] = {}
 
 

@@ -128,3 +128,54 @@ def test_baselines_are_arms_that_pair_and_resume(tmp_path) -> None:
         run_cell(study, study.arm("all"), 0, opened_corpus(out), cell_folder(out, "all", 0), watch=stop)
     again = run_study(study, out, workers=0)
     assert [stable(row) for row in again] == [stable(row) for row in rows]
+
+
+def test_distillation_is_the_papers_formula_however_the_batch_is_cut(tmp_path) -> None:
+    flat = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = {"architecture": "gpt2", "overrides": {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_inner": 64, **flat}}
+    run_study(small_study(model=model, arms=[{"name": "cross-entropy"}]), tmp_path / "teacher", workers=0)
+    teacher = str(tmp_path / "teacher" / "cells" / "cross-entropy" / "seed-0" / "final")
+
+    arms = [{"name": "cross-entropy"}, {"name": "taught", "distillation": {"teacher": teacher, "temperature": 2.0}}]
+    train = small_study().train.model_dump() | {"steps": 2, "log_every": 1, "checkpoint_every": 2}
+    logged = {}
+    for micro in (4, 1):
+        study = small_study(model=model, arms=arms, train={**train, "micro_batch_sequences": micro})
+        rows = run_study(study, tmp_path / f"micro-{micro}", workers=0)
+        logged[micro] = [row for row in rows if row["kind"] == "step" and row["arm"] == "taught"]
+    for whole, cut in zip(logged[4], logged[1], strict=True):
+        assert cut["distillation"] == pytest.approx(whole["distillation"], rel=1e-5)
+        assert cut["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=1e-4)
+
+    # the first logged value, written out in float64: the student is still the initial model
+    from transformers import AutoModelForCausalLM
+
+    from decondense.corpora.packed import prepare
+    from decondense.seeding import seed_everything
+    from decondense.training.hf import build_model
+
+    study = small_study(model=model)
+    corpus = prepare(study.corpus)
+    seed_everything(0, "initial weights")
+    student = build_model(study.model, corpus.vocabulary, 32, corpus.tokenizer().eos_token_id).double().eval()
+    taught_by = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64).eval()
+    ids = torch.stack([torch.tensor(corpus.sequence(int(i), 32).astype("int64")) for i in corpus.order(0, 8, 32)[:4]])
+    with torch.no_grad():
+        p = torch.softmax(taught_by(input_ids=ids).logits[:, :-1] / 2, -1)
+        log_q = torch.log_softmax(student(input_ids=ids).logits[:, :-1] / 2, -1)
+    expected = -4 * (p * log_q).sum(-1).mean()
+    assert logged[4][0]["distillation"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_teacher_of_another_tokenizer_or_no_teacher_is_refused(tmp_path) -> None:
+    from decondense.config import ConfigError
+
+    run_study(small_study(arms=[{"name": "cross-entropy"}]), tmp_path / "teacher", workers=0)
+    teacher = str(tmp_path / "teacher" / "cells" / "cross-entropy" / "seed-0" / "final")
+    corpus = small_study().corpus.model_dump() | {"vocabulary": 600}
+    arms = [{"name": "cross-entropy"}, {"name": "taught", "distillation": {"teacher": teacher}}]
+    with pytest.raises(ConfigError, match=r"another tokenizer than the student \(vocabularies of 512 and 600"):
+        run_study(small_study(arms=arms, corpus=corpus), tmp_path / "other", workers=0)
+    arms[1]["distillation"]["teacher"] = str(tmp_path / "nobody")
+    with pytest.raises(ConfigError, match=r"nobody.*cannot be loaded"):
+        run_study(small_study(arms=arms), tmp_path / "none", workers=0)

@@ -1,8 +1,8 @@
-r"""The treatments that dispersion loss is compared with (Liu et al. 2026, arXiv:2602.00217, table 2).
+r"""The treatments that dispersion loss is compared with (Liu et al. 2026, arXiv:2602.00217, table 2 and figure 5).
 
-Each is a Trainer callback that draws from generators of its own, named after the seed, the purpose and the optimizer
-step: the order of the data and the dropout of a run stay those of its pair, and a resumed run draws what it would have
-drawn.
+Those that draw random numbers are Trainer callbacks that draw from generators of their own, named after the seed, the
+purpose and the optimizer step: the order of the data and the dropout of a run stay those of its pair, and a resumed run
+draws what it would have drawn.
 """
 
 from __future__ import annotations
@@ -13,9 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from decondense.config import ActiveForgettingConfig, ConfigError, NoisyEmbeddingConfig
+from decondense.config import ActiveForgettingConfig, ConfigError, DistillationConfig, NoisyEmbeddingConfig
 from decondense.seeding import generator
 
 
@@ -109,6 +118,52 @@ class ActiveForgetting(TrainerCallback):
         if position < self.config.warmup:
             return (position * self.config.every + 1) / (self.config.warmup * self.config.every + 1)
         return (1 - position) / (1 - self.config.warmup)
+
+
+class Teacher:
+    r"""Knowledge distillation (Hinton et al. 2015, arXiv:1503.02531) from a frozen larger model.
+
+    .. math:: L_\mathrm{KD} = -T^2 \sum_a p_a \log q_a, \quad
+              p = \mathrm{softmax}(\text{teacher}/T), \; q = \mathrm{softmax}(\text{student}/T)
+
+    averaged over the predicted tokens: the cross-entropy with the teacher's softened prediction, which has the
+    gradient of the Kullback-Leibler divergence (paper, section on distillation, figure 5). The teacher is in
+    evaluation mode, without gradients, in bfloat16 on a GPU.
+
+    Raises:
+        ConfigError: the teacher cannot be loaded, or its tokenizer is not the student's.
+    """
+
+    def __init__(self, config: DistillationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.config = config
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        try:
+            theirs = AutoTokenizer.from_pretrained(config.teacher)
+            teacher = AutoModelForCausalLM.from_pretrained(config.teacher, use_safetensors=True, dtype=dtype)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"distillation.teacher {config.teacher!r} cannot be loaded: {reason}") from error
+        if theirs.get_vocab() != tokenizer.get_vocab():
+            raise ConfigError(
+                f"distillation.teacher {config.teacher!r} has another tokenizer than the student (vocabularies of "
+                f"{len(theirs)} and {len(tokenizer)} entries): their predictions are not over the same tokens. "
+                "Train both on one corpus with one vocabulary."
+            )
+        self.model: PreTrainedModel = teacher.train(False).requires_grad_(False)
+
+    def loss(self, input_ids_BT: Tensor, student_BTV: Tensor) -> Tensor:
+        """Mean over the predicted tokens of the distillation loss, in float32 nats."""
+        if self.model.device != input_ids_BT.device:
+            self.model.to(input_ids_BT.device)  # type: ignore[arg-type]
+        heat = self.config.temperature
+        with torch.no_grad():
+            teacher_BTV = self.model(input_ids=input_ids_BT).logits
+        # a teacher may have rows beyond the tokenizer's entries, to fill a multiple of 64
+        size = min(teacher_BTV.shape[-1], student_BTV.shape[-1])
+        p = (teacher_BTV[:, :-1, :size].float() / heat).softmax(-1)
+        q = (student_BTV[:, :-1, :size].float() / heat).log_softmax(-1)
+        loss: Tensor = (p * q).sum(-1).mean() * -(heat**2)
+        return loss
 
 
 def own_group(optimizer: torch.optim.Optimizer, weight: Tensor) -> None:

@@ -49,7 +49,7 @@ from decondense.integrations.huggingface import attach_trainer
 from decondense.measuring import measure
 from decondense.records import Row, append_rows, make_row, provenance, read_rows, write_rows
 from decondense.seeding import hash_parameters, seed_everything
-from decondense.training.baselines import ActiveForgetting, NoisyEmbedding, own_group, split_schedule
+from decondense.training.baselines import ActiveForgetting, NoisyEmbedding, Teacher, own_group, split_schedule
 
 if TYPE_CHECKING:
     from decondense.attaching import DispersionHandle
@@ -154,7 +154,9 @@ class _StudyTrainer(Trainer):
     """The Trainer with the study's order of data, and the plain cross-entropy kept apart from what is added to it."""
 
     cross_entropy: torch.Tensor | None = None
+    distillation: torch.Tensor | None = None
     forgetting: ActiveForgetting | None = None
+    teacher: Teacher | None = None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         new = self.optimizer is None
@@ -183,13 +185,25 @@ class _StudyTrainer(Trainer):
         )
         return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        found = super().compute_loss(*args, **kwargs)
-        loss = found[0] if isinstance(found, tuple) else found
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        found = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        assert isinstance(found, tuple)
+        loss, outputs = found
         # already divided by the tokens of the whole optimizer step, so micro-batches add up
-        value = loss.detach().float()
-        self.cross_entropy = value if self.cross_entropy is None else self.cross_entropy + value
-        return found
+        self.cross_entropy = _plus(self.cross_entropy, loss)
+        if self.teacher is not None:
+            # all sequences have one length, so every micro-batch has the same share of the step
+            taught = self.teacher.loss(inputs["input_ids"], outputs.logits) / self.args.gradient_accumulation_steps
+            self.distillation = _plus(self.distillation, taught)
+            loss = loss + self.teacher.config.weight * taught
+        return (loss, outputs) if return_outputs else loss
+
+
+def _plus(total: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+    value = value.detach().float()
+    return value if total is None else total + value
 
 
 def world_size() -> int:
@@ -290,13 +304,10 @@ class _Recorder(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs or self.trainer.cross_entropy is None:
             return  # the summary at the end of training
-        total = self.trainer.cross_entropy
-        if world_size() > 1:
-            torch.distributed.all_reduce(total)
-            total = total / world_size()
-        loss = float(total) / self.since_log
+        loss = self._mean(self.trainer.cross_entropy)
+        taught = None if self.trainer.distillation is None else self._mean(self.trainer.distillation)
         wall, cpu = self.step_wall[-self.since_log :], self.step_cpu[-self.since_log :]
-        self.trainer.cross_entropy, self.since_log = None, 0
+        self.trainer.cross_entropy, self.trainer.distillation, self.since_log = None, None, 0
         if not math.isfinite(loss) or not math.isfinite(float(logs["loss"])):
             raise self.cell.diverged(self.model, state.global_step, loss)
         norm = float(logs.get("grad_norm", math.nan))
@@ -311,9 +322,17 @@ class _Recorder(TrainerCallback):
                 gradient_norm=norm if math.isfinite(norm) else None,
                 dispersion=logs.get("dispersion"),
                 dispersion_weight=logs.get("dispersion_weight"),
+                distillation=taught,
                 timing={"step_wall_ms": 1e3 * median(wall), "step_cpu_ms": 1e3 * median(cpu)},
             )
         )
+
+    def _mean(self, total: torch.Tensor) -> float:
+        """Mean over the ranks and over the steps since the last logged row."""
+        if world_size() > 1:
+            torch.distributed.all_reduce(total)
+            total = total / world_size()
+        return float(total) / self.since_log
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if is_main_process():
@@ -534,6 +553,8 @@ def _train(cell: _Cell, rows: list[Row]) -> Row:
     if cell.arm.active_forgetting is not None:
         trainer.forgetting = ActiveForgetting(model, cell.arm.active_forgetting, cell.seed)
         trainer.add_callback(trainer.forgetting)
+    if cell.arm.distillation is not None:
+        trainer.teacher = Teacher(cell.arm.distillation, tokenizer)
     handle: DispersionHandle | None = None
     if cell.arm.dispersion is not None:
         handle = attach_trainer(trainer, config=cell.arm.dispersion)
