@@ -100,14 +100,17 @@ def _rows(where: Path) -> list[Row]:
 
 
 def _print_comparison(found: Comparison, console: Console) -> None:
+    from rich import box
     from rich.table import Table
 
     from decondense.report import summary, terminal_table
 
     columns, lines = terminal_table(found)
-    table = Table(title=found.title, title_justify="left")
+    table = Table(title=found.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        # headers may wrap, values may not
+        width = max((len(line[index]) for line in lines), default=0)
+        table.add_column(column, justify="left" if index == 0 else "right", min_width=width)
     for line in lines:
         table.add_row(*line)
     console.print(table)
