@@ -9,6 +9,7 @@ import torch
 from attach_helpers import (
     DECODERS,
     ENCODERS,
+    angular,
     block_outputs,
     dispersion,
     gradients,
@@ -107,6 +108,25 @@ def test_padding_does_not_count(side):
     expected, value = by_hand(model, batch, sequences=sequences)
     got, last = by_attaching(model, batch)
     assert last == pytest.approx(value, abs=1e-12)
+    assert greatest_difference(got, expected) < 1e-10
+
+
+def test_pairs_across_the_sequences_of_a_batch():
+    model, ids = tiny("gpt2"), tokens(3, 12)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate([12, 7, 1]):
+        mask[row, :length] = 1
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    kept, hooks = block_outputs(list(model.transformer.h))
+    loss = model(**batch).loss
+    for hook in hooks:
+        hook.remove()
+    value = torch.stack([angular(z_BTD[mask.bool()]) for z_BTD in kept]).mean()
+    (loss + WEIGHT * value).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    got, last = by_attaching(model, batch, within="batch")
+    assert last == pytest.approx(value.item(), abs=1e-12)
     assert greatest_difference(got, expected) < 1e-10
 
 

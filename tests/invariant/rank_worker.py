@@ -92,7 +92,7 @@ def plain_cases(rank: int, ranks: int) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-def one_training(folder, ranks, weight, *, average=True, fsdp=False, callback=False, lengths=RAGGED, steps=2):
+def one_training(folder, ranks, weight, *, average=True, fsdp=False, callback=False, lengths=RAGGED, steps=2, **loss):
     settings = (
         {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}} if fsdp else {}
     )
@@ -105,9 +105,9 @@ def one_training(folder, ranks, weight, *, average=True, fsdp=False, callback=Fa
         **settings,
     )
     if callback:
-        trainer.add_callback(DispersionCallback(weight))
+        trainer.add_callback(DispersionCallback(weight, **loss))
     else:
-        attach_trainer(trainer, weight)
+        attach_trainer(trainer, weight, **loss)
     trainer.train()
     log = next(row for row in trainer.state.log_history if "loss" in row)
     return full(weights(trainer.model)), log["dispersion"]
@@ -119,6 +119,7 @@ def trainer_cases(folder: Path, ranks: int) -> dict[str, dict[str, torch.Tensor]
         "trainer": {},
         "trainer, tokens averaged per rank": {"average": False},
         "trainer, one micro-batch": {"steps": 1},
+        "pairs across ranks": {"steps": 1, "within": "world"},
         "callback": {"callback": True, "lengths": LENGTHS},
         "callback, tokens averaged per rank": {"callback": True, "lengths": LENGTHS, "average": False},
     }

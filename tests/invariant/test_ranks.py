@@ -61,6 +61,7 @@ def test_gradients(found, family, kind):
         ("trainer, one micro-batch", "trainer"),
         ("trainer, tokens averaged per rank", "trainer"),
         ("trainer, fsdp2", "trainer"),
+        ("pairs across ranks", "pairs across ranks"),
         ("callback", "callback"),
         ("callback, tokens averaged per rank", "callback"),
     ],
