@@ -6,8 +6,8 @@ A GPT-2-like model of 12 layers with random weights, 512 tokens a passage. Time:
 histograms) follow each other, so that a busy machine slows all alike; each row gives the sum over rounds and the
 median ratio of a round to its own forward pass. "forward" is the model without its language-model head, which measuring
 does not need; "forward with logits" is what a plain call of the model costs. "watch": what ``CondensationWatch`` spends
-of a training step (4 sequences, forward and backward) when it watches every one. Memory: the peak of resident memory after
-the model is built, each variant in a process of its own (Linux).
+of a training step (4 sequences, forward and backward) when it watches every one. Memory: the peak of resident memory
+after the model is built, each variant in a process of its own (Linux).
 """
 
 from __future__ import annotations

@@ -400,7 +400,9 @@ def _compare(
     from decondense.records import atomic_write
 
     table = tables.model_table([(label, profile) for label, _, profile in done])
-    _print(console, tables.compact(table), family or "models")
+    by_size = done if done[0][1] is not None or pairs else sorted(done, key=lambda item: item[2].info["parameters"])
+    shown = _summary([(label, profile) for label, _, profile in by_size])
+    _print(console, shown, f"{family or 'models'}: mean cosine, and its rank correlation with depth")
     atomic_write(folder / "models.md", tables.to_markdown(table))
     atomic_write(folder / "models.csv", tables.to_csv(table))
     data = [{**_mapping(profile, label, bins), "step": step} for label, step, profile in done]
@@ -415,6 +417,22 @@ def _compare(
         export(condensation.family_figure(data, family=family or "", **look), folder / "family")
 
 
+def _summary(profiles: list[tuple[str, Profile]]) -> tuple[list[str], list[list[Any]]]:
+    """One line a model, in the width of a terminal."""
+    from decondense.figures.condensation import count_label
+
+    head = ["model", "size", "first", "last", "last half", "Spearman", "95 % interval", "Kendall"]
+    lines: list[list[Any]] = []
+    for label, profile in profiles:
+        mu = profile.mean_cosine
+        low, high = profile.interval("spearman")
+        line: list[Any] = [label, count_label(profile.info["parameters"])]
+        line += [f"{value:.3f}" for value in (mu[0], mu[-1], profile.last())]
+        line += [f"{profile.spearman:+.2f}", f"{low:+.2f}..{high:+.2f}", f"{profile.kendall:+.2f}"]
+        lines.append(line)
+    return head, lines
+
+
 def _mapping(profile: Profile, label: str, bins: int) -> dict[str, Any]:
     from decondense.measuring.profile import as_mapping
 
@@ -422,11 +440,13 @@ def _mapping(profile: Profile, label: str, bins: int) -> dict[str, Any]:
 
 
 def _print(console: Console, table: tuple[list[str], list[list[Any]]], title: str) -> None:
+    from rich import box
     from rich.table import Table
 
     from decondense.measuring.tables import format_cell
 
-    shown = Table(title=title, title_justify="left", header_style="bold")
+    shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.collapse_padding = True
     for number, name in enumerate(table[0]):
         # spaces, so that a long name of a metric breaks where words end
         shown.add_column(name.replace("_", " "), justify="left" if number == 0 else "right", no_wrap=number == 0)

@@ -181,7 +181,8 @@ def _records(text: str, kind: str, field: str | None, path: Path) -> list[str]:
     rows = []
     for value in values:
         if isinstance(value, dict):
-            column = _column(list(value), lambda c, v=value: type(v[c]).__name__, field, path)
+            kinds = {name: type(entry).__name__ for name, entry in value.items()}
+            column = _column(list(value), kinds.__getitem__, field, path)
             value = value[column]
         if not isinstance(value, str):
             raise PassageError(

@@ -148,11 +148,11 @@ def heatmap_figure(
 
 def _grid(profiles: Sequence[Profile], *, kind: Kind, palette: Palette) -> tuple[Figure, Axes]:
     """Heat maps, at most four in a row so that they stay legible in a page's width, and an empty panel beside them."""
-    columns = min(len(profiles), 4)
-    rows = math.ceil(len(profiles) / columns)
+    rows = math.ceil(len(profiles) / 4)
+    columns = math.ceil(len(profiles) / rows)
     engine = ConstrainedLayoutEngine(wspace=0.02, w_pad=0.03)
     figure = Figure(figsize=(min(PAGE, 1.25 * columns + 2.75), 1.85 * rows + 0.35), layout=engine)
-    spec = figure.add_gridspec(rows, columns + 1, width_ratios=[1] * columns + [1.55])
+    spec = figure.add_gridspec(rows, columns + 2, width_ratios=[1] * columns + [0.02, 1.55])
     maps: list[Axes] = []
     mesh = None
     for number, profile in enumerate(profiles):
@@ -168,7 +168,7 @@ def _grid(profiles: Sequence[Profile], *, kind: Kind, palette: Palette) -> tuple
         if number + columns >= len(profiles):
             axes.set_xlabel("layer fraction")
     _colour_bar(figure, mesh, maps, fraction=0.14 / columns, pad=0.015, aspect=18 * rows)
-    trend = figure.add_subplot(spec[:, columns])
+    trend = figure.add_subplot(spec[:, columns + 1])
     if rows > 1:
         trend.set_box_aspect(1.15)
     return figure, trend
@@ -234,7 +234,7 @@ def _margin(sizes: Sequence[float]) -> float:
 
 def _apart(sizes: Sequence[float]) -> list[float]:
     """Sizes that are far enough from each other for their labels to stand side by side."""
-    factor = max(1.02, (max(sizes) / min(sizes)) ** 0.16)
+    factor = max(1.02, (max(sizes) / min(sizes)) ** 0.24)
     kept: list[float] = []
     for size in sorted(set(sizes)):
         if not kept or size >= kept[-1] * factor:

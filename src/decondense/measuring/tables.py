@@ -8,10 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from decondense.config import MeasureConfig
 from decondense.measuring.profile import Profile
-
-_D = MeasureConfig()
 
 Table = tuple[list[str], list[list[Any]]]
 
@@ -70,9 +67,9 @@ def columns(table: Table, names: Sequence[str]) -> Table:
 
 
 def compact(table: Table) -> Table:
-    """For a terminal: every (low, high) after a value as one column, and the means, norms and quantiles only."""
+    """For a terminal: the interval of a mean as one column, norms and quantiles, no side metrics."""
     head, lines = table
-    keep = head[: head.index("95 %") + 1] if "95 %" in head else head
+    keep = head[: head.index("95 %") + 1] if "95 %" in head else head[: head.index("norm") + 1]
     places = [i for i, name in enumerate(keep) if name not in ("low", "high", "mean cosine i!=j")]
     intervals = {i - 1 for i, name in enumerate(keep) if name == "low"}
     shown: list[str] = []
