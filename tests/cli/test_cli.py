@@ -77,14 +77,14 @@ def test_compare_and_report_from_the_rows_alone(quick_demo: Path, tmp_path: Path
     status, said, _ = run(capsys, "compare", out / "rows.jsonl", "--json")
     assert status == 0
     assert json.loads(said)
-    status, said, _ = run(capsys, "report", out / "rows.jsonl", "--out", tmp_path)
+    status, _, _ = run(capsys, "report", out / "rows.jsonl", "--out", tmp_path)
     assert status == 0
     assert (tmp_path / "report.html").exists()
 
 
 def test_measure_the_trained_model(quick_demo: Path, tmp_path: Path, capsys) -> None:
     model = quick_demo / "decondense-demo-quick" / "cells" / "dispersion" / "seed-0" / "final"
-    status, said, err = run(
+    status, _, err = run(
         capsys, "measure", model, "--out", tmp_path / "m", "--passages", 4, "--tokens", 64, "--words", 200, 300
     )
     assert status == 0, err
@@ -180,3 +180,14 @@ def test_a_dry_run_shows_the_cells_and_runs_nothing(capsys, tmp_path, monkeypatc
     assert status == 0
     assert said.count("cell: arm") == 4
     assert not list(tmp_path.iterdir())
+
+
+def test_the_comparison_fits_a_terminal_and_keeps_n(quick_demo: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, said, _ = run(capsys, "compare", quick_demo / "decondense-demo-quick")
+    table = said.split("Held-out")[0].splitlines()
+    assert all(len(line.rstrip()) <= 80 for line in table)
+    (loss,) = [line for line in table if line.strip().startswith("validation loss")]
+    assert loss.rstrip().endswith(" 3")
+    assert "[" in loss
+    assert "]" in loss

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import typer
 
 import decondense
-from decondense.cli import evidence, measure, run
+from decondense.cli import evaluate, evidence, measure, run
 
 app = typer.Typer(
     name="decondense",
@@ -36,6 +36,7 @@ def _root(
 
 app.command("demo")(run.demo)
 app.command("measure")(measure.measure_command)
+app.command("evaluate")(evaluate.evaluate_command)
 app.command("train")(run.train)
 app.command("study")(run.study)
 app.command("compare")(evidence.compare)

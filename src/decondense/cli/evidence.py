@@ -106,11 +106,11 @@ def _print_comparison(found: Comparison, console: Console) -> None:
     from decondense.report import summary, terminal_table
 
     columns, lines = terminal_table(found)
-    table = Table(title=found.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=found.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for index, column in enumerate(columns):
-        # headers may wrap, values may not
-        width = max((len(line[index]) for line in lines), default=0)
-        table.add_column(column, justify="left" if index == 0 else "right", min_width=width)
+        # a header may wrap between its words, a value may not
+        width = max(len(text) for text in [*column.split(), *(line[index] for line in lines)] or [""])
+        table.add_column(column, justify="left" if index == 0 else "right", width=width)
     for line in lines:
         table.add_row(*line)
     console.print(table)
