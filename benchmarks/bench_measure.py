@@ -135,11 +135,13 @@ def main() -> None:
     for run in runs.values():
         run(warm)
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+    cpu_seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for chunk in ids.chunk(arguments.rounds):
         for variant, run in runs.items():
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             run(chunk)
             seconds[variant].append(time.perf_counter() - start)
+            cpu_seconds[variant].append(time.process_time() - cpu_start)
     few, many = arguments.memory_passages, 4 * arguments.memory_passages
     memory = {
         variant: {n: peak_bytes(variant, arguments.width, n, batch_size, arguments.threads) for n in (few, many)}
@@ -155,6 +157,8 @@ def main() -> None:
         metrics: dict[str, Any] = {
             "wall_s": sum(seconds[variant]),
             "ratio_to_forward": statistics.median(a / b for a, b in pairs),
+            # of the processor time: what other processes do to the clock does not enter
+            "cpu_ratio_to_forward": sum(cpu_seconds[variant]) / sum(cpu_seconds["forward"]),
         }
         if variant in memory:
             peak, base = memory[variant], memory["forward"]
@@ -179,6 +183,7 @@ def main() -> None:
             )
         )
         line = f"{variant:20s} {metrics['wall_s']:8.2f} s  {metrics['ratio_to_forward']:.3f} x"
+        line += f"  cpu {metrics['cpu_ratio_to_forward']:.3f} x"
         if variant in memory:
             above, growth = metrics["above_forward_bytes"] / 1e6, metrics["growth_bytes"] / 1e6
             line += f"  peak {above:+.0f} MB, growth {growth:+.0f} MB"

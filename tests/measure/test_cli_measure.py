@@ -137,3 +137,11 @@ def test_errors(
     assert message in " ".join(error.split())
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_revisions_of_a_hub_model_are_ordered_by_step() -> None:
+    from decondense.cli.measure import _names
+
+    listed = [("owner/name@step20", 20), ("owner/name@stage1-step1000-tokens4B", 1000)]
+    assert _names(["owner/name"], None, "stage1-step1000-tokens4B, step20", False) == listed
+    assert _names([], "owner/name", "stage1-step1000-tokens4B,step20", False) == listed

@@ -194,3 +194,25 @@ def test_padding_and_company_in_the_batch_change_nothing(name: str, ids: torch.T
     np.testing.assert_allclose(together.norm, alone.norm, rtol=1e-6)
     assert np.abs(together.pooled - alone.pooled).sum() <= 0.01 * alone.pooled.sum()
     assert together.pooled.sum(axis=1).tolist() == [sum(n * (n - 1) for n in lengths)] * len(alone.all_layers)
+
+
+def test_a_projection_after_the_blocks_is_a_layer_too(ids: torch.Tensor) -> None:
+    """OPT-350m has no final norm, but projects the last state to another width."""
+    config = {
+        **FAMILIES["OPTForCausalLM"][0],
+        "word_embed_proj_dim": 16,
+        "do_layer_norm_before": False,
+    }
+    model = build("OPTForCausalLM", config)
+    profile = measure(model, input_ids=ids)
+    assert profile.layers == ["embedding", "block 1", "block 2", "stack output"]
+    expected = np.array([[mean_cosine(state)[0] for state in hidden_states(model, row)] for row in ids])
+    np.testing.assert_allclose(profile.mean_cosine, expected.mean(axis=0), atol=2e-6)
+
+
+def test_a_block_that_runs_several_times_is_several_layers(ids: torch.Tensor) -> None:
+    model = build("AlbertModel", {**ENCODER, "embedding_size": 16, "num_hidden_groups": 1, "inner_group_num": 1})
+    profile = measure(model, input_ids=ids)
+    assert profile.layers == ["embedding", *(f"block {i}" for i in range(1, L + 1))]
+    expected = np.array([[mean_cosine(state)[0] for state in hidden_states(model, row)] for row in ids])
+    np.testing.assert_allclose(profile.mean_cosine, expected.mean(axis=0), atol=2e-6)
