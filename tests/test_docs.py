@@ -87,3 +87,14 @@ def test_numbers_come_from_committed_rows() -> None:
 def test_documentation_speaks_of_the_project_alone() -> None:
     for path in DOCUMENTS:
         assert not re.search(r"(?<![\w.])/(work|tmp|root|home)/", path.read_text(encoding="utf-8")), path
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_study_files_of_the_docs_are_valid(number: int) -> None:
+    import yaml
+
+    from decondense.config import StudyConfig
+
+    texts = [text for language, text in BLOCK.findall((ROOT / "docs" / "studies.md").read_text()) if language == "yaml"]
+    assert len(texts) == 2
+    StudyConfig.parse(yaml.safe_load(texts[number]), where="docs/studies.md")

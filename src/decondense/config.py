@@ -337,8 +337,10 @@ class CorpusConfig(Config):
     """``python_docs`` (embedded default) or the path of a text file or of a directory of text files."""
     documents: Literal["standard_library", "all"] = "all"
     """``python_docs`` only: documentation of the standard library alone, or of the installed packages too."""
+    tokenizer: str | None = None
+    """Directory or hub id of a tokenizer to use; None: a byte-level BPE is trained on the training split."""
     vocabulary: int = Field(default=4096, ge=300, le=65_536)
-    """Entries of the byte-level BPE trained on the training split."""
+    """Entries of the BPE that is trained; not used when ``tokenizer`` is given."""
     held_out: float = Field(default=0.05, gt=0, lt=0.5)
     """Share of the documents held out, chosen by the hash of their text."""
 
@@ -485,6 +487,11 @@ class StudyConfig(Config):
         one_of("baseline arm", self.baseline, names)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds must be different non-negative whole numbers, got {self.seeds}.")
+        if self.model.start is not None and self.corpus.tokenizer is None:
+            raise ValueError(
+                f"model.start {self.model.start!r} was trained with a tokenizer of its own; name it in "
+                "corpus.tokenizer (usually the same directory or hub id)."
+            )
         if self.evaluate.passage_tokens > self.train.sequence_tokens:
             raise ValueError(
                 f"evaluate.passage_tokens {self.evaluate.passage_tokens} exceeds train.sequence_tokens "

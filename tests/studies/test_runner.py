@@ -15,7 +15,7 @@ from decondense.config import ConfigError, StudyConfig
 from decondense.records import Row, append_rows, read_rows, stable
 from decondense.studies import CellState, StudyFailed, run_study
 from decondense.studies.runner import cell_folder, default_workers, open_directory, plan, states
-from studies.conftest import small_study
+from studies.conftest import SMALL, small_study
 
 
 def stable_rows(rows: list[Row]) -> list[Row]:
@@ -366,3 +366,33 @@ def test_shipped_studies_load_at_every_scale() -> None:
         load_study("demo", "tinny")
     with pytest.raises(ConfigError, match="no such study file"):
         load_study("nothing/here.yaml")
+
+
+def test_mid_training_goes_on_from_a_checkpoint_with_its_tokenizer(tmp_path, uninterrupted) -> None:
+    out, rows = uninterrupted
+    start = cell_folder(out, "cross-entropy", 0) / "final"
+    corpus = {**SMALL["corpus"], "tokenizer": str(start)}
+    study = small_study(model={"start": str(start)}, corpus=corpus)
+    later = run_study(study, tmp_path / "mid", workers=0)
+    ended = next(row for row in rows if row["arm"] == "cross-entropy" and row.get("status") == "finished")
+    assert {row["init_hash"] for row in later if row.get("status") == "finished"} == {ended["final_hash"]}
+    # the same tokens under the same tokenizer: the first evaluation is the last one of the run before
+    before = [row["value"] for row in rows if row["kind"] == "eval" and row["arm"] == "cross-entropy"][-1]
+    after = [row["value"] for row in later if row["kind"] == "eval" and row["step"] == 0]
+    assert after == [before, before]
+
+
+def test_a_start_needs_its_tokenizer_its_positions_and_to_exist(tmp_path, uninterrupted) -> None:
+    out, _ = uninterrupted
+    start = str(cell_folder(out, "cross-entropy", 0) / "final")
+    with pytest.raises(ConfigError, match=r"name it in corpus\.tokenizer"):
+        small_study(model={"start": start})
+    corpus = {**SMALL["corpus"], "tokenizer": start}
+    longer = {**small_study().train.model_dump(), "sequence_tokens": 64}
+    with pytest.raises(ConfigError, match=r"has 32 positions, less than train\.sequence_tokens 64"):
+        run_study(small_study(model={"start": start}, corpus=corpus, train=longer), tmp_path / "a", workers=0)
+    missing = str(tmp_path / "nobody")
+    with pytest.raises(ConfigError, match=r"model\.start .*nobody.*cannot be loaded"):
+        run_study(small_study(model={"start": missing}, corpus=corpus), tmp_path / "b", workers=0)
+    with pytest.raises(ConfigError, match=r"corpus\.tokenizer .*nobody.*cannot be loaded"):
+        run_study(small_study(corpus={**corpus, "tokenizer": missing}), tmp_path / "c", workers=0)

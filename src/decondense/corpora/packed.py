@@ -25,14 +25,14 @@ from decondense.corpora.embedded import Document, Progress, cache_directory, pyt
 from decondense.seeding import derive
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 END = "<|endoftext|>"
 _TOKENIZER_TEXT = 12_000_000
 """Characters of training text the BPE merges are learnt from; more changes few of 4096 entries and costs seconds."""
 _PIECE = 4_000
 """Characters after which an undivided text file is cut at the next paragraph."""
-_RECIPE = 1  # raise when the code below would prepare other tokens from the same documents
+_RECIPE = 2  # raise when the code below would prepare other tokens from the same documents
 
 IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
@@ -74,13 +74,12 @@ class PackedCorpus:
         """Identities (content hashes) of the held-out documents."""
         return list(json.loads((self.path / "held_out_names.json").read_text()))
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The corpus's own tokenizer, in Hugging Face form."""
-        from transformers import PreTrainedTokenizerFast
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of this corpus, in Hugging Face form."""
+        from transformers import AutoTokenizer
 
-        return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-            tokenizer_file=str(self.path / "tokenizer.json"), eos_token=END, bos_token=END, pad_token=END
-        )
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path / "tokenizer")
+        return found
 
     def sequences(self, length: int) -> int:
         """Whole training sequences of ``length`` tokens; the rest at the end is not used."""
@@ -166,7 +165,9 @@ def prepare(config: CorpusConfig, *, cache: Path | None = None, progress: Progre
     """
     cache = cache or cache_directory()
     documents = read_documents(config, cache=cache, progress=progress)
-    key = hashlib.sha256(f"recipe {_RECIPE} {config.vocabulary} {config.held_out}".encode())
+    ready = None if config.tokenizer is None else _load_tokenizer(config.tokenizer)
+    vocabulary = config.vocabulary if ready is None else ready.backend_tokenizer.to_str()
+    key = hashlib.sha256(f"recipe {_RECIPE} {vocabulary} {config.held_out}".encode())
     for document in documents:
         key.update(document.identity.encode())
     path = cache / "packed" / key.hexdigest()[:16]
@@ -183,7 +184,7 @@ def prepare(config: CorpusConfig, *, cache: Path | None = None, progress: Progre
             f"of them out ({len(train)} to train on, {len(held_out)} held out). Give more documents: one file each, or "
             f"separated by a line {END}."
         )
-    return _build(path, train, held_out, config, progress)
+    return _build(path, train, held_out, ready, config, progress)
 
 
 def read_documents(config: CorpusConfig, *, cache: Path, progress: Progress | None = None) -> list[Document]:
@@ -255,23 +256,45 @@ def _slow_hash(path: Path) -> str:  # Python 3.10
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _load_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"corpus.tokenizer {name!r} cannot be loaded: {reason} Without network, give a directory that holds it."
+        ) from error
+    if not found.is_fast:
+        raise ConfigError(f"corpus.tokenizer {name!r} has no tokenizer.json; a fast tokenizer is needed.")
+    if found.eos_token_id is None:
+        raise ConfigError(f"corpus.tokenizer {name!r} has no end-of-text token to put between documents.")
+    return found
+
+
 def _build(
-    path: Path, train: Sequence[Document], held_out: Sequence[Document], config: CorpusConfig, progress: Progress | None
+    path: Path,
+    train: Sequence[Document],
+    held_out: Sequence[Document],
+    ready: Any | None,
+    config: CorpusConfig,
+    progress: Progress | None,
 ) -> PackedCorpus:
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        if progress is not None:
-            progress("learning the vocabulary", 0, 1)
-        tokenizer = _train_tokenizer(train, config.vocabulary)
-        tokenizer.save(str(folder / "tokenizer.json"))
-        if progress is not None:
-            progress("learning the vocabulary", 1, 1)
-        end = tokenizer.token_to_id(END)
-        # sixteen bits hold every id of a vocabulary of at most 65 536 entries
-        files = ["tokenizer.json"]
+        if ready is None:
+            if progress is not None:
+                progress("learning the vocabulary", 0, 1)
+            ready = _train_tokenizer(train, config.vocabulary)
+            if progress is not None:
+                progress("learning the vocabulary", 1, 1)
+        ready.save_pretrained(folder / "tokenizer")
+        end = ready.eos_token_id
+        files = sorted(f"tokenizer/{item.name}" for item in (folder / "tokenizer").iterdir())
         for name, documents in (("train", train), ("held_out", held_out)):
-            tokens, starts = _tokenise(tokenizer, documents, end, f"tokenising ({name.replace('_', '-')})", progress)
+            tokens, starts = _tokenise(ready, documents, end, f"tokenising ({name.replace('_', '-')})", progress)
             np.save(folder / f"{name}.npy", tokens)
             np.save(folder / f"{name}_starts.npy", starts)
             (folder / f"{name}_names.json").write_text(json.dumps([item.identity for item in documents]))
@@ -280,7 +303,7 @@ def _build(
         manifest = {
             "config": config.model_dump(mode="json"),
             "content_hash": hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16],
-            "vocabulary": tokenizer.get_vocab_size(),
+            "vocabulary": len(ready),
             "train_documents": len(train),
             "held_out_documents": len(held_out),
             "train_tokens": len(np.load(folder / "train.npy", mmap_mode="r")),
@@ -305,6 +328,7 @@ def _build(
 
 def _train_tokenizer(documents: Sequence[Document], vocabulary: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -317,7 +341,9 @@ def _train_tokenizer(documents: Sequence[Document], vocabulary: int) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_sample(documents, _TOKENIZER_TEXT), trainer)
-    return tokenizer
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=END
+    )
 
 
 def _sample(documents: Sequence[Document], characters: int) -> list[str]:
@@ -336,11 +362,12 @@ def _tokenise(
 ) -> tuple[IntArray, IntArray]:
     pieces: list[IntArray] = []
     starts = [0]
+    kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     batch = 256
     for first in range(0, len(documents), batch):
         texts = [item.text for item in documents[first : first + batch]]
-        for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
-            pieces.append(np.asarray([*encoding.ids, end], dtype=np.uint16))
+        for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
+            pieces.append(np.asarray([*encoding.ids, end], dtype=kind))
             starts.append(starts[-1] + len(pieces[-1]))
         if progress is not None:
             progress(what, min(first + batch, len(documents)), len(documents))

@@ -86,7 +86,18 @@ def build_model(config: ModelConfig, vocabulary: int, positions: int, end_token:
         ConfigError: unknown architecture or field, or a start whose vocabulary is not the tokenizer's.
     """
     if config.start is not None:
-        model = AutoModelForCausalLM.from_pretrained(config.start, use_safetensors=True, dtype=torch.float32)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(config.start, use_safetensors=True, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"model.start {config.start!r} cannot be loaded: {reason} Without network, give a directory."
+            ) from error
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest is not None and longest < positions:
+            raise ConfigError(
+                f"model.start {config.start!r} has {longest} positions, less than train.sequence_tokens {positions}."
+            )
         if model.config.vocab_size < vocabulary:
             raise ConfigError(
                 f"model.start {config.start!r} has a vocabulary of {model.config.vocab_size}, the corpus one of "
