@@ -688,11 +688,12 @@ def _shifts_labels(core: nn.Module) -> bool:
     loss_type = getattr(core, "loss_type", None)
     if loss_type is None:
         return False
-    try:
-        from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-    except ImportError:
-        return "CausalLM" in str(loss_type)
-    return LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
+    import transformers
+    from packaging.version import Version
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    # before that release it counted every model's labels unshifted
+    return Version(transformers.__version__) >= Version("5.10.1") and LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
 
 
 def _in_backward() -> bool:

@@ -17,7 +17,7 @@ LENGTHS = [12, 5, 9, 2, 7, 12, 1, 4]
 WEIGHT = 2.0
 
 
-def expected_step(family="llama", lengths=LENGTHS, weight=WEIGHT, smoothing=0.0) -> dict[str, torch.Tensor]:
+def expected_step(family="llama", lengths=LENGTHS, weight=WEIGHT) -> dict[str, torch.Tensor]:
     """Weights after one step of SGD on CE over all tokens + weight * mean over all sequences that have a pair."""
     model = tiny(family)
     batch = pad(examples(lengths))
@@ -25,10 +25,7 @@ def expected_step(family="llama", lengths=LENGTHS, weight=WEIGHT, smoothing=0.0)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     for hook in hooks:
         hook.remove()
-    # transformers smooths over the tokens of a micro-batch, cross-entropy is over those of the step
-    loss = functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100, label_smoothing=smoothing
-    )
+    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
     sequences = [[(row, list(range(n))) for row, n in enumerate(lengths) if n > 1]]
     (loss + weight * dispersion(kept, sequences)).backward()
     return {name: value - 0.5 * gradients(model)[name] for name, value in weights(model).items()}
@@ -124,19 +121,33 @@ def test_attached_inside_the_model_the_share_of_tokens_is_exact_for_equal_length
     assert mean_residual(part, expected) < 1e-6
 
 
-def test_label_smoothing(tmp_path):
-    """Trainer takes the labels out of the model, which then returns no loss."""
-    cuts = [
-        trained(
-            tmp_path, label_smoothing_factor=0.1, per_device_train_batch_size=size, gradient_accumulation_steps=steps
-        )[0]
-        for size, steps in ((8, 1), (2, 4))
-    ]
-    assert greatest_difference(*cuts) < 1e-7
-    plain = trained(tmp_path, label_smoothing_factor=0.1, per_device_train_batch_size=8, weight=0.0)[0]
-    # the dispersion part is the same with and without smoothing
-    part = {name: cuts[0][name] - plain[name] for name in plain}
+@pytest.mark.parametrize("cut", [(8, 1), (2, 4)])
+def test_label_smoothing(tmp_path, cut):
+    """Trainer takes the labels out of the model, which then returns no loss; the dispersion part stays what it is."""
+    size, steps = cut
+    settings = {
+        "label_smoothing_factor": 0.1,
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": steps,
+    }
+    with_it, _ = trained(tmp_path, **settings)
+    without, _ = trained(tmp_path, weight=0.0, **settings)
     hard, soft = expected_step(), expected_step(weight=0.0)
+    part = {name: with_it[name] - without[name] for name in hard}
+    assert greatest_difference(part, {name: hard[name] - soft[name] for name in part}) < 1e-7
+
+
+@pytest.mark.parametrize("cut", [(1, 8), (2, 4), (3, 3)])
+def test_a_model_whose_loss_the_trainer_divides_by_the_accumulation_steps(tmp_path, cut):
+    size, steps = cut
+    found = []
+    for weight in (WEIGHT, 0.0):
+        model = tiny()
+        model.accepts_loss_kwargs = False
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        found.append(trained(tmp_path, model=model, weight=weight, **settings)[0])
+    hard, soft = expected_step(), expected_step(weight=0.0)
+    part = {name: found[0][name] - found[1][name] for name in hard}
     assert greatest_difference(part, {name: hard[name] - soft[name] for name in part}) < 1e-7
 
 
