@@ -391,6 +391,7 @@ def bench_pairs(arguments: argparse.Namespace) -> list[Row]:
                     errors.append(((made - want).norm() / want.norm()).item())
                 mean = total / arguments.draws
                 variance = max(0.0, square / arguments.draws - mean.square().sum().item())
+                variance *= arguments.draws / (arguments.draws - 1)
                 # the mean over n draws still has variance / n of noise in it
                 bias = max(0.0, (mean - want).square().sum().item() - variance / arguments.draws)
                 n = t if keywords["pairs"] == "grouped" else keywords["subset_size"]

@@ -19,6 +19,7 @@ from decondense.figures.comparison import overview
 from decondense.figures.style import export
 from decondense.records import Row, read_rows
 from decondense.report import headline, layer_table, sentences
+from loss_tables import TABLES as LOSS_TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,7 +51,7 @@ def demo() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo}
+TABLES: dict[str, Callable[[], str]] = {"demo": demo, **LOSS_TABLES}
 
 
 def documents() -> list[Path]:

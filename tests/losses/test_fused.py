@@ -121,15 +121,14 @@ def test_shapes_that_no_block_divides(device: str, shape: tuple[int, int, int]) 
 def test_low_precision_operands_on_condensed_tokens(device: str, name: str, tau: float) -> None:
     """bfloat16 operands cost little more than the rounding of the gradient to bfloat16 (4e-3) does.
 
-    Without the centring the same products are wrong by factors on the condensed inputs. On random directions the force
-    is what is left of weights that nearly cancel, and their rounding shows more.
+    Without the centring, and without equal operands for equal tokens, they are wrong by factors on some of these.
     """
     z = INPUTS[name](2, 48, 64).to(device, torch.bfloat16)
     exact = value_and_gradient(z.double(), "reference", tau=tau)[1]
     ours = value_and_gradient(z, "fused", tau=tau)[1]
     typical = value_and_gradient(randn(2, 48, 64).to(device), "reference", tau=tau)[1].norm()
     scale = torch.maximum(exact.norm(), 1e-3 * typical)
-    assert ((ours - exact).norm() / scale).item() < (1.5e-2 if name == "random" else 8e-3)
+    assert ((ours - exact).norm() / scale).item() < (1.2e-2 if name == "20% duplicates" else 6e-3)
 
 
 @on_device

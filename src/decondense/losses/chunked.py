@@ -223,7 +223,8 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner products along the last dimension, ``[C, N]``; row by row where the elementwise product would be large."""
     if a.device.type == "cpu" and a.numel() > 2**18:
         return torch.stack([torch.linalg.vecdot(x, y) for x, y in zip(a, b, strict=True)])
-    return torch.linalg.vecdot(a, b)
+    product: Tensor = torch.linalg.vecdot(a, b)
+    return product
 
 
 def _inverse_norm(x: Tensor, valid_CN: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -321,8 +322,8 @@ def _products(p: _Prepared, i: slice, j: slice, form: PairForm, S: Tensor) -> No
         S.clamp_(min=max(0.5 * form.gap, torch.finfo(S.dtype).eps ** 2), max=2.0 - torch.finfo(S.dtype).eps)
 
 
-def _finish(G: Tensor, p: _Prepared, form: PairForm, pull: Tensor) -> None:
-    """Turn g_i = sum_j W_ij x_j, and ``pull`` = sum_j W_ij, into the gradient, up to ``p.factor``."""
+def _finish(G: Tensor, p: _Prepared, form: PairForm, pull: Tensor, gaps: Tensor) -> None:
+    """Turn g_i = sum_j W_ij x_j into the gradient, up to a factor; pull = sum_j W_ij, gaps = sum_j W_ij S_ij."""
     if form.space == "raw":
         G.mul_(2.0 * form.slope)
         return
@@ -330,12 +331,15 @@ def _finish(G: Tensor, p: _Prepared, form: PairForm, pull: Tensor) -> None:
         G.addcmul_(pull.unsqueeze(-1), p.x, value=-1.0).mul_(2.0 * form.slope)
         return
     assert p.mean is not None
-    # sum_j W_ij zhat_j = g_i + pull_i m, and any multiple of zhat_i = x_i + m may be taken off, which the projection
-    # does anyway: pull_i (m - zhat_i) = -pull_i x_i is the smaller thing to add where the tokens are close together
+    # sum_j W_ij (zhat_j - c_ij zhat_i) with zhat = x + m: equal tokens have equal x, which cancel however large their
+    # weight; orthogonal ones leave the mean, which is exact
+    on_m = (gaps - form.gap * pull) / form.scale**2
+    on_x = on_m - pull
+    if p.radial is not None:
+        # a norm with an epsilon sees the radial part, which the projection would otherwise remove
+        on_x, on_m = torch.zeros_like(pull), pull
     xx, xm = _dot(p.x, p.x), torch.matmul(p.x, p.mean.mT).squeeze(-1)
     mm = p.mean.square().sum(dim=-1)
-    close = (xx < mm) if p.radial is None else torch.zeros_like(xx, dtype=torch.bool)
-    on_x, on_m = torch.where(close, -pull, 0.0), torch.where(close, 0.0, pull)
     along = _dot(G, p.x) + torch.matmul(G, p.mean.mT).squeeze(-1)
     along.addcmul_(on_x, xx + xm).addcmul_(on_m, xm + mm).div_(form.scale**2)
     if p.radial is not None:
@@ -385,9 +389,10 @@ def sweep(
         pull = sums_RN[part]
         if G is not None and not form.proportional:
             pull = torch.zeros_like(pull)
-        _sweep_chunk(p, G, sums_RN[part], pull, form, valid, label, tile)
+        gaps = torch.zeros_like(pull)
+        _sweep_chunk(p, G, sums_RN[part], pull, gaps, form, valid, label, tile)
         if G is not None and gradient is not None:
-            _finish(G, p, form, pull)
+            _finish(G, p, form, pull, gaps)
             if factor_RN is not None and p.factor is not None:
                 factor_RN[part] = p.factor
             if kept != dtype:
@@ -401,6 +406,7 @@ def _sweep_chunk(
     G: Tensor | None,
     sums: Tensor,
     pull: Tensor,
+    gaps: Tensor,
     form: PairForm,
     valid: Tensor | None,
     label: Tensor | None,
@@ -408,7 +414,7 @@ def _sweep_chunk(
 ) -> None:
     x = p.x
     count, n, _ = x.shape
-    buffer_S, buffer_E = x.new_empty(2, count * tile * tile)
+    buffer_S, buffer_E, buffer_K = x.new_empty(3, count * tile * tile)
     real = None if valid is None else valid.to(x.dtype).unsqueeze(2)
     overlap = None
     if label is not None and x.device.type == "cpu":
@@ -433,9 +439,14 @@ def _sweep_chunk(
         if G is None:
             continue
         if not form.proportional:
+            if form.space == "sphere":
+                K = buffer_K[:size].view(count, height, breadth).copy_(S)
             form.weight(S, E)
-            if form.space != "raw":
+            if form.space == "sphere":
+                S = K
                 _accumulate(pull, E, real, i, j)
+        if form.space == "sphere":
+            _accumulate(gaps, S.mul_(E), real, i, j)
         # tiles come row by row: the first row touches every block for the first time, so nothing has to be zeroed
         fresh = i.start == 0 and overlap is None
         G[:, i].baddbmm_(E, x[:, j], beta=0 if fresh and not above else 1)
@@ -543,7 +554,7 @@ def _online(
         if p.factor is not None:
             factor_RN[part] = p.factor
         buffer_S, buffer_E = p.x.new_empty(2, count * tile * tile)
-        total, pull = p.x.new_zeros(2, count, n)
+        total, pull, gaps = p.x.new_zeros(3, count, n)
         top = p.x.new_full((count, n), -math.inf)
         G = None if gradient is None else gradient[part].zero_()
         for a in range(0, n, tile):
@@ -560,11 +571,13 @@ def _online(
                 top[:, i] = higher
                 total[:, i] = total[:, i] * fade + E.sum(dim=2)
                 if G is not None:
+                    K = S.clone()
                     form.weight(S, E)
                     pull[:, i] = pull[:, i] * fade + E.sum(dim=2)
+                    gaps[:, i] = gaps[:, i] * fade + K.mul_(E).sum(dim=2)
                     G[:, i].mul_(fade.unsqueeze(2)).baddbmm_(E, p.x[:, j])
         if G is not None:
-            _finish(G, p, form, pull)
+            _finish(G, p, form, pull, gaps)
             # relative to the token's own sum: all factors stay moderate however far the tokens are apart
             G.div_(torch.where(total > 0, total, 1.0).unsqueeze(2))
         logs_RN[part] = torch.where(total > 0, top + total.log(), -math.inf)

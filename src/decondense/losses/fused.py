@@ -6,16 +6,16 @@ For each chunk of rows, with :math:`\hat z` the unit vectors, m a row's mean uni
 
 1. ``_norms``, ``_operand``: 1/|z|, then d rounded to the operand's dtype;
 2. S = d d' with float32 accumulation and output;
-3. ``_weights``: 1 - c_ij from S and the |d_i|^2, then f (summed per token) and W = f'(c) (rounded to the operand's
-dtype); 4. A = W d;
-5. ``_tangent``: A_i - (sum_j W_ij) d_i, made tangent at :math:`\hat z_i` in float32.
+3. ``_weights``: 1 - c_ij from S and the |d_i|^2, then f (summed per token) and W = f'(c), in the operand's dtype;
+4. A = W d;
+5. ``_tangent``: :math:`\sum_j W_{ij} (\hat z_j - c_{ij} \hat z_i)` from A, tangent at :math:`\hat z_i`, in float32.
 
 Precision. The operands are bfloat16 for bfloat16 and float16 input; for float32 input they are float32, multiplied
 with the precision that the process chose (``torch.set_float32_matmul_precision``: IEEE or TF32). Low precision is safe
 because of the centring: c = 1 is a small difference of small vectors, :math:`1 - c_{ij} = |d_i - d_j|^2/2`, instead of
-the rounding of two numbers close to 1; the weights' sums use the same rounded weights as their product; and what
-remains along
-:math:`\hat z_i` is projected out in float32. ``docs/math.md`` has the errors.
+the rounding of two numbers close to 1; the sums of the weights use the same rounded weights as their product; equal
+tokens have equal operands, whose forces cancel; and what remains along :math:`\hat z_i` is projected out in float32.
+``docs/math.md`` has the errors.
 
 No atomics: bit-identical from run to run as far as the BLAS is. Double backward is not defined (the gradient is saved,
 not its graph). float64 and the forms that are not in ``SUPPORTED`` are the chunked implementation's.
@@ -173,6 +173,7 @@ def _weights(
     square_p,
     sum_p,
     weight_sum_p,
+    gap_sum_p,
     N,
     rate,
     kappa,
@@ -199,6 +200,7 @@ def _weights(
         label_i = tl.load(label_p + row * N + i, mask=here_i, other=-1)
     total = tl.zeros((BM,), tl.float32)
     weight_total = tl.zeros((BM,), tl.float32)
+    gap_total = tl.zeros((BM,), tl.float32)
     for start in range(0, N, BN):
         j = start + tl.arange(0, BN)
         here_j = j < N
@@ -242,20 +244,31 @@ def _weights(
         if GRADIENT:
             w = _narrow(tl.where(counts, w, 0.0), w_p.dtype.element_ty)
             tl.store(w_p + place, w, mask=inside)
-            weight_total += tl.sum(w.to(tl.float32), 1)
+            w = w.to(tl.float32)
+            weight_total += tl.sum(w, 1)
+            gap_total += tl.sum(w * gap, 1)
     tl.store(sum_p + row * N + i, total, mask=here_i)
     if GRADIENT:
         tl.store(weight_sum_p + row * N + i, weight_total, mask=here_i)
+        tl.store(gap_sum_p + row * N + i, gap_total, mask=here_i)
 
 
 @triton.jit
-def _tangent(z_p, x_p, a_p, inverse_p, weight_sum_p, out_p, N, D, BM: tl.constexpr, BD: tl.constexpr):
-    """a_i - w_i d_i without its component along z_i, into the gradient's dtype."""
+def _tangent(
+    z_p, x_p, a_p, inverse_p, weight_sum_p, gap_sum_p, mean_p, out_p, N, D, BM: tl.constexpr, BD: tl.constexpr
+):
+    """sum_j W_ij (zhat_j - c_ij zhat_i), tangent at zhat_i, into the gradient's dtype.
+
+    With zhat = d + m it is a_i - (sum_j W_ij c_ij) d_i + (sum_j W_ij (1 - c_ij)) m: equal tokens have equal
+    rounded d, which cancel however large their weight; where they are orthogonal, m is exact.
+    """
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BM + tl.arange(0, BM)
     here = i < N
     inverse = tl.load(inverse_p + row * N + i, mask=here, other=0.0)
     weight = tl.load(weight_sum_p + row * N + i, mask=here, other=0.0)
+    on_m = tl.load(gap_sum_p + row * N + i, mask=here, other=0.0)
+    on_x = on_m - weight
     place = (row * N + i[:, None]) * D
     along = tl.zeros((BM,), tl.float32)
     for k in range(0, D, BD):
@@ -264,16 +277,18 @@ def _tangent(z_p, x_p, a_p, inverse_p, weight_sum_p, out_p, N, D, BM: tl.constex
         z = tl.load(z_p + place + d[None, :], mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_p + place + d[None, :], mask=inside, other=0.0).to(tl.float32)
         a = tl.load(a_p + place + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(mean_p + row * D + d, mask=d < D, other=0.0)
         u = tl.where(inverse[:, None] > 0, z * inverse[:, None], 0.0)
-        along += tl.sum((a - weight[:, None] * x) * u, 1)
+        along += tl.sum((a + on_x[:, None] * x + on_m[:, None] * m[None, :]) * u, 1)
     for k in range(0, D, BD):
         d = k + tl.arange(0, BD)
         inside = here[:, None] & (d[None, :] < D)
         z = tl.load(z_p + place + d[None, :], mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_p + place + d[None, :], mask=inside, other=0.0).to(tl.float32)
         a = tl.load(a_p + place + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(mean_p + row * D + d, mask=d < D, other=0.0)
         u = tl.where(inverse[:, None] > 0, z * inverse[:, None], 0.0)
-        g = a - weight[:, None] * x - along[:, None] * u
+        g = a + on_x[:, None] * x + on_m[:, None] * m[None, :] - along[:, None] * u
         tl.store(out_p + place + d[None, :], _narrow(g, out_p.dtype.element_ty), mask=inside)
 
 
@@ -341,7 +356,7 @@ def sweep(
         S = _product(x, x.mT)
         # float32 weights go where the products were; narrower ones need a place of their own
         W = S if operand == torch.float32 else torch.empty(S.shape, dtype=operand, device=device)
-        weight_sum = torch.empty(count, n, **new)  # type: ignore[call-overload]
+        weight_sum, gap_sum = torch.empty(2, count, n, **new)  # type: ignore[call-overload]
         _weights[grid](
             S,
             W,
@@ -351,6 +366,7 @@ def sweep(
             square,
             sums,
             weight_sum,
+            gap_sum,
             n,
             rate,
             s.shrink,
@@ -366,7 +382,9 @@ def sweep(
         )
         if gradient is not None:
             A = _product(W, x)
-            _tangent[grid](z, x, A, inverse, weight_sum, gradient[part], n, width, BM=block_m, BD=block_d)
+            _tangent[grid](
+                z, x, A, inverse, weight_sum, gap_sum, mean, gradient[part], n, width, BM=block_m, BD=block_d
+            )
     factor_RN = inverse_RN.mul_(2.0 * slope) if want_gradient else None
     return sums_RN, gradient, factor_RN
 

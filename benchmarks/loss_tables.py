@@ -1,0 +1,169 @@
+"""Tables of the losses, from FORMS and from the rows of bench_losses.py; collected by tables.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from decondense.records import Row, read_rows
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def _rows(name: str) -> list[Row]:
+    path = RESULTS / f"{name}.jsonl"
+    return read_rows(path) if path.exists() else []
+
+
+def _table(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def _machine(row: Row) -> str:
+    made = row["provenance"]
+    return f"{made.get('gpu') or made['cpu']}; torch {made['versions']['torch']}"
+
+
+def _last(rows: list[Row]) -> list[Row]:
+    """The newest row of each (variant, params)."""
+    return list({(row["variant"], repr(sorted(row["params"].items()))): row for row in rows}.values())
+
+
+def _number(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+")
+
+
+def cpu() -> str:
+    rows = [row for row in _last(_rows("losses-cpu")) if row["name"] == "losses"]
+    if not rows:
+        return ""
+    body = []
+    for row in rows:
+        params, metrics = row["params"], row["metrics"]
+        body.append(
+            [
+                " x ".join(map(str, params["shape"])),
+                str(params["threads"]),
+                row["variant"],
+                f"{metrics['wall_ms']:.1f}",
+                f"{metrics['ratio_to_naive']:.2f}",
+                f"{metrics['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in metrics else "",
+                f"{metrics['peak_ratio_to_naive']:.2f}" if "peak_ratio_to_naive" in metrics else "",
+            ]
+        )
+    head = ["B x T x D", "threads", "variant", "forward + backward, ms", "ratio", "peak memory, MB", "ratio"]
+    note = (
+        f"\nfloat32, medians of one run, ratios to `naive` (what one writes down first: normalise, multiply, arccos, "
+        f"logsumexp, autograd) in the same round; {_machine(rows[-1])}. Rows: `benchmarks/results/losses-cpu.jsonl`.\n"
+    )
+    return _table(head, body) + note
+
+
+def gpu() -> str:
+    rows = [row for row in _last(_rows("losses-gpu")) if row["name"] == "losses"]
+    if not rows:
+        return "Not measured: no row in `benchmarks/results/losses-gpu.jsonl` yet.\n"
+    body = []
+    for row in rows:
+        params, metrics = row["params"], row["metrics"]
+        if metrics.get("out_of_memory"):
+            cells = ["out of memory", "", ""]
+        else:
+            ratio = f"{metrics['ratio_to_naive']:.3f}" if "ratio_to_naive" in metrics else ""
+            cells = [f"{metrics['wall_ms']:.2f}", ratio, f"{metrics['peak_bytes'] / 1e6:.0f}"]
+        body.append([" x ".join(map(str, params["shape"])), params["dtype"], row["variant"], *cells])
+    head = ["B x T x D", "dtype", "variant", "forward + backward, ms", "ratio to naive", "peak memory, MB"]
+    return _table(head, body) + f"\n{_machine(rows[-1])}\n"
+
+
+def precision() -> str:
+    rows = _last(_rows("losses-precision"))
+    if not rows:
+        return ""
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    text = ""
+    for tau in sorted({row["params"]["tau"] for row in rows}, reverse=True):
+        body = []
+        inputs = list(dict.fromkeys(row["params"]["input"] for row in rows))
+        for variant in variants:
+            cells = []
+            for name in inputs:
+                found = [
+                    row
+                    for row in rows
+                    if (row["variant"], row["params"]["input"], row["params"]["tau"]) == (variant, name, tau)
+                ]
+                metrics = found[0]["metrics"] if found else None
+                cells.append(
+                    f"{_number(metrics['gradient_error'])} ({_number(metrics['value_error'])})" if metrics else ""
+                )
+            body.append([variant, *cells])
+        text += f"tau = {tau:g}:\n\n" + _table(["", *inputs], body) + "\n"
+    shape = " x ".join(map(str, rows[0]["params"]["shape"]))
+    return (
+        text + f"Relative error of the gradient (norm), in parentheses absolute error of the value; {shape}. Where the "
+        "true gradient is zero (all identical), relative to that of the random input. First line: smoothed against "
+        "exact, in float64; the others: against the smoothed loss in float64 of the same input, so rounding alone. The fused lines "
+        "come from Triton's interpreter on a CPU. Rows: `benchmarks/results/losses-precision.jsonl`.\n"
+    )
+
+
+def pairs() -> str:
+    rows = _last(_rows("losses-pairs"))
+    if not rows:
+        return ""
+    body = []
+    for row in rows:
+        params, metrics = row["params"], row["metrics"]
+        body.append(
+            [
+                params["input"],
+                f"{params['tau']:g}",
+                row["variant"],
+                f"{100 * params['share_of_pairs']:.0f} %",
+                f"{metrics['one_draw_gradient_error']:.2f}",
+                f"{metrics['gradient_bias']:.3f}",
+                f"{metrics['gradient_deviation']:.2f}",
+                f"{metrics['value_bias']:+.4f}",
+                f"{metrics['value_deviation']:.4f}",
+            ]
+        )
+    head = [
+        "input",
+        "tau",
+        "variant",
+        "pairs",
+        "gradient error of one draw",
+        "gradient bias",
+        "gradient deviation",
+        "value bias",
+        "value deviation",
+    ]
+    params = rows[0]["params"]
+    return _table(head, body) + (
+        f"\nRelative to the norm of the gradient over all pairs; {params['tokens']} tokens x {params['features']} "
+        f"features, {params['draws']} draws, whose noise is taken off the bias. Rows: "
+        "`benchmarks/results/losses-pairs.jsonl`.\n"
+    )
+
+
+def forms() -> str:
+    from decondense.losses.forms import FORMS
+
+    body = []
+    for name, info in FORMS.items():
+        implementations = "chunked, fused" if info.fused else "chunked" if info.kind != "features" else "without pairs"
+        body.append(
+            [f"`{name}`", f"${info.equation}$".replace("|", r"\vert "), info.source, info.extremes, implementations]
+        )
+    return _table(["form", "loss of one sequence of n tokens", "source", "extremes", "implementation"], body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "losses-cpu": cpu,
+    "losses-gpu": gpu,
+    "losses-precision": precision,
+    "losses-pairs": pairs,
+    "losses-forms": forms,
+}
