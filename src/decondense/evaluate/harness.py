@@ -1,0 +1,474 @@
+"""Benchmarks of a model with the lm-evaluation-harness, in a process of its own.
+
+    OUT/evaluation.json   whose results these are: the model and how it is loaded
+    OUT/tasks/TASK.json   a finished task: its scores, its items, how they were measured
+    OUT/rows.jsonl        the rows of all finished tasks
+    OUT/table.md, .csv    the table
+    OUT/evaluate.log      what the harness printed
+
+A finished task is kept as long as what it depends on is the same, so an interrupted evaluation goes on with the next
+task. The harness seeds the generators of Python, numpy and torch and takes seconds to import: both happen in the worker
+process, which speaks over files, so nothing of it reaches the caller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from decondense.config import EvaluateConfig
+from decondense.evaluate import tables
+from decondense.evaluate.catalogue import TASKS, TEN, EvaluationError, resolve_shots, resolve_tasks
+from decondense.evaluate.local import LocalTask, find_tasks
+from decondense.records import RecordError, Row, atomic_write, make_row, read_rows, write_rows
+
+_D = EvaluateConfig()
+_POLL_SECONDS = 0.1
+_LOCK_SECONDS = 10.0
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+Progress = Callable[[str, str, int, "int | None"], None]
+"""Called with the task, what happens to it (``loading``, ``kept``, ``running``, ``done``, ``failed``), requests
+answered and their number (None where the harness does not say)."""
+
+
+class EvaluationStopped(RuntimeError):
+    """The evaluation ended before all tasks were done; finished tasks are kept and the same command goes on."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of a task."""
+
+    metric: str
+    value: float
+    stderr: float | None
+    higher_is_better: bool
+    headline: bool
+    """Whether it is what the paper reports (or, for other tasks, the first that the harness reports)."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """All that is known about one task."""
+
+    task: str
+    scores: tuple[Score, ...]
+    shots: int
+    items: int
+    """Items scored."""
+    official: int | None
+    """Official rows of the scored split; None: unknown."""
+    limit: int | None
+    """What was asked for; None: all items."""
+    notes: tuple[str, ...]
+    """What qualifies the scores, in words; every table shows them."""
+    per_item: dict[str, dict[str, tuple[float, float]]] = field(repr=False)
+    """Metric -> item (hash of its content) -> (value, weight); the weighted mean is the score."""
+    parts: dict[str, dict[str, float]] = field(repr=False)
+    """Scores of the parts of a group (MMLU's subjects)."""
+    timing: dict[str, Any] = field(repr=False)
+    provenance: dict[str, Any] = field(repr=False)
+
+    def score(self, metric: str | None = None) -> float:
+        """The value of a metric; None: the one that the paper reports."""
+        for score in self.scores:
+            if score.metric == metric or (metric is None and score.headline):
+                return score.value
+        raise KeyError(metric)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TaskResult:
+        """Read a task's file."""
+        return cls(
+            task=data["task"],
+            scores=tuple(Score(**score) for score in data["scores"]),
+            shots=data["shots"],
+            items=data["items"],
+            official=data["official"],
+            limit=data["limit"],
+            notes=tuple(data["notes"]),
+            per_item={
+                metric: {item: (float(value), float(weight)) for item, (value, weight) in items.items()}
+                for metric, items in data["per_item"].items()
+            },
+            parts=data["parts"],
+            timing=data["timing"],
+            provenance=data["provenance"],
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of one model."""
+
+    model: str
+    results: tuple[TaskResult, ...]
+    notes: tuple[str, ...]
+    """What was asked for and is not here, and why."""
+    identity: dict[str, Any] = field(repr=False)
+    """Which run of which study, step and tokens the rows belong to."""
+
+    def __getitem__(self, task: str) -> TaskResult:
+        return next(result for result in self.results if result.task == task)
+
+    @property
+    def mean(self) -> tuple[float, float | None] | None:
+        """Mean ``acc`` of the paper's ten and its standard error over items; None unless all ten are there."""
+        by_name = {result.task: result for result in self.results}
+        if not all(name in by_name for name in TEN):
+            return None
+        scores = [next(s for s in by_name[name].scores if s.metric == "acc") for name in TEN]
+        errors = [score.stderr for score in scores]
+        known = [error for error in errors if error is not None]
+        error = math.sqrt(math.fsum(e * e for e in known)) / len(TEN) if len(known) == len(TEN) else None
+        return math.fsum(score.value for score in scores) / len(TEN), error
+
+    def rows(self, metrics: str = "all") -> list[Row]:
+        """``eval`` and ``eval_item`` rows. ``metrics``: ``all``, or ``headline`` for what the paper reports alone."""
+        rows: list[Row] = []
+        step, tokens = self.identity["step"], self.identity["tokens"]
+        who = {key: value for key, value in self.identity.items() if key not in ("step", "tokens")}
+        for result in self.results:
+            for score in result.scores:
+                if metrics == "headline" and not score.headline:
+                    continue
+                where = {**who, "step": step, "task": result.task, "metric": score.metric}
+                rows.append(
+                    make_row(
+                        "eval",
+                        **where,
+                        tokens=tokens,
+                        value=score.value,
+                        higher_is_better=score.higher_is_better,
+                        items=result.items,
+                        stderr=score.stderr,
+                        official_items=result.official,
+                        limit=result.limit,
+                        shots=result.shots,
+                        notes=list(result.notes),
+                        timing=result.timing,
+                    )
+                )
+                for item, (value, weight) in result.per_item.get(score.metric, {}).items():
+                    rows.append(make_row("eval_item", **where, item=item, value=value, weight=weight))
+        return rows
+
+    def to_markdown(self) -> str:
+        """The table in Markdown with its notes."""
+        return tables.to_markdown(self)
+
+    def to_csv(self) -> str:
+        """The table as CSV in full precision."""
+        return tables.to_csv(self)
+
+    def __str__(self) -> str:
+        return f"{self.model}\n\n{self.to_markdown()}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    model: str | Path,
+    tasks: str | Iterable[str] = "paper",
+    *,
+    shots: str | int = _D.shots,
+    limit: int | None = _D.limit,
+    data_dir: str | Path | None = _D.data_dir,
+    out: str | Path | None = None,
+    batch_size: int = _D.task_batch,
+    device: str | None = None,
+    dtype: str = "auto",
+    max_length: int | None = None,
+    tokenizer: str | Path | None = None,
+    trust_remote_code: bool = False,
+    identity: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Score a model on benchmarks with the lm-evaluation-harness; see Liu et al. 2026, section 3, for the paper's.
+
+    Args:
+        model: directory with ``config.json`` and weights, or a hub id; ``ID@REVISION`` is a revision too.
+        tasks: ``paper`` (ten benchmarks and Paloma's WikiText-103), ``ten``, or names of harness tasks.
+        shots: examples in the prompt: the paper's for ``gpt2`` or ``qwen3``, or a number for every task that takes any.
+        limit: score the first ``limit`` items of each task only (a task of parts, like MMLU, gives the first items of
+            each part in turn). Every table and row then says so.
+        data_dir: a folder of folders with the benchmarks in local files instead of the hub.
+        out: directory of the results; an interrupted evaluation goes on there. None: nothing is kept on disk.
+        batch_size: requests of one forward pass; halved when memory runs out. Scores depend on it by rounding only.
+        device: ``cpu``, ``cuda``, ``cuda:1``; None: a GPU when there is one.
+        dtype: of the weights: ``auto`` (that of the checkpoint), ``float32``, ``bfloat16``, ``float16``.
+        max_length: context in tokens; None: the model's own.
+        tokenizer: where the tokenizer is, if not with the model.
+        trust_remote_code: run code that comes with the model.
+        identity: ``study``, ``study_fingerprint``, ``arm``, ``seed``, ``step``, ``tokens`` of the rows. None: those of
+            the study's run when ``model`` is the final checkpoint of one, else made from the model's name.
+        progress: called as the work goes on.
+
+    Raises:
+        EvaluationError: what was asked for cannot be run; the message says why and what to do.
+        EvaluationStopped: the worker ended early; finished tasks are kept in ``out``.
+    """
+    names, of_a_set = resolve_tasks(tasks)
+    wanted = {name: resolve_shots(shots, name) for name in names}
+    if limit is not None and limit < 1:
+        raise EvaluationError(f"limit {limit} leaves nothing to score; give a number from 1, or no limit.")
+    if dtype not in DTYPES:
+        raise EvaluationError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
+    where = check_model(str(model))
+    if importlib.util.find_spec("lm_eval") is None:
+        raise EvaluationError(
+            'the benchmarks are run by lm-evaluation-harness, which is not installed: pip install "decondense[eval]".'
+        )
+    notes: list[str] = []
+    local: dict[str, LocalTask] = {}
+    if data_dir is not None:
+        local, absent = find_tasks(data_dir, wanted, of_a_set)
+        for name in absent:
+            names.remove(name)
+            notes.append(f"{name} is not among the local data and was left out.")
+    settings = {
+        "model": _fingerprint(where),
+        "tokenizer": None if tokenizer is None else str(tokenizer),
+        "dtype": dtype,
+        "max_length": max_length,
+    }
+    keys = {
+        name: {
+            **settings,
+            "shots": wanted[name],
+            "limit": limit,
+            "data": local[name].hash if name in local else "hub",
+            "harness": metadata.version("lm_eval"),
+        }
+        for name in names
+    }
+    label = str(model).rstrip("/")
+    report = progress or (lambda task, what, done, total: None)
+    with contextlib.ExitStack() as stack:
+        folder = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        lock = stack.enter_context(_claimed(folder))
+        _open_directory(folder, label, settings)
+        todo = []
+        for name in names:
+            if finished(folder, name, keys[name]) is None:
+                todo.append(name)
+            else:
+                report(name, "kept", 1, 1)
+        request = {
+            "model": where,
+            "settings": settings,
+            "batch_size": batch_size,
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+            "tasks": [
+                {"name": name, "key": keys[name], "local": local[name].to_json() if name in local else None}
+                for name in todo
+            ],
+            "parent": os.getpid(),
+        }
+        failures = _work(folder, request, lock, report) if todo else []
+        results = tuple(result for name in names if (result := finished(folder, name, keys[name])) is not None)
+        who = dict(identity) if identity is not None else _identity(where, label, settings)
+        evaluation = Evaluation(label, results, tuple(notes), who)
+        if results:
+            write_rows(folder / "rows.jsonl", evaluation.rows())
+            atomic_write(folder / "table.md", evaluation.to_markdown())
+            atomic_write(folder / "table.csv", evaluation.to_csv())
+        if failures:
+            kept = f" Finished and kept: {', '.join(r.task for r in results)}." if results and out is not None else ""
+            raise EvaluationError("\n".join(failures) + kept)
+        return evaluation
+
+
+def check_model(source: str) -> str:
+    """The directory of a model (absolute) or a hub id; anything else is refused with a reason."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            inner = sorted(p.parent.name for p in path.glob("*/config.json"))
+            hint = f" There are models below it: {', '.join(inner[:5])}." if inner else ""
+            raise EvaluationError(f"{source} is no model: it has no config.json.{hint}")
+        try:
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise EvaluationError(f"{path / 'config.json'} cannot be read ({error}).") from error
+        if not isinstance(config, dict) or "model_type" not in config:
+            raise EvaluationError(f"{source} is no transformers model: its config.json names no model_type.")
+        if not [*path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("*.index.json")]:
+            raise EvaluationError(f"{source} has a config.json but no weights (*.safetensors).")
+        return str(path.resolve())
+    if path.is_file():
+        raise EvaluationError(f"{source} is a file; give the directory that holds config.json and the weights.")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", source) or source.startswith("."):
+        raise EvaluationError(f"there is no model directory {source}, and it is no hub id (OWNER/NAME) either.")
+    return source
+
+
+def finished(folder: Path, task: str, key: Mapping[str, Any]) -> TaskResult | None:
+    """The result of a task if it is there and was measured as ``key`` says."""
+    try:
+        data = json.loads((folder / "tasks" / f"{task}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return TaskResult.from_json(data) if data.get("key") == dict(key) else None
+
+
+_UNRELATED = re.compile(r"training_args\.bin|optimizer.*|scheduler.*|rng_state.*|trainer_state\.json")
+
+
+def _fingerprint(where: str) -> str:
+    """What tells one model from another: the content of its files, or its hub id."""
+    path = Path(where)
+    if not path.is_dir():
+        return where
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(path.iterdir()):
+        of_the_model = file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
+        if file.is_file() and of_the_model and not _UNRELATED.fullmatch(file.name):
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as handle:
+                while block := handle.read(1 << 22):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def _identity(where: str, label: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    rows_path = Path(where).parent / "rows.jsonl"
+    if Path(where).is_dir() and rows_path.is_file():
+        with contextlib.suppress(RecordError):
+            runs = [row for row in read_rows(rows_path) if row["kind"] == "run" and row["status"] == "finished"]
+            if runs:
+                run = runs[-1]
+                who = {key: run[key] for key in ("study", "study_fingerprint", "arm", "seed")}
+                return {**who, "step": run["steps"] or 0, "tokens": run["tokens"] or 0}
+    text = json.dumps(settings, sort_keys=True)
+    return {
+        "study": "evaluate",
+        "study_fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "arm": label,
+        "seed": 0,
+        "step": 0,
+        "tokens": 0,
+    }
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[int]:
+    """Own the directory; the worker inherits the lock, so it is held until the last of the two has gone."""
+    if folder.exists() and not folder.is_dir():
+        raise EvaluationError(f"{folder} is a file; --out names a directory.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as handle:
+        # the worker of a killed command notices within one forward pass and goes
+        until = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > until:
+                    raise EvaluationStopped(
+                        f"{folder}: another process is evaluating there; wait for it or choose another --out."
+                    ) from error
+                time.sleep(_POLL_SECONDS)
+        yield handle.fileno()
+
+
+def _open_directory(folder: Path, label: str, settings: Mapping[str, Any]) -> None:
+    path = folder / "evaluation.json"
+    if path.exists():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if there["settings"] != dict(settings):
+            raise EvaluationError(
+                f"{folder} holds the results of {there['model']} ({_say(there['settings'])}; asked for: {label}, "
+                f"{_say(settings)}). Choose another directory with --out."
+            )
+        return
+    foreign = [item.name for item in folder.iterdir() if not item.name.startswith(".")]
+    if foreign:
+        raise EvaluationError(
+            f"{folder} is not empty and holds no evaluation ({', '.join(sorted(foreign)[:3])}); choose a new or empty "
+            "directory with --out."
+        )
+    atomic_write(path, json.dumps({"model": label, "settings": settings}, indent=1))
+
+
+def _say(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)
+
+
+def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress) -> list[str]:
+    """Run the worker to its end and return what could not be done, in words."""
+    (folder / "tasks").mkdir(exist_ok=True)
+    events, log = folder / ".events.jsonl", folder / "evaluate.log"
+    events.write_bytes(b"")
+    atomic_write(folder / ".request.json", json.dumps(request))
+    with log.open("ab") as handle:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "decondense.evaluate.worker", str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=handle,
+            stderr=handle,
+            pass_fds=(lock,),
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        )
+    failures: list[str] = []
+    ended = False
+    try:
+        with events.open("rb") as stream:
+            while True:
+                alive = process.poll() is None
+                for event in _new_events(stream):
+                    what = event["event"]
+                    if what == "ended":
+                        ended = True
+                    elif what == "failed":
+                        failures.append(event["message"])
+                        report(event.get("task", ""), "failed", 0, None)
+                    else:
+                        report(event.get("task", ""), what, event.get("done", 0), event.get("total"))
+                if not alive:
+                    break
+                time.sleep(_POLL_SECONDS)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait()
+    if not ended:
+        last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
+        said = f" Its last words: {last[0]}" if last else ""
+        raise EvaluationStopped(
+            f"the evaluation stopped (exit status {process.returncode}; log: {log}). Finished tasks are kept: the same "
+            f"command goes on with the next.{said}"
+        )
+    return failures
+
+
+def _new_events(stream: Any) -> Iterator[dict[str, Any]]:
+    while True:
+        start = stream.tell()
+        line = stream.readline()
+        if not line.endswith(b"\n"):
+            stream.seek(start)
+            return
+        yield json.loads(line)
+
+
+__all__ = ["TASKS", "Evaluation", "EvaluationStopped", "Score", "TaskResult", "check_model", "evaluate"]
