@@ -26,6 +26,7 @@ FINE_BINS = 2048
 _HALF = FINE_BINS // 2
 # cosines of rounded unit vectors reach 1 + 1e-7: one spare cell at either end catches them and is folded inwards
 _CELLS = FINE_BINS + 3
+_ROWS = 32
 _TILE_CPU = 128
 _TILE_GPU = 1024
 
@@ -166,37 +167,46 @@ class LayerStatistics:
     def _add_passage(self, z_ND: Tensor, passage: int) -> None:
         n = z_ND.shape[0]
         norm_N = torch.linalg.vector_norm(z_ND, dim=-1)
-        low, high = (float(bound) for bound in torch.aminmax(norm_N))
-        if not (low > 1e-15 and high < float("inf")):
+        norms = norm_N.cpu().numpy()
+        if not (norms.min() > 1e-15 and norms.max() < np.inf):
             # in float32 the squares of very large and very small states overflow and vanish, in float64 they do not
-            norm_N = torch.linalg.vector_norm(z_ND, dim=-1, dtype=torch.float64)
-            if not torch.isfinite(norm_N).all():
-                bad = int((~torch.isfinite(norm_N)).nonzero()[0, 0])
+            z_ND = z_ND.double()
+            norm_N = torch.linalg.vector_norm(z_ND, dim=-1)
+            norms = norm_N.cpu().numpy()
+            if not np.isfinite(norms).all():
                 raise NotFiniteError(
                     f"the hidden states of layer '{self.name}' are NaN or infinite for passage {passage} (first at "
-                    f"token {bad} of {n}). The model itself computes them: load it in float32 or bfloat16 instead of "
-                    "float16, or check its weights."
+                    f"token {int(np.argmin(np.isfinite(norms)))} of {n}). The model itself computes them: load it in "
+                    "float32 or bfloat16 instead of float16, or check its weights."
                 )
         # a zero row has no direction: its cosine with everything, itself included, counts as 0
-        unit_ND = (z_ND / norm_N.clamp_min(torch.finfo(norm_N.dtype).tiny)[:, None]).to(z_ND.dtype)
-        wide = torch.float32 if z_ND.device.type == "mps" else torch.float64
-        sum_D = unit_ND.sum(dim=0, dtype=wide)
-        norms = norm_N.to(wide)
-        square, own, mean, spread, largest = torch.stack(
-            [
-                sum_D.square().sum(),
-                (norms > 0).sum().to(wide),
-                norms.mean(),
-                norms.std(correction=0),
-                norms.max(),
-            ]
-        ).tolist()
+        inverse_N = torch.where(norm_N > 0, norm_N.reciprocal(), 0)
+        total_D = _weighted_sum(inverse_N, z_ND)
+        square = float(total_D @ total_D)
         self.cosine_P[passage] = square / n**2
-        self.cosine_others_P[passage] = (square - own) / (n * (n - 1))
-        self.norm_P[passage] = mean
-        self.norm_sd_P[passage] = spread
-        self.norm_max_P[passage] = largest
-        for metric, function in self.metrics.items():
-            self.metric_P[metric][passage] = function(z_ND, unit_ND)
-        if self.pairs is not None:
-            self.pairs.add(unit_ND)
+        self.cosine_others_P[passage] = (square - np.count_nonzero(norms)) / (n * (n - 1))
+        norms = norms.astype(np.float64)
+        self.norm_P[passage] = norms.mean()
+        self.norm_sd_P[passage] = norms.std()
+        self.norm_max_P[passage] = norms.max()
+        if self.metrics or self.pairs is not None:
+            unit_ND = z_ND * inverse_N[:, None]
+            for metric, function in self.metrics.items():
+                self.metric_P[metric][passage] = function(z_ND, unit_ND)
+            if self.pairs is not None:
+                self.pairs.add(unit_ND)
+
+
+def _weighted_sum(weight_N: Tensor, z_ND: Tensor) -> Array:
+    """The sum of the rows times their weights: products of 32 rows as one each, their sums added up in float64.
+
+    Converting every row to float64 first would cost more than all other means together, and gain nothing over the
+    rounding of the rows themselves.
+    """
+    n, width = z_ND.shape
+    whole = n - n % _ROWS
+    blocks = torch.bmm(weight_N[:whole].reshape(-1, 1, _ROWS), z_ND[:whole].reshape(-1, _ROWS, width))[:, 0]
+    total: Array = blocks.cpu().numpy().sum(axis=0, dtype=np.float64)
+    if whole < n:
+        total += (weight_N[whole:] @ z_ND[whole:]).cpu().numpy()
+    return total
