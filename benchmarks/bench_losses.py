@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decondense.losses import dispersion_loss
+from decondense.losses import chunked, dispersion_loss
 from decondense.records import Row, append_rows, make_row, provenance
 
 CPU_SHAPES = ((8, 256, 768), (8, 1024, 768), (4, 2048, 1024))
@@ -275,25 +275,23 @@ def value_and_gradient(loss: Callable[[Tensor], Tensor], z: Tensor) -> tuple[flo
     return value.item(), x.grad.double()
 
 
-def tf32(x: Tensor) -> Tensor:
-    """Rounded to TF32's 10 bits of mantissa, to nearest even."""
-    bits = x.float().contiguous().view(torch.int32)
-    return ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).view(torch.float32)
-
-
 class _RoundedProducts:
     """Round the operands of every batched product of the chunked implementation, as a tensor core would."""
 
     def __enter__(self) -> None:
         self.kept = torch.Tensor.baddbmm_
+        self.asked = chunked.rounds_products
+        chunked.rounds_products = lambda x: True
 
         def rounded(this: Tensor, a: Tensor, b: Tensor, **keywords: Any) -> Tensor:
-            return self.kept(this, tf32(a), tf32(b), **keywords)
+            a, b = (chunked.to_tf32(operand.contiguous().clone()) for operand in (a, b))
+            return self.kept(this, a, b, **keywords)
 
         torch.Tensor.baddbmm_ = rounded  # type: ignore[method-assign]
 
     def __exit__(self, *_: object) -> None:
         torch.Tensor.baddbmm_ = self.kept  # type: ignore[method-assign]
+        chunked.rounds_products = self.asked
 
 
 def bench_precision(arguments: argparse.Namespace) -> list[Row]:

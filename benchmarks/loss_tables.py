@@ -104,8 +104,8 @@ def precision() -> str:
     return (
         text + f"Relative error of the gradient (norm), in parentheses absolute error of the value; {shape}. Where the "
         "true gradient is zero (all identical), relative to that of the random input. First line: smoothed against "
-        "exact, in float64; the others: against the smoothed loss in float64 of the same input, so rounding alone. The fused lines "
-        "come from Triton's interpreter on a CPU. Rows: `benchmarks/results/losses-precision.jsonl`.\n"
+        "exact, in float64; the others: against the smoothed loss in float64 of the same input, so rounding alone. "
+        "The fused lines come from Triton's interpreter on a CPU. Rows: `benchmarks/results/losses-precision.jsonl`.\n"
     )
 
 

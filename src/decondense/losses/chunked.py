@@ -219,6 +219,27 @@ def _tiles(n: int, tile: int) -> Iterator[tuple[slice, slice]]:
             yield slice(i, min(i + tile, n)), slice(j, min(j + tile, n))
 
 
+def rounds_products(x: Tensor) -> bool:
+    """Whether products of float32 tensors are taken of operands rounded to TF32 (the process's choice, CUDA only)."""
+    if x.device.type != "cuda" or x.dtype != torch.float32:
+        return False
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set through torch's newer switch, which the older question does not understand
+        return True
+
+
+def to_tf32(x: Tensor) -> Tensor:
+    """Round to TF32 (10 bits of mantissa, nearest even), in place.
+
+    Products that round their operands behind our back would leave the sums around them with other numbers, and equal
+    tokens would no longer cancel; rounded beforehand, the products are exact.
+    """
+    bits = x.view(torch.int32)
+    bits.add_(((bits >> 13) & 1) + 0xFFF).bitwise_and_(-0x2000)
+    return x
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner products along the last dimension, ``[C, N]``; row by row where the elementwise product would be large."""
     if a.device.type == "cpu" and a.numel() > 2**18:
@@ -296,6 +317,8 @@ def prepare(z: Tensor, valid_CN: Tensor | None, form: PairForm) -> _Prepared:
             # d(z/(r+e)) = dz/(r+e) - z <z,dz>/(r (r+e)^2), in terms of z/(r+e)
             radial = torch.where(present, 1.0 + form.epsilon / norm, 0.0)
         x, mean = _centre(x, valid_CN)
+        if rounds_products(x):
+            to_tf32(x)
         half = 0.5 * (_dot(x, x) + form.scale**2 * missing + form.gap)
         return _Prepared(x, half.unsqueeze(-1), inverse * (2.0 * form.slope * form.scale), mean, radial)
     x = z.to(statistics_dtype(z.dtype), copy=form.space == "euclid")
@@ -444,6 +467,8 @@ def _sweep_chunk(
             form.weight(S, E)
             if form.space == "sphere":
                 S = K
+                if rounds_products(E):
+                    to_tf32(E)
                 _accumulate(pull, E, real, i, j)
         if form.space == "sphere":
             _accumulate(gaps, S.mul_(E), real, i, j)
@@ -573,6 +598,8 @@ def _online(
                 if G is not None:
                     K = S.clone()
                     form.weight(S, E)
+                    if form.space == "sphere" and rounds_products(E):
+                        to_tf32(E)
                     pull[:, i] = pull[:, i] * fade + E.sum(dim=2)
                     gaps[:, i] = gaps[:, i] * fade + K.mul_(E).sum(dim=2)
                     G[:, i].mul_(fade.unsqueeze(2)).baddbmm_(E, p.x[:, j])

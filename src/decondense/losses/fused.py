@@ -38,6 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from decondense.geometry import ZERO_NORM
+from decondense.losses import chunked
 from decondense.losses.forms import FORMS, Settings
 
 __all__ = ["SUPPORTED", "available", "sweep"]
@@ -76,11 +77,18 @@ def available(device: torch.device) -> bool:
 
 
 @triton.jit
-def _narrow(x, dtype: tl.constexpr):
-    """x in the dtype of its destination, rounded to nearest even (the interpreter's own cast to bfloat16 truncates)."""
+def _narrow(x, dtype: tl.constexpr, TF32: tl.constexpr):
+    """x in the dtype of its destination, rounded to nearest even (the interpreter's own cast to bfloat16 truncates).
+
+    TF32: a float32 destination gets what a TF32 product would make of it anyway, so that the sums see the same number.
+    """
     if dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = bits.to(tl.float32, bitcast=True)
+    elif TF32:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0xFFF + ((bits >> 13) & 1)) & -8192
         x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
 
@@ -121,7 +129,18 @@ def _norms(
 
 @triton.jit
 def _operand(
-    z_p, valid_p, inverse_p, mean_p, out_p, square_p, N, D, HAS_VALID: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr
+    z_p,
+    valid_p,
+    inverse_p,
+    mean_p,
+    out_p,
+    square_p,
+    N,
+    D,
+    HAS_VALID: tl.constexpr,
+    TF32: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
 ):
     """d = z/|z| - mean in the operand's dtype (0 where not real), and |d|^2 of what was stored."""
     row = tl.program_id(0).to(tl.int64)
@@ -140,7 +159,7 @@ def _operand(
         mean = tl.load(mean_p + row * D + d, mask=d < D, other=0.0)
         # a vector that counts as zero must not come back through 0 times infinity
         x = tl.where(inverse[:, None] > 0, z * inverse[:, None], 0.0) - mean[None, :]
-        x = _narrow(tl.where(real[:, None] & (d[None, :] < D), x, 0.0), out_p.dtype.element_ty)
+        x = _narrow(tl.where(real[:, None] & (d[None, :] < D), x, 0.0), out_p.dtype.element_ty, TF32)
         tl.store(out_p + place + d[None, :], x, mask=inside)
         rounded = x.to(tl.float32)
         square += tl.sum(rounded * rounded, 1)
@@ -184,6 +203,7 @@ def _weights(
     HAS_VALID: tl.constexpr,
     HAS_LABEL: tl.constexpr,
     GRADIENT: tl.constexpr,
+    TF32: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -242,7 +262,7 @@ def _weights(
                 w = push * slope
         total += tl.sum(tl.where(counts, f, 0.0), 1)
         if GRADIENT:
-            w = _narrow(tl.where(counts, w, 0.0), w_p.dtype.element_ty)
+            w = _narrow(tl.where(counts, w, 0.0), w_p.dtype.element_ty, TF32)
             tl.store(w_p + place, w, mask=inside)
             w = w.to(tl.float32)
             weight_total += tl.sum(w, 1)
@@ -289,7 +309,7 @@ def _tangent(
         m = tl.load(mean_p + row * D + d, mask=d < D, other=0.0)
         u = tl.where(inverse[:, None] > 0, z * inverse[:, None], 0.0)
         g = a + on_x[:, None] * x + on_m[:, None] * m[None, :] - along[:, None] * u
-        tl.store(out_p + place + d[None, :], _narrow(g, out_p.dtype.element_ty), mask=inside)
+        tl.store(out_p + place + d[None, :], _narrow(g, out_p.dtype.element_ty, False), mask=inside)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -330,6 +350,7 @@ def sweep(
     gradient = torch.empty(rows, n, width, dtype=kept, device=device) if want_gradient else None
     valid = None if valid_RN is None else valid_RN.to(torch.uint8).contiguous()
     label = None if label_RN is None else label_RN.to(torch.int32).contiguous()
+    narrow = operand == torch.float32 and chunked.rounds_products(z_RND)
     rate, slope = _rate_and_slope(s)
     # where rounding (of products to 24, or of operands to 8 bits) may put a pair below delta
     floor = max(0.25 * s.delta**2, 1e-12)
@@ -352,7 +373,9 @@ def sweep(
         mean = partial.sum(dim=1).div_(present)
         x = torch.empty(z.shape, dtype=operand, device=device)
         square = torch.empty(count, n, **new)  # type: ignore[call-overload]
-        _operand[grid](z, v, inverse, mean, x, square, n, width, HAS_VALID=has_valid, BM=block_m, BD=block_d)
+        _operand[grid](
+            z, v, inverse, mean, x, square, n, width, HAS_VALID=has_valid, TF32=narrow, BM=block_m, BD=block_d
+        )
         S = _product(x, x.mT)
         # float32 weights go where the products were; narrower ones need a place of their own
         W = S if operand == torch.float32 else torch.empty(S.shape, dtype=operand, device=device)
@@ -377,6 +400,7 @@ def sweep(
             HAS_VALID=has_valid,
             HAS_LABEL=has_label,
             GRADIENT=want_gradient,
+            TF32=narrow,
             BM=block_m,
             BN=min(128, triton.next_power_of_2(n)),
         )
