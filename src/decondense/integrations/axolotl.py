@@ -1,5 +1,4 @@
-"""Axolotl: ``plugins: [decondense.integrations.axolotl.DispersionPlugin]`` and a ``dispersion:`` section in the "
-"YAML."""
+"""Axolotl: ``decondense.integrations.axolotl.DispersionPlugin`` under ``plugins``, settings under ``dispersion``."""
 
 from __future__ import annotations
 

@@ -123,8 +123,7 @@ class _TrainerHandle:
         loss = result[0] if return_outputs else result
         if handle.config.loss.pairs == "all":  # a random subset may hold no pair of a short sequence: that adds 0
             self.seen = self.seen.to(count.device) + count
-        # What follows undoes what comes later: the mean over ranks of the gradients, and the division of an unscaled
-        # loss.
+        # the factors undo what comes later: the mean over ranks of the gradients, the division of an unscaled loss
         steps = getattr(trainer, "current_gradient_accumulation_steps", 1)
         divided_later = 1 if self.is_scaled(num_items_in_batch) else steps
         if self.sequences is not None:
@@ -137,8 +136,7 @@ class _TrainerHandle:
         return (loss, result[1]) if return_outputs else loss
 
     def is_scaled(self, num_items_in_batch: Any) -> bool:
-        """Whether ``training_step`` takes the loss for divided already (the rule of transformers 5, and of 4.46 and "
-        "up)."""
+        """Whether ``training_step`` takes the loss for divided already: transformers' own rule."""
         trainer = self.trainer
         declared = getattr(trainer, "loss_is_scaled_for_ga", None)
         if declared is not None:

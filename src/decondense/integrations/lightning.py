@@ -1,5 +1,4 @@
-"""Lightning: ``Trainer(callbacks=[DispersionCallback(weight=0.1)])`` for a LightningModule that calls "
-"``self.model(...).loss``."""
+"""Lightning: ``Trainer(callbacks=[DispersionCallback(weight=0.1)])`` for modules that call ``self.model(...).loss``."""
 
 from __future__ import annotations
 
