@@ -184,7 +184,7 @@ class DispersionHandle:
             self._labels.insert(0, "embedding")
         self._keys = [-1, *self._layers] if config.embedding else list(self._layers)
         self._shifts_labels = _shifts_labels(base_model(blocks.root))
-        self._looks_once = device.type != "cpu"
+        self._looks_once: bool | None = None  # None: where a look waits for the device
         self._numbered: bool | None = None  # whether integer masks number documents
         self._overlooked: Tensor | None = None
         # sums over sequences per layer, then the number of sequences
@@ -459,7 +459,9 @@ class DispersionHandle:
         treat each as if it did costs a third of the loss.
         """
         mask = batch.get("attention_mask")
-        if not isinstance(mask, Tensor) or torch.compiler.is_compiling() or not self._looks_once:
+        if not isinstance(mask, Tensor) or torch.compiler.is_compiling():
+            return batch
+        if not (mask.device.type != "cpu" if self._looks_once is None else self._looks_once):
             return batch
         if mask.dtype not in (torch.int64, torch.int32) or self._numbered:
             return batch
