@@ -14,6 +14,7 @@ Shape suffixes: B passages of a batch, N tokens of a passage, D width, K histogr
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -93,13 +94,13 @@ class PairStream:
                 for row in range(0, tokens, self.tile)
             ]
 
-    def add(self, unit_ND: Tensor) -> None:
-        """Take in one passage's unit rows."""
-        scaled_ND = unit_ND * _HALF
-        for strip, row in enumerate(range(0, unit_ND.shape[0], self.tile)):
-            block = slice(row, row + self.tile)
-            # rows of the block against everything from the block's own start on: the upper triangle by blocks
-            cos = scaled_ND[block] @ unit_ND[row:].T
+    def add(self, units: Sequence[Tensor]) -> None:
+        """Take in the unit rows [N, D] of the passages of a batch."""
+        # passages innermost: a strip of the sum is then in the cache for all of them
+        strips = enumerate(range(0, units[0].shape[0], self.tile))
+        for (strip, row), unit_ND in itertools.product(strips, units):
+            # rows of a block against everything from the block's own start on: the upper triangle by blocks
+            cos = (unit_ND[row : row + self.tile] * _HALF) @ unit_ND[row:].T
             if self.strips is not None:
                 self.strips[strip] += cos
             if self.pooled is not None:
@@ -161,10 +162,12 @@ class LayerStatistics:
         if z_BND.dtype not in (torch.float32, torch.float64):
             z_BND = z_BND.float()
         with exact_matmul(z_BND.device):
-            for z_ND, passage in zip(z_BND, passages, strict=True):
-                self._add_passage(z_ND, passage)
+            units = [self._add_passage(z_ND, passage) for z_ND, passage in zip(z_BND, passages, strict=True)]
+            if self.pairs is not None:
+                self.pairs.add([unit_ND for unit_ND in units if unit_ND is not None])
 
-    def _add_passage(self, z_ND: Tensor, passage: int) -> None:
+    def _add_passage(self, z_ND: Tensor, passage: int) -> Tensor | None:
+        """The statistics that need no pairs; returns the unit rows if pairs are wanted."""
         n = z_ND.shape[0]
         norm_N = torch.linalg.vector_norm(z_ND, dim=-1)
         norms = norm_N.cpu().numpy()
@@ -189,12 +192,12 @@ class LayerStatistics:
         self.norm_P[passage] = norms.mean()
         self.norm_sd_P[passage] = norms.std()
         self.norm_max_P[passage] = norms.max()
-        if self.metrics or self.pairs is not None:
-            unit_ND = z_ND * inverse_N[:, None]
-            for metric, function in self.metrics.items():
-                self.metric_P[metric][passage] = function(z_ND, unit_ND)
-            if self.pairs is not None:
-                self.pairs.add(unit_ND)
+        if not self.metrics and self.pairs is None:
+            return None
+        unit_ND = z_ND * inverse_N[:, None]
+        for metric, function in self.metrics.items():
+            self.metric_P[metric][passage] = function(z_ND, unit_ND)
+        return unit_ND
 
 
 def _weighted_sum(weight_N: Tensor, z_ND: Tensor) -> Array:
