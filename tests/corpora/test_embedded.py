@@ -67,7 +67,10 @@ def test_nothing_is_imported() -> None:
 
 def test_docstrings_come_in_source_order_and_survive_bad_files(tmp_path) -> None:
     long = "x" * embedded.MINIMUM_DOCSTRING
-    source = f'"""first {long}"""\nclass A:\n    """second {long}"""\n    def f(self):\n        """third {long}"""\ndef g():\n    """short"""\n'
+    source = (
+        f'"""first {long}"""\nclass A:\n    """second {long}"""\n'
+        f'    def f(self):\n        """third {long}"""\ndef g():\n    """short"""\n'
+    )
     good = tmp_path / "good.py"
     good.write_text(source)
     assert [text.split()[0] for text in embedded._docstrings(good)] == ["first", "second", "third"]

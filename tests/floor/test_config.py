@@ -39,7 +39,7 @@ def test_every_knob_changes_the_fingerprint() -> None:
 
 
 def test_configurations_are_frozen() -> None:
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(ValueError, match=r"frozen"):
         TrainConfig().steps = 3  # type: ignore[misc]
 
 
@@ -73,7 +73,7 @@ def test_a_bad_study_says_where_what_and_what_was_meant(change: dict[str, object
 
 
 def test_unreadable_and_malformed_files_are_named(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="nothing.yaml"):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml"):
         StudyConfig.from_yaml(tmp_path / "nothing.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="no valid YAML"):
@@ -95,7 +95,7 @@ def test_names() -> None:
 
 
 def test_unknown_arm_is_suggested() -> None:
-    with pytest.raises(ConfigError, match="Did you mean 'disp'"):
+    with pytest.raises(ConfigError, match=r"Did you mean 'disp'"):
         StudyConfig.parse(MINIMAL, where="x").arm("dips")
 
 
