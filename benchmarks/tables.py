@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from attach_tables import TABLES as ATTACH_TABLES
 from decondense.compare import Study, compare
 from decondense.figures.comparison import overview
 from decondense.figures.style import export
@@ -51,7 +52,7 @@ def demo() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, **LOSS_TABLES}
+TABLES: dict[str, Callable[[], str]] = {"demo": demo, **LOSS_TABLES, **ATTACH_TABLES}
 
 
 def documents() -> list[Path]:
