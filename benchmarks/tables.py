@@ -21,6 +21,7 @@ from decondense.figures.style import export
 from decondense.records import Row, read_rows
 from decondense.report import headline, layer_table, sentences
 from loss_tables import TABLES as LOSS_TABLES
+from measure_tables import TABLES as MEASURE_TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

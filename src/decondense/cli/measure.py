@@ -209,8 +209,9 @@ def measure_command(
     }
     folder = out or Path(f"decondense-measure-{_slug(family or _short(checkpoints or names[0][0]))}")
     done: list[tuple[str, int | None, Profile]] = []
-    for source, step in names:
-        label = _short(source) if step is None else f"step {step:,}"
+    labels = _labels([source for source, _ in names])
+    for (source, step), short in zip(names, labels, strict=True):
+        label = short if step is None else f"step {step:,}"
         profile = _measure(console, source, label, texts, loading, measuring).at(final)  # type: ignore[arg-type]
         profile.info.update(
             {"source": str(text or dataset or defaults.dataset), "seed": seed or 0, "step": step, "name": label}
@@ -311,6 +312,28 @@ def _texts(
 def _short(source: str) -> str:
     name, at, revision = str(source).rstrip("/").rpartition("@")
     return f"{Path(name).name}@{revision}" if at and name else Path(str(source)).resolve().name
+
+
+def _labels(sources: list[str]) -> list[str]:
+    """A short name for each source, all different: runs/a/final and runs/b/final are a and b, not final and final."""
+    if len(set(sources)) < len(sources):
+        from decondense.measuring.running import MeasureError
+
+        twice = next(source for source in sources if sources.count(source) > 1)
+        raise MeasureError(f"{twice} is given twice.")
+    labels = [_short(source) for source in sources]
+    if len(set(labels)) == len(labels):
+        return labels
+    parts = [Path(source).resolve().parts for source in sources]
+    shared = 0
+    while len({path[-1 - shared] for path in parts}) == 1:
+        shared += 1
+    parts = [path[: len(path) - shared] for path in parts]
+    for depth in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(path[-depth:]) for path in parts]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
 
 
 def _slug(label: str) -> str:
