@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,kernels,frameworks]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,kernels,frameworks,eval]"
 	touch $(STAMP)
 
 demo: $(STAMP)

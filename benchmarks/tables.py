@@ -53,7 +53,7 @@ def demo() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, **LOSS_TABLES, **ATTACH_TABLES}
+TABLES: dict[str, Callable[[], str]] = {"demo": demo, **LOSS_TABLES, **ATTACH_TABLES, **MEASURE_TABLES}
 
 
 def documents() -> list[Path]:
