@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from decondense.evaluate import Evaluation, evaluate
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 
@@ -22,3 +24,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from evaluate_helpers import make_data
 
     return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def whole(tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Path]:
+    """All of the paper's benchmarks on the made-up rows, with the paper's examples."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return evaluate(tiny, "paper", data_dir=data, out=out), out

@@ -22,18 +22,17 @@ def shots_of(preset: str, task: str) -> int:
 
 @pytest.fixture(scope="module")
 def made_up(
-    tiny: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny: Path, data: Path, whole: tuple[Evaluation, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], dict[str, Evaluation]]:
     """Every task by the harness itself and by us, with the paper's examples and with two examples for all."""
     scratch = tmp_path_factory.mktemp("oracle")
-    presets = ("gpt2", "2")
     runs = [
         {"label": f"{task}/{preset}", "task": task, "shots": shots_of(preset, task)}
-        for preset in presets
+        for preset in ("gpt2", "2")
         for task in TASKS
     ]
     oracle = ask_harness(tiny, runs, hub_of(data, scratch / "mmlu"), scratch, folders=FOLDERS)
-    return oracle, {preset: evaluate(tiny, "paper", shots=preset, data_dir=data) for preset in presets}
+    return oracle, {"gpt2": whole[0], "2": evaluate(tiny, "paper", shots=2, data_dir=data)}
 
 
 def check(ours: Any, oracle: dict[str, Any], *, errors: bool = True) -> None:

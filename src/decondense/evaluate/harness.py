@@ -292,8 +292,8 @@ def evaluate(
             atomic_write(folder / "table.md", evaluation.to_markdown())
             atomic_write(folder / "table.csv", evaluation.to_csv())
         if failures:
-            kept = f" Finished and kept: {', '.join(r.task for r in results)}." if results and out is not None else ""
-            raise EvaluationError("\n".join(failures) + kept)
+            kept = [f"Finished and kept: {', '.join(r.task for r in results)}."] if results and out is not None else []
+            raise EvaluationError("\n".join([*failures, *kept]))
         return evaluation
 
 
@@ -376,7 +376,7 @@ def _claimed(folder: Path) -> Iterator[int]:
         raise EvaluationError(f"{folder} is a file; --out names a directory.")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as handle:
-        # the worker of a killed command notices within one forward pass and goes
+        # the worker of a killed command notices and goes, but not at once
         until = time.monotonic() + _LOCK_SECONDS
         while True:
             try:
@@ -430,6 +430,7 @@ def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress)
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
         )
     failures: list[str] = []
+    remedies: dict[str, None] = {}
     ended = False
     try:
         with events.open("rb") as stream:
@@ -441,6 +442,7 @@ def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress)
                         ended = True
                     elif what == "failed":
                         failures.append(event["message"])
+                        remedies.update({event["remedy"]: None} if "remedy" in event else {})
                         report(event.get("task", ""), "failed", 0, None)
                     else:
                         report(event.get("task", ""), what, event.get("done", 0), event.get("total"))
@@ -458,7 +460,7 @@ def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress)
             f"the evaluation stopped (exit status {process.returncode}; log: {log}). Finished tasks are kept: the same "
             f"command goes on with the next.{said}"
         )
-    return failures
+    return [*failures, *remedies]
 
 
 def _new_events(stream: Any) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub.constants
 import lm_eval
 import lm_eval.tasks
 import torch
@@ -39,13 +41,17 @@ class _Events:
 
     def __init__(self, path: Path, parent: int) -> None:
         self.path, self.parent, self.last = path, parent, 0.0
+        threading.Thread(target=self._follow, daemon=True).start()
+
+    def _follow(self) -> None:
+        while os.getppid() == self.parent:
+            time.sleep(_REPORT_SECONDS)
+        os._exit(1)
 
     def tell(self, event: str, **fields: Any) -> None:
         append_rows(self.path, [{"event": event, **fields}])
 
     def running(self, task: str, done: int, total: int | None) -> None:
-        if os.getppid() != self.parent:
-            os._exit(1)
         if time.monotonic() - self.last > _REPORT_SECONDS:
             self.last = time.monotonic()
             self.tell("running", task=task, done=done, total=total)
@@ -507,14 +513,20 @@ def _load_model(request: dict[str, Any], events: _Events) -> _Model:
     return model
 
 
-def _no_data(name: str, error: Exception) -> str:
+def _no_data(name: str, error: Exception) -> dict[str, str]:
     said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     source = TASKS[name].source if name in TASKS else "its data set"
-    return (
-        f"{name}: {source} cannot be read from the hub ({type(error).__name__}: {said}). Without network, give the "
-        "rows in local files (--data-dir DIR), or fill the cache where there is one and set HF_HOME to it; a gated "
-        "data set needs its form filled in and `hf auth login`."
-    )
+    return {
+        "message": f"{name}: {source} cannot be read from the hub ({type(error).__name__}: {said}).",
+        "remedy": "Without network, give the rows in local files (--data-dir DIR), or fill the cache where there is "
+        "one and set HF_HOME to it; a gated data set needs its form filled in and `hf auth login`.",
+    }
+
+
+def _stay_offline() -> None:
+    """After one vain attempt, which takes half a minute, the other data sets are only looked for in the cache."""
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    datasets.config.HF_HUB_OFFLINE = True
 
 
 _HUB_ERRORS = ("datasets", "huggingface_hub", "requests", "httpx", "urllib3", "fsspec")
@@ -547,7 +559,9 @@ def main(folder: Path) -> int:
                 isinstance(error, OSError) or type(error).__module__.split(".")[0] in _HUB_ERRORS
             ):
                 raise
-            events.tell("failed", task=name, message=_no_data(name, error))
+            events.tell("failed", task=name, **_no_data(name, error))
+            if isinstance(error, ConnectionError):
+                _stay_offline()
         else:
             atomic_write(folder / "tasks" / f"{name}.json", json.dumps(result, allow_nan=False))
             events.tell("done", task=name, done=result["items"], total=result["items"])
