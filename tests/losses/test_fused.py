@@ -265,3 +265,43 @@ def test_no_wait_for_the_device() -> None:
             dispersion_loss(z, mask, impl=impl).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@on_device
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_auto_tries_the_kernels_before_it_trusts_them(device: str, dtype: torch.dtype, monkeypatch) -> None:
+    from decondense import losses
+    from decondense.losses import fused
+
+    losses._kernels_agree_once.cache_clear()
+    state = torch.get_rng_state()
+    assert losses._kernels_agree(device, dtype)
+    assert torch.equal(state, torch.get_rng_state())
+
+    sweep = fused.sweep
+
+    def wrong(*arguments: object) -> object:
+        sums, gradient, factor = sweep(*arguments)
+        return sums * 1.01, gradient, factor
+
+    def broken(*arguments: object) -> object:
+        raise RuntimeError("no such instruction\nand more")
+
+    for kernel, reason in ((wrong, "do not agree"), (broken, "RuntimeError: no such instruction")):
+        losses._kernels_agree_once.cache_clear()
+        monkeypatch.setattr(fused, "sweep", kernel)
+        with pytest.warns(RuntimeWarning, match=reason):
+            assert not losses._kernels_agree(device, dtype)
+    losses._kernels_agree_once.cache_clear()
+
+
+@on_device
+def test_the_trial_is_a_constant_to_the_compiler(device: str) -> None:
+    from decondense import losses
+
+    def step(x: Tensor) -> Tensor:
+        return x * 2 if losses._kernels_agree(str(x.device), x.dtype) else x
+
+    losses._kernels_agree_once.cache_clear()
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(3, device=device)), torch.full((3,), 2.0, device=device))

@@ -18,7 +18,8 @@ whatever comes in, inside autocast too.
 from __future__ import annotations
 
 import importlib.util
-from functools import lru_cache, partial
+import warnings
+from functools import cache, lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -74,11 +75,51 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _kernels_agree(device: str, dtype: torch.dtype) -> bool:
+    """Whether the compiled kernels give the tiled engine's value and gradient on this device: asked once for each.
+
+    Kernels are compiled on the user's machine, by whatever triton and driver it has, so ``impl="auto"`` tries them on
+    a small input before it trusts them. No random number is drawn.
+    """
+    return _kernels_agree_once(device, dtype)
+
+
+@cache
+def _kernels_agree_once(device: str, dtype: torch.dtype) -> bool:
+    try:
+        angles = torch.arange(2 * 70 * 40, device=device, dtype=torch.float32).reshape(2, 70, 40)
+        z = (angles.sin() + 0.3 * (angles * 0.37).cos() + 0.5).to(dtype)  # condensed, T and D divided by no tile
+        mask = torch.ones(2, 70, dtype=torch.bool, device=device)
+        mask[0, 61:] = False
+        found = {}
+        for impl in ("fused", "chunked"):
+            with torch.enable_grad():
+                leaf = z.detach().clone().requires_grad_()
+                value = dispersion_loss(leaf, mask, impl=impl)
+                (gradient,) = torch.autograd.grad(value, leaf)
+            found[impl] = (value.detach().float(), gradient.float())
+        (value, gradient), (expected, exact) = found["fused"], found["chunked"]
+        agree = bool((value - expected).abs() < 1e-3) and bool((gradient - exact).norm() < 3e-2 * exact.norm())
+        reason = "they do not agree with the tiled engine"
+    except Exception as error:  # whatever a compiler, a driver or a kernel can raise
+        agree, reason = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if not agree:
+        warnings.warn(
+            f"the Triton kernels are not used on {device} in {dtype}: {reason}. impl='auto' takes the tiled engine "
+            "instead, which is exact but slower; impl='fused' insists on the kernels.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return agree
+
+
 def _engine(impl: str, z: Tensor, s: Settings) -> str:
     """Which implementation a call gets: ``reference``, ``chunked`` or ``fused``."""
     covered = s.info.fused and s.clamp is None and z.dtype != torch.float64
     if impl == "auto":
-        return "fused" if covered and z.device.type == "cuda" and _triton_installed() else "chunked"
+        able = covered and z.device.type == "cuda" and _triton_installed()
+        return "fused" if able and _kernels_agree(str(z.device), z.dtype) else "chunked"
     if impl != "fused":
         return impl
     if not covered:
@@ -287,7 +328,8 @@ def dispersion_loss(
         delta: smoothing of the angle in radians; value within ``delta / (pi tau)``. 0 is the exact angle, whose slope
             at equal tokens is infinite.
         impl: ``reference`` (dense, any derivative), ``chunked`` (memory linear in T, any device), ``fused`` (Triton,
-            CUDA) or ``auto``: ``fused`` where it can run, else ``chunked``. All agree within rounding.
+            CUDA) or ``auto``: ``fused`` where it can run and agrees with ``chunked`` on a small trial, else
+            ``chunked``. All agree within rounding.
         pairs: ``all``; ``grouped``: random groups of ``group_size`` tokens, pairs within a group; ``subset``: one
             random subset of ``subset_size`` positions for all sequences, as the authors' code does.
         group_size: tokens of a group.
