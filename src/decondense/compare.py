@@ -681,6 +681,8 @@ class Comparison:
     pairing: tuple[Pairing, ...]
     omitted: tuple[str, ...]
     notes: tuple[str, ...]
+    task_notes: tuple[str, ...] = ()
+    """What qualifies the scores of benchmarks; every table that shows them says so."""
 
     @property
     def treated(self) -> tuple[str, ...]:
@@ -847,6 +849,7 @@ def compare(
         pairing=context.pairing(),
         omitted=tuple(faults),
         notes=tuple(notes),
+        task_notes=tuple(context.task_notes()),
     )
 
 
@@ -1183,6 +1186,16 @@ class _Context:
         if len(labels) > 1:
             found.append("the arms have different layers; the table by layer holds only the most frequent set.")
         return found
+
+    def task_notes(self) -> list[str]:
+        """What the evaluation says about its scores (limits, data that are not the official ones), with the tasks."""
+        found: dict[str, dict[str, None]] = {}
+        for cell in self.cells.values():
+            for (task, _), curve in cell.scores.items():
+                row = curve.get(-1 if cell.final_step is None else cell.final_step, {})
+                for note in row.get("notes", ()):
+                    found.setdefault(note, {})[task] = None
+        return [f"{', '.join(tasks)}: {note}" for note, tasks in found.items()]
 
 
 def tokens_to_reach(

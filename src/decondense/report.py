@@ -274,6 +274,11 @@ def _main_measures(found: Comparison) -> list[Measure]:
     return [*validation, *(mean.measure for mean in found.means), *found.condensation]
 
 
+def _qualified(caption: str, found: Comparison) -> str:
+    """The caption of a table that shows benchmarks, with what qualifies their scores."""
+    return f"{caption} Benchmarks: {'; '.join(found.task_notes)}." if found.task_notes else caption
+
+
 def headline(found: Comparison) -> Table:
     """Held-out loss, means over tasks and condensation of the final checkpoints, with their paired differences."""
     several = len(found.treated) > 1
@@ -314,7 +319,7 @@ def headline(found: Comparison) -> Table:
         f"Validation loss{items}. p belongs to the interval{holm}; the sign-flip test assumes less and needs six seeds "
         "or more to reach 0.05."
     )
-    return Table("headline", caption, columns, tuple(rows), len(first))
+    return Table("headline", _qualified(caption, found), columns, tuple(rows), len(first))
 
 
 def layer_table(found: Comparison) -> Table | None:
@@ -480,7 +485,7 @@ def selection_table(found: Comparison) -> Table | None:
         "Best checkpoint, chosen by the reported score itself: not the result, shown so that the effect of such a "
         "choice can be seen."
     )
-    return Table("best_checkpoint", caption, columns, rows, 2)
+    return Table("best_checkpoint", _qualified(caption, found), columns, rows, 2)
 
 
 def task_table(found: Comparison) -> Table | None:
@@ -514,7 +519,7 @@ def task_table(found: Comparison) -> Table | None:
         columns += [name, f"95 % interval of {name}", f"p of {name}"]
     return Table(
         "tasks",
-        "Benchmarks at the final checkpoint, paired by seed and by item; rank 1 is best.",
+        _qualified("Benchmarks at the final checkpoint, paired by seed and by item; rank 1 is best.", found),
         tuple(columns),
         tuple(rows),
     )
@@ -552,7 +557,7 @@ def difference_table(found: Comparison) -> Table | None:
         "Every paired difference: both intervals (the wider is the one shown elsewhere), the p of the shown one, "
         "and the exact sign-flip p."
     )
-    return Table("differences", caption, columns, rows, 2)
+    return Table("differences", _qualified(caption, found), columns, rows, 2)
 
 
 _SHORT = {

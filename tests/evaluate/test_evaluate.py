@@ -22,9 +22,18 @@ import pytest
 import torch
 from evaluate_helpers import make_model, needs_harness, read, write
 
+from decondense import report
 from decondense.cli import main
 from decondense.compare import compare
-from decondense.evaluate import TASKS, Evaluation, EvaluationError, evaluate
+from decondense.config import EvaluateConfig
+from decondense.evaluate import (
+    TASKS,
+    Evaluation,
+    EvaluationError,
+    benchmark_rows,
+    check_benchmarks,
+    evaluate,
+)
 from decondense.evaluate.catalogue import TEN, resolve_shots, resolve_tasks, spread
 from decondense.evaluate.local import find_tasks
 from decondense.records import check_row, make_row, read_rows, write_rows
@@ -192,6 +201,12 @@ def test_two_models_are_paired_item_by_item(whole: tuple[Evaluation, Path], data
         assert difference.items == 7, (task.task, difference.interval_reason)
         assert difference.mean == pytest.approx(other[task.task].score("acc") - mine[task.task].score("acc"))
     assert not [note for note in found.notes if "approximate" in note]
+    # what qualifies the scores is said under every table of the comparison that shows them
+    said = "piqa: the data have 7 items, the official validation split of piqa has 1,838"
+    assert said in found.task_notes
+    for table in (report.task_table(found), report.headline(found), report.difference_table(found)):
+        assert table is not None
+        assert said in table.to_markdown()
 
 
 def test_the_final_checkpoint_of_a_study_is_known_and_long_answers_are_scored(tmp_path: Path) -> None:
@@ -230,6 +245,28 @@ def test_the_final_checkpoint_of_a_study_is_known_and_long_answers_are_scored(tm
     notes = " ".join(found["lambada_openai"].notes)
     assert "2 of 3 prompts with answers exceed the context of 32 tokens and were cut from the left" in notes
     assert "2 answers alone exceed the context and were scored in windows" in notes
+
+
+def test_a_study_gets_its_rows_also_under_a_launcher(tiny: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
+    """One rank of several asks: the worker is one process all the same, and finished tasks are not scored again."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    settings = EvaluateConfig(tasks=("piqa", "lambada_openai"), limit=4, data_dir=str(data))
+    check_benchmarks(settings)
+    who = {"study": "s", "study_fingerprint": "f", "arm": "a", "seed": 1, "step": 5, "tokens": 50}
+    rows = benchmark_rows(tiny, settings, who, tmp_path / "tasks", threads=1)
+    assert [(row["kind"], row["task"], row["metric"]) for row in rows] == [
+        line for task in settings.tasks for line in [("eval", task, "acc"), *[("eval_item", task, "acc")] * 4]
+    ]
+    assert all(row[key] == value for row in rows for key, value in who.items() if key != "tokens")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "tasks" / "tasks").iterdir()}
+    assert benchmark_rows(tiny, settings, who, tmp_path / "tasks", threads=1) == rows
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "tasks" / "tasks").iterdir()}
+    assert benchmark_rows(tiny, EvaluateConfig(), who, tmp_path / "none") == []
+    check_benchmarks(EvaluateConfig(data_dir=str(tmp_path / "nowhere")))
+    with pytest.raises(EvaluationError, match="is no directory"):
+        check_benchmarks(EvaluateConfig(tasks=("ten",), data_dir=str(tmp_path / "nowhere")))
 
 
 # ---- interruption ----------------------------------------------------------------------------------------------------

@@ -115,3 +115,5 @@ def _print_comparison(found: Comparison, console: Console) -> None:
         table.add_row(*line)
     console.print(table)
     console.print(summary(found), highlight=False)
+    for note in found.task_notes:
+        console.print(f"Benchmarks: {note}.", highlight=False, markup=False)

@@ -9,7 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from decondense.evaluate.catalogue import SETS, SHOTS, TASKS, EvaluationError, TaskInfo
-from decondense.evaluate.harness import Evaluation, TaskResult, evaluate
+from decondense.evaluate.harness import (
+    Evaluation,
+    EvaluationStopped,
+    TaskResult,
+    benchmark_rows,
+    check_benchmarks,
+    evaluate,
+)
 
 if TYPE_CHECKING:
     from decondense.evaluate.held_out import DocumentLoss as DocumentLoss
@@ -23,9 +30,12 @@ __all__ = [
     "DocumentLoss",
     "Evaluation",
     "EvaluationError",
+    "EvaluationStopped",
     "HeldOutLoss",
     "TaskInfo",
     "TaskResult",
+    "benchmark_rows",
+    "check_benchmarks",
     "evaluate",
     "held_out_loss",
 ]

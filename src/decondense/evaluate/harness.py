@@ -33,7 +33,7 @@ from typing import Any
 
 from decondense.config import EvaluateConfig
 from decondense.evaluate import tables
-from decondense.evaluate.catalogue import TASKS, TEN, EvaluationError, resolve_shots, resolve_tasks
+from decondense.evaluate.catalogue import TEN, EvaluationError, resolve_shots, resolve_tasks
 from decondense.evaluate.local import LocalTask, find_tasks
 from decondense.records import RecordError, Row, atomic_write, make_row, read_rows, write_rows
 
@@ -198,6 +198,7 @@ def evaluate(
     max_length: int | None = None,
     tokenizer: str | Path | None = None,
     trust_remote_code: bool = False,
+    threads: int | None = None,
     identity: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -217,6 +218,7 @@ def evaluate(
         max_length: context in tokens; None: the model's own.
         tokenizer: where the tokenizer is, if not with the model.
         trust_remote_code: run code that comes with the model.
+        threads: CPU threads; None: what torch chooses. Scores depend on it by rounding only.
         identity: ``study``, ``study_fingerprint``, ``arm``, ``seed``, ``step``, ``tokens`` of the rows. None: those of
             the study's run when ``model`` is the final checkpoint of one, else made from the model's name.
         progress: called as the work goes on.
@@ -225,24 +227,13 @@ def evaluate(
         EvaluationError: what was asked for cannot be run; the message says why and what to do.
         EvaluationStopped: the worker ended early; finished tasks are kept in ``out``.
     """
-    names, of_a_set = resolve_tasks(tasks)
-    wanted = {name: resolve_shots(shots, name) for name in names}
     if limit is not None and limit < 1:
         raise EvaluationError(f"limit {limit} leaves nothing to score; give a number from 1, or no limit.")
     if dtype not in DTYPES:
         raise EvaluationError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
     where = check_model(str(model))
-    if importlib.util.find_spec("lm_eval") is None:
-        raise EvaluationError(
-            'the benchmarks are run by lm-evaluation-harness, which is not installed: pip install "decondense[eval]".'
-        )
-    notes: list[str] = []
-    local: dict[str, LocalTask] = {}
-    if data_dir is not None:
-        local, absent = find_tasks(data_dir, wanted, of_a_set)
-        for name in absent:
-            names.remove(name)
-            notes.append(f"{name} is not among the local data and was left out.")
+    wanted, local, notes = _plan(tasks, shots, data_dir)
+    names = list(wanted)
     settings = {
         "model": _fingerprint(where),
         "tokenizer": None if tokenizer is None else str(tokenizer),
@@ -283,7 +274,7 @@ def evaluate(
             ],
             "parent": os.getpid(),
         }
-        failures = _work(folder, request, lock, report) if todo else []
+        failures = _work(folder, request, lock, report, threads) if todo else []
         results = tuple(result for name in names if (result := finished(folder, name, keys[name])) is not None)
         who = dict(identity) if identity is not None else _identity(where, label, settings)
         evaluation = Evaluation(label, results, tuple(notes), who)
@@ -295,6 +286,65 @@ def evaluate(
             kept = [f"Finished and kept: {', '.join(r.task for r in results)}."] if results and out is not None else []
             raise EvaluationError("\n".join([*failures, *kept]))
         return evaluation
+
+
+def _plan(
+    tasks: str | Iterable[str], shots: str | int, data_dir: str | Path | None
+) -> tuple[dict[str, int | None], dict[str, LocalTask], list[str]]:
+    """Task -> examples, task -> local files, and what is left out; whatever cannot be done is refused here."""
+    names, of_a_set = resolve_tasks(tasks)
+    wanted = {name: resolve_shots(shots, name) for name in names}
+    if importlib.util.find_spec("lm_eval") is None:
+        raise EvaluationError(
+            'the benchmarks are run by lm-evaluation-harness, which is not installed: pip install "decondense[eval]".'
+        )
+    if data_dir is None:
+        return wanted, {}, []
+    local, absent = find_tasks(data_dir, wanted, of_a_set)
+    left_out = [f"{name} is not among the local data and was left out." for name in absent]
+    return {name: wanted[name] for name in names if name not in absent}, local, left_out
+
+
+def check_benchmarks(settings: EvaluateConfig) -> None:
+    """Refuse a study's benchmarks before anything is trained for them.
+
+    Raises:
+        EvaluationError: the harness is not installed, files are missing, an unknown number of examples.
+    """
+    if settings.tasks:
+        _plan(settings.tasks, settings.shots, settings.data_dir)
+
+
+def benchmark_rows(
+    model: str | Path,
+    settings: EvaluateConfig,
+    identity: Mapping[str, Any],
+    out: str | Path,
+    threads: int | None = None,
+) -> list[Row]:
+    """The rows of a study's final checkpoint: what the paper reports of each of the study's benchmarks.
+
+    Args:
+        model: directory of the trained model.
+        settings: the study's; without tasks there are no rows.
+        identity: ``study``, ``study_fingerprint``, ``arm``, ``seed``, ``step``, ``tokens``.
+        out: where finished tasks are kept, so that an interrupted run does not score them again.
+        threads: CPU threads.
+    """
+    if not settings.tasks:
+        return []
+    found = evaluate(
+        model,
+        settings.tasks,
+        shots=settings.shots,
+        limit=settings.limit,
+        data_dir=settings.data_dir,
+        out=out,
+        batch_size=settings.task_batch,
+        threads=threads,
+        identity=identity,
+    )
+    return found.rows("headline")
 
 
 def check_model(source: str) -> str:
@@ -414,7 +464,7 @@ def _say(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)
 
 
-def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress) -> list[str]:
+def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress, threads: int | None) -> list[str]:
     """Run the worker to its end and return what could not be done, in words."""
     (folder / "tasks").mkdir(exist_ok=True)
     events, log = folder / ".events.jsonl", folder / "evaluate.log"
@@ -427,7 +477,7 @@ def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress)
             stdout=handle,
             stderr=handle,
             pass_fds=(lock,),
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+            env=_environment(threads),
         )
     failures: list[str] = []
     remedies: dict[str, None] = {}
@@ -463,6 +513,19 @@ def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress)
     return [*failures, *remedies]
 
 
+_LAUNCHER = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(TORCHELASTIC|ACCELERATE|PMI|OMPI)_.*"
+)
+
+
+def _environment(threads: int | None) -> dict[str, str]:
+    """Of the worker: it is one process by itself, also where its caller is one of many under a launcher."""
+    kept = {key: value for key, value in os.environ.items() if not _LAUNCHER.fullmatch(key)}
+    if threads is not None:
+        kept.update({"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)})
+    return {**kept, "TOKENIZERS_PARALLELISM": "false"}
+
+
 def _new_events(stream: Any) -> Iterator[dict[str, Any]]:
     while True:
         start = stream.tell()
@@ -471,6 +534,3 @@ def _new_events(stream: Any) -> Iterator[dict[str, Any]]:
             stream.seek(start)
             return
         yield json.loads(line)
-
-
-__all__ = ["TASKS", "Evaluation", "EvaluationStopped", "Score", "TaskResult", "check_model", "evaluate"]
