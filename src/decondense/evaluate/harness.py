@@ -125,7 +125,10 @@ class Evaluation:
     """Which run of which study, step and tokens the rows belong to."""
 
     def __getitem__(self, task: str) -> TaskResult:
-        return next(result for result in self.results if result.task == task)
+        for result in self.results:
+            if result.task == task:
+                return result
+        raise KeyError(task)
 
     @property
     def mean(self) -> tuple[float, float | None] | None:
@@ -503,6 +506,8 @@ def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress,
         if process.poll() is None:
             process.terminate()
         process.wait()
+        for path in (events, folder / ".request.json"):
+            path.unlink(missing_ok=True)
     if not ended:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
         said = f" Its last words: {last[0]}" if last else ""

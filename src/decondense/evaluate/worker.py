@@ -69,12 +69,14 @@ class _Model(HFLM):  # type: ignore[misc]
     task = ""
     cut = 0
     asked = 0
+    expected = 0
     windowed = 0
     answered = 0
     rolling = False
 
     def begin(self, task: str) -> None:
-        self.task, self.cut, self.asked, self.windowed, self.answered = task, 0, 0, 0, 0
+        self.task = task
+        self.cut = self.asked = self.expected = self.windowed = self.answered = 0
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
         self.rolling = True
@@ -88,6 +90,8 @@ class _Model(HFLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         if not self.rolling:
             self.asked += len(requests)
+            # answers of one token to the same prompt share a row of a forward pass
+            self.expected += len({hash((*context, *answer[:-1])) for _, context, answer in requests})
             self.cut += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
         pieces: list[Any] = []
         owners: list[int] = []
@@ -112,7 +116,7 @@ class _Model(HFLM):  # type: ignore[misc]
     def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
         logits = super()._model_call(inps, *args, **kwargs)
         self.answered += len(inps)
-        total = None if self.rolling else max(self.asked, self.answered)
+        total = None if self.rolling else max(self.expected, self.answered)
         self.events.running(self.task, self.answered, total)
         return logits
 
