@@ -428,6 +428,12 @@ def test_an_encoder_and_an_unknown_task_are_refused(tiny: Path, data: Path, tmp_
         evaluate(tiny, "piqqa", data_dir=data)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(tiny: Path, data: Path, device: str) -> None:
+    with pytest.raises(EvaluationError, match=f"there is no device '{device}'"):
+        evaluate(tiny, "piqa", data_dir=data, device=device)
+
+
 def test_numbers_that_are_none_are_an_error(tiny: Path, data: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

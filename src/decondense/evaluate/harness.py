@@ -323,7 +323,9 @@ def benchmark_rows(
     settings: EvaluateConfig,
     identity: Mapping[str, Any],
     out: str | Path,
+    *,
     threads: int | None = None,
+    progress: Progress | None = None,
 ) -> list[Row]:
     """The rows of a study's final checkpoint: what the paper reports of each of the study's benchmarks.
 
@@ -333,6 +335,7 @@ def benchmark_rows(
         identity: ``study``, ``study_fingerprint``, ``arm``, ``seed``, ``step``, ``tokens``.
         out: where finished tasks are kept, so that an interrupted run does not score them again.
         threads: CPU threads.
+        progress: called as the work goes on; what it raises ends the evaluation where it can go on later.
     """
     if not settings.tasks:
         return []
@@ -346,6 +349,7 @@ def benchmark_rows(
         batch_size=settings.task_batch,
         threads=threads,
         identity=identity,
+        progress=progress,
     )
     return found.rows("headline")
 

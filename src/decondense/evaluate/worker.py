@@ -468,6 +468,20 @@ def _identities(logged: dict[str, Any]) -> dict[tuple[str, int], str]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def _device(asked: str | None) -> str:
+    """The device to use. The harness takes another one in silence when it does not know the name."""
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(asked)
+    except RuntimeError as error:
+        raise EvaluationError(f"there is no device {asked!r}: give cpu, cuda or cuda:1.") from error
+    there = torch.cuda.device_count() if kind.type == "cuda" else 1
+    if (kind.index or 0) >= there:
+        raise EvaluationError(f"there is no device {asked!r} here: torch sees {there} GPUs; give --device cpu.")
+    return asked
+
+
 def _load_model(request: dict[str, Any], events: _Events) -> _Model:
     source, settings = request["model"], request["settings"]
     name, _, revision = (source, "", "") if Path(source).is_dir() else source.partition("@")
@@ -491,7 +505,7 @@ def _load_model(request: dict[str, Any], events: _Events) -> _Model:
             pretrained=name,
             revision=revision or "main",
             tokenizer=settings["tokenizer"],
-            device=request["device"] or ("cuda" if torch.cuda.is_available() else "cpu"),
+            device=_device(request["device"]),
             dtype=settings["dtype"],
             max_length=settings["max_length"],
             batch_size=request["batch_size"],
