@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -137,15 +136,10 @@ def test_every_table_flags_counts_that_are_not_the_official_ones(whole: tuple[Ev
     assert "limited" not in markdown
 
 
-def test_the_caller_stays_as_it_was(tiny: Path, data: Path) -> None:
-    random.seed(3)
-    np.random.seed(3)
-    torch.manual_seed(3)
-    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-    found = evaluate(tiny, "piqa", data_dir=data, limit=2)
-    after = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+def test_the_caller_stays_as_it_was(whole_and_states) -> None:
+    (evaluation, _), before, after = whole_and_states
+    assert len(evaluation.results) == len(TASKS)
     assert before == after
-    assert found["piqa"].items == 2
     assert "lm_eval" not in sys.modules
 
 
@@ -428,10 +422,9 @@ def test_an_encoder_and_an_unknown_task_are_refused(tiny: Path, data: Path, tmp_
         evaluate(tiny, "piqqa", data_dir=data)
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
-def test_a_device_that_is_not_there_is_refused(tiny: Path, data: Path, device: str) -> None:
-    with pytest.raises(EvaluationError, match=f"there is no device '{device}'"):
-        evaluate(tiny, "piqa", data_dir=data, device=device)
+def test_a_device_that_is_not_there_is_refused(tiny: Path, data: Path) -> None:
+    with pytest.raises(EvaluationError, match="there is no device 'cuda:99' here"):
+        evaluate(tiny, "piqa", data_dir=data, device="cuda:99")
 
 
 def test_numbers_that_are_none_are_an_error(tiny: Path, data: Path, tmp_path: Path) -> None:
