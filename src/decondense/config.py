@@ -335,8 +335,9 @@ class CorpusConfig(Config):
 
     source: str = "python_docs"
     """``python_docs`` (embedded default) or the path of a text file or of a directory of text files."""
-    documents: Literal["standard_library", "all"] = "all"
-    """``python_docs`` only: documentation of the standard library alone, or of the installed packages too."""
+    documents: Literal["standard_library", "scientific", "all"] = "all"
+    """``python_docs`` only: the documentation of the standard library alone, with numpy, scipy and matplotlib, or of
+    every dependency too."""
     tokenizer: str | None = None
     """Directory or hub id of a tokenizer to use; None: a byte-level BPE is trained on the training split."""
     vocabulary: int = Field(default=4096, ge=300, le=65_536)

@@ -91,5 +91,5 @@ def test_cache_directory_follows_the_environment(monkeypatch, tmp_path) -> None:
 
 
 def test_an_unknown_extent_is_refused() -> None:
-    with pytest.raises(ValueError, match="'standard_library' or 'all'"):
+    with pytest.raises(ValueError, match="'standard_library', 'scientific', 'all'"):
         python_docs("stdlib")  # type: ignore[arg-type]
