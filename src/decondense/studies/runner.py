@@ -238,8 +238,13 @@ def _start(out: Path, index: int, retry_failed: bool) -> subprocess.Popen[bytes]
         str(out),
         *(["--retry-failed"] if retry_failed else []),
     ]
+    # glibc returns every large block to the kernel and faults it in again at the next step; keeping them saves a
+    # small model on a CPU about a seventh of its time
+    keep = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
     with log.open("ab") as handle:
-        return subprocess.Popen(command, stdout=handle, stderr=handle, stdin=subprocess.DEVNULL)
+        return subprocess.Popen(
+            command, stdout=handle, stderr=handle, stdin=subprocess.DEVNULL, env={**keep, **os.environ}
+        )
 
 
 def _watch(study: StudyConfig, out: Path, processes: Iterable[subprocess.Popen[bytes]], watcher: Watcher) -> None:
