@@ -109,17 +109,21 @@ def _slug(model: str) -> str:
 
 
 def _show(console: Console, found: Evaluation) -> None:
+    from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     from decondense.evaluate.tables import table
 
     head, lines, notes = table(found)
-    shown = Table(title=escape(found.model), title_justify="left", header_style="bold")
+    # eighty columns hold it
+    shown = Table(
+        title=escape(found.model), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
+    )
     for number, name in enumerate(head):
-        shown.add_column(name, justify="left" if number < 2 else "right", no_wrap=number == 0)
+        shown.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
     for line in lines:
-        shown.add_row(*map(escape, line), end_section=False)
+        shown.add_row(*map(escape, line))
     console.print(shown)
     for note in notes:
         console.print(escape(note), highlight=False, soft_wrap=True)
