@@ -49,7 +49,7 @@ def table(evaluation: Evaluation) -> Table:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}" if abs(value) < 1e9 else f"{value:.3e}"
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}" if abs(value) < 1e5 else f"{value:.3e}"
 
 
 def to_markdown(evaluation: Evaluation) -> str:
