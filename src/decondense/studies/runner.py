@@ -25,6 +25,7 @@ from typing import Protocol
 
 from decondense.config import ConfigError, StudyConfig
 from decondense.corpora.packed import PackedCorpus, load, prepare
+from decondense.evaluate import check_benchmarks
 from decondense.records import RecordError, Row, atomic_write, read_rows, write_rows
 
 _POLL_SECONDS = 0.5
@@ -201,6 +202,7 @@ def run_study(
     """
     out = Path(out)
     watcher = watcher or _Silent()
+    check_benchmarks(study.evaluate)
     study = open_directory(study, out, resume=resume)
     if workers == 0:
         from decondense.studies.worker import work

@@ -44,7 +44,7 @@ from transformers.utils import logging as transformers_logging
 
 from decondense.config import ArmConfig, ConfigError, ModelConfig, StudyConfig, TrainConfig, suggest
 from decondense.corpora.packed import PackedCorpus
-from decondense.evaluate import held_out_loss
+from decondense.evaluate import benchmark_rows, held_out_loss
 from decondense.integrations.huggingface import attach_trainer
 from decondense.measuring import measure
 from decondense.records import Row, append_rows, make_row, provenance, read_rows, write_rows
@@ -374,6 +374,8 @@ class _Cell:
             "seed": seed,
         }
         self.rows_path = folder / "rows.jsonl"
+        self.benchmarks: list[Row] = []
+        """Of the final checkpoint; written together with the terminal row, so that they are there once."""
 
     def write(self, *rows: Row) -> None:
         self.watch()
@@ -522,7 +524,7 @@ def run_cell(
                 error=reason,
                 provenance=provenance(device=_device_name()),
             )
-        cell.write(row)
+        cell.write(*cell.benchmarks, row)
         _discard_checkpoints(folder)
         return row
 
@@ -587,6 +589,14 @@ def _train(cell: _Cell, rows: list[Row]) -> Row:
             tokenizer.save_pretrained(staging)
         shutil.rmtree(final, ignore_errors=True)
         staging.rename(final)
+        cell.benchmarks = benchmark_rows(
+            final,
+            study.evaluate,
+            {**cell.identity, "step": train.steps, "tokens": train.steps * cell.tokens_per_step},
+            folder / "benchmarks",
+            threads=train.threads,
+            progress=lambda *_: cell.watch(),
+        )
     resumed = [row["timing"]["from_step"] for row in rows if row["kind"] == "run" and row["status"] == "resumed"]
     if resume is not None:
         resumed.append(int(resume.name.rsplit("-", 1)[1]))
