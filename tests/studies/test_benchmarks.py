@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, small_study
 
+from conftest import SMALL, small_study
 from decondense.evaluate import EvaluationError
 from decondense.studies import run_study
 
@@ -26,6 +26,6 @@ def test_a_study_scores_its_final_checkpoints_once(tmp_path: Path) -> None:
         assert {row["step"] for row in mine} == {study.train.steps}
         assert mine[0]["notes"][0] == "limited to the first 4 items"
     missing = small_study(evaluate={**asked, "tasks": ["ten"]})
-    with pytest.raises(EvaluationError, match="lacks 1[0-9] of the files"):
+    with pytest.raises(EvaluationError, match=r"lacks 1[0-9] of the files"):
         run_study(missing, tmp_path / "other", workers=0)
     assert not (tmp_path / "other").exists(), "refused before anything is trained"
