@@ -8,7 +8,7 @@ WORKERS ?= 2
 .PHONY: help setup demo test test-all check format bench figures build clean
 
 help:
-	@echo "make demo      train with and without dispersion loss, compare, report (about 5 minutes on 2 cores)"
+	@echo "make demo      train with and without dispersion loss, compare, report (4 to 6 minutes on 2 cores)"
 	@echo "make test      the default tests"
 	@echo "make check     ruff, mypy, import contracts"
 	@echo "make test-all  the default and the slow tests"
