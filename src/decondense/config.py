@@ -366,6 +366,9 @@ class TrainConfig(Config):
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
+    fsdp: bool = False
+    """Shard parameters, gradients and optimizer state over the ranks (FSDP2) instead of copying them (DDP). Without
+    effect on a single process."""
     threads: int | None = Field(default=1, ge=1)
     """CPU threads of a run; fixed, because the number changes the last bits. None: what torch chooses."""
     log_every: int = Field(default=10, ge=1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,12 +69,16 @@ def hash_array(array: np.ndarray[Any, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def hash_parameters(model: nn.Module) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of all parameters and buffers, in the order of their names."""
+def hash_parameters(model: nn.Module | Mapping[str, torch.Tensor]) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of all parameters and buffers, in the order of their names.
+
+    ``model``: a module, or its state dictionary.
+    """
     import torch
 
+    state = model if isinstance(model, Mapping) else model.state_dict()
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         data = tensor.detach().cpu().contiguous()
         # bfloat16 has no numpy type; its bytes do

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from decondense.records import read_rows
 from decondense.studies import load_study
@@ -26,9 +28,12 @@ STUDY = {
 }
 
 
-def test_two_ranks_train_the_same_cell_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+def test_two_ranks_train_the_same_cell_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fsdp: bool) -> None:
     monkeypatch.setenv("DECONDENSE_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "study.yaml").write_text(load_study("demo", "quick", **STUDY).to_yaml())
+    (tmp_path / "study.yaml").write_text(
+        load_study("demo", "quick", **{**STUDY, "train": {**STUDY["train"], "fsdp": fsdp}}).to_yaml()
+    )
     rows = {}
     for ranks in (1, 2):
         out = tmp_path / f"ranks-{ranks}"
@@ -39,6 +44,11 @@ def test_two_ranks_train_the_same_cell_as_one(tmp_path: Path, monkeypatch: pytes
         rows[ranks] = read_rows(out / "rows.jsonl")
     assert [row["kind"] for row in rows[1]] == [row["kind"] for row in rows[2]]
     assert rows[2][-1]["provenance"]["world_size"] == 2
+    # what is saved is the whole model, whoever trained it
+    final = [load_file(tmp_path / f"ranks-{n}" / "cells/dispersion/seed-0/final/model.safetensors") for n in (1, 2)]
+    assert final[0].keys() == final[1].keys()
+    for name, tensor in final[0].items():
+        assert torch.allclose(final[1][name], tensor, atol=2e-4), name
     for one, two in zip(rows[1], rows[2], strict=True):
         if one["kind"] == "step":
             assert two["loss"] == pytest.approx(one["loss"], rel=2e-5)

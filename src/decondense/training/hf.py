@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import (
@@ -261,6 +263,11 @@ def _arguments(train: TrainConfig, folder: Path, seed: int) -> TrainingArguments
         ddp_find_unused_parameters=False if world > 1 else None,
         bf16=train.precision == "bf16",
         **_checkpointing(train.gradient_checkpointing),
+        **(
+            {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+            if train.fsdp and world > 1
+            else {}
+        ),
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
@@ -580,12 +587,13 @@ def _train(cell: _Cell, rows: list[Row]) -> Row:
     if handle is not None:
         handle.detach()
 
+    trained = _whole_state(model)
     if is_main_process():
         final = folder / "final"
         staging = folder / ".final"
         shutil.rmtree(staging, ignore_errors=True)
         with _quiet():
-            model.save_pretrained(staging)  # safetensors
+            model.save_pretrained(staging, state_dict=trained)  # safetensors
             tokenizer.save_pretrained(staging)
         shutil.rmtree(final, ignore_errors=True)
         staging.rename(final)
@@ -607,7 +615,7 @@ def _train(cell: _Cell, rows: list[Row]) -> Row:
         "run",
         **described,
         status="finished",
-        final_hash=hash_parameters(model),
+        final_hash=hash_parameters(trained),
         timing={
             "train_wall_s": wall,
             "step_wall_ms": 1e3 * median(recorder.step_wall) if recorder.step_wall else None,
@@ -617,6 +625,13 @@ def _train(cell: _Cell, rows: list[Row]) -> Row:
         },
         provenance=provenance(device=_device_name(), threads=torch.get_num_threads(), world_size=world_size()),
     )
+
+
+def _whole_state(model: PreTrainedModel) -> dict[str, Any]:
+    """The model's parameters and buffers, gathered from all ranks where FSDP has sharded them. Every rank must call."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return model.state_dict()
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def _prepare_rows(cell: _Cell, rows: list[Row], described: dict[str, Any]) -> Path | None:
