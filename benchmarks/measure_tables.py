@@ -32,8 +32,13 @@ def measure() -> str:
         lines.append(f"| {width} | {variant} | {metrics['ratio_to_forward']:.2f} | {above} | {growth} |")
     timed = next(row for row in rows if row["variant"] == "forward")
     params, made = timed["params"], timed["provenance"]
+    passages = ", ".join(
+        f"{row['params']['passages']} passages (width {width})"
+        for (width, variant), row in sorted(newest.items())
+        if variant == "forward"
+    )
     note = (
-        f"12 layers, {params['tokens']} tokens, {params['passages']} passages, {params['threads']} threads; medians "
+        f"12 layers, {params['tokens']} tokens, {passages}, {params['threads']} threads; medians "
         f"over {params['rounds']} rounds of one run; {made['cpu']}; torch {made['versions']['torch']}."
     )
     if watches:

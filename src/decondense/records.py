@@ -341,6 +341,11 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _without_folders(word: str) -> str:
+    """An argument as it goes into a row: a row may be published, and folders of a machine are nobody's business."""
+    return Path(word).name if Path(word).is_absolute() else word
+
+
 def provenance(**extra: Any) -> dict[str, Any]:
     """What made a row: versions, commit, processor, time (UTC). ``extra`` adds, for example, the device."""
     versions = {}
@@ -355,6 +360,6 @@ def provenance(**extra: Any) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "versions": versions,
         "commit": _git_commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else None,
+        "command": " ".join(map(_without_folders, sys.argv)) or None,
         **extra,
     }

@@ -139,6 +139,11 @@ def test_provenance_names_the_versions() -> None:
     json.dumps(found)
 
 
+def test_provenance_keeps_the_folders_of_the_machine_to_itself(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/home/me/bin/decondense", "study", "/home/me/mine.yaml", "--out", "runs/a"])
+    assert provenance()["command"] == "decondense study mine.yaml --out runs/a"
+
+
 def test_write_rows_replaces(tmp_path) -> None:
     write_rows(tmp_path / "r.jsonl", [step(1)])
     write_rows(tmp_path / "r.jsonl", [step(2)])
