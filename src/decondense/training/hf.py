@@ -263,11 +263,7 @@ def _arguments(train: TrainConfig, folder: Path, seed: int) -> TrainingArguments
         ddp_find_unused_parameters=False if world > 1 else None,
         bf16=train.precision == "bf16",
         **_checkpointing(train.gradient_checkpointing),
-        **(
-            {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
-            if train.fsdp and world > 1
-            else {}
-        ),
+        **_sharding(train.fsdp and world > 1),
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
@@ -279,6 +275,11 @@ def _checkpointing(on: bool) -> dict[str, Any]:
     # renamed in transformers 5.23: the old name warns there, the new one does not exist before
     new = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
     return {"activation_checkpointing" if new else "gradient_checkpointing": True} if on else {}
+
+
+def _sharding(on: bool) -> dict[str, Any]:
+    settings = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    return {"fsdp": True, "fsdp_config": settings} if on else {}
 
 
 class _Recorder(TrainerCallback):
