@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from decondense.records import read_rows
+from decondense.seeding import hash_parameters
 from decondense.studies import load_study
 
 pytestmark = pytest.mark.invariant
@@ -44,7 +45,9 @@ def test_two_ranks_train_the_same_cell_as_one(tmp_path: Path, monkeypatch: pytes
         rows[ranks] = read_rows(out / "rows.jsonl")
     assert [row["kind"] for row in rows[1]] == [row["kind"] for row in rows[2]]
     assert rows[2][-1]["provenance"]["world_size"] == 2
-    # what is saved is the whole model, whoever trained it
+    # what is saved and hashed is the whole model, whoever trained it
+    hashes = [rows[n][-1]["final_hash"] for n in (1, 2)]
+    assert hash_parameters({}) not in hashes
     final = [load_file(tmp_path / f"ranks-{n}" / "cells/dispersion/seed-0/final/model.safetensors") for n in (1, 2)]
     assert final[0].keys() == final[1].keys()
     for name, tensor in final[0].items():

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SMALL, small_study
 from decondense.evaluate import EvaluationError
 from decondense.studies import run_study
+from studies.conftest import SMALL, small_study
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 

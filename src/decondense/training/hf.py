@@ -589,6 +589,7 @@ def _train(cell: _Cell, rows: list[Row]) -> Row:
         handle.detach()
 
     trained = _whole_state(model)
+    final_hash = hash_parameters(trained)  # before saving, which empties the dictionary as it goes
     if is_main_process():
         final = folder / "final"
         staging = folder / ".final"
@@ -616,7 +617,7 @@ def _train(cell: _Cell, rows: list[Row]) -> Row:
         "run",
         **described,
         status="finished",
-        final_hash=hash_parameters(trained),
+        final_hash=final_hash,
         timing={
             "train_wall_s": wall,
             "step_wall_ms": 1e3 * median(recorder.step_wall) if recorder.step_wall else None,
