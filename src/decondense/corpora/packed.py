@@ -246,14 +246,11 @@ def load(path: Path) -> PackedCorpus | None:
 
 
 def _file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as handle:
-        return (
-            hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow_hash(path)
-        )
-
-
-def _slow_hash(path: Path) -> str:  # Python 3.10
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        while block := handle.read(1 << 20):  # a corpus may be larger than memory
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _load_tokenizer(name: str) -> Any:
