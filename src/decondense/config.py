@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -319,22 +320,98 @@ class MeasureConfig(Config):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+PREPARED = "prepared:"
+"""Prefix of a model that the study trains for itself first: ``prepared:NAME``, NAME a key of ``prepared``."""
+
+Overrides = dict[str, int | float | str | bool | None]
+
+
+class LoraConfig(Config):
+    """Train low-rank adapters instead of the weights (Hu et al. 2022, arXiv:2106.09685); needs the package peft."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    """The adapters' output is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the modules that get adapters; ``all-linear``: every linear layer but the language model head."""
+
+
 class ModelConfig(Config):
     """The model that every arm starts from."""
 
     architecture: str = "gpt2"
     """A Hugging Face ``model_type`` with a causal language model head, initialised from scratch."""
-    overrides: dict[str, int | float | str | bool | None] = Field(default_factory=dict)
+    overrides: Overrides = Field(default_factory=dict)
     """Fields of the architecture's configuration. The vocabulary size always follows the tokenizer."""
     start: str | None = None
-    """Directory or hub id of a pretrained model to go on from (mid-training) instead of ``architecture``."""
+    """Directory or hub id of a pretrained model to go on from (mid-training) instead of ``architecture``, or
+    ``prepared:NAME``."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    lora: LoraConfig | None = None
+    parameters: float | None = Field(default=None, gt=0)
+    """Parameters of a start, for an estimate of the cost without loading it. Nothing else reads it."""
+
+    @property
+    def prepared(self) -> str | None:
+        """NAME when the start is ``prepared:NAME``."""
+        return _prepared_name(self.start)
+
+
+class ArmModelConfig(Config):
+    """What an arm's model has of its own; what is left out is the study's.
+
+    Runs of such an arm start from other weights than the baseline's, so they are compared by seed and data order only.
+    """
+
+    architecture: str | None = None
+    overrides: Overrides = Field(default_factory=dict)
+    """Laid over the study's overrides, or instead of them when the arm names an architecture."""
+    start: str | None = None
+    revision: str | None = None
+    lora: LoraConfig | None = None
+    parameters: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ArmModelConfig:
+        if self.start is not None and (self.architecture is not None or self.overrides):
+            raise ValueError(
+                f"start {self.start!r} brings its own architecture; leave architecture and overrides away."
+            )
+        return self
+
+    def over(self, base: ModelConfig) -> ModelConfig:
+        """The arm's whole model."""
+        lora = base.lora if self.lora is None else self.lora
+        if self.start is not None:
+            return ModelConfig(start=self.start, revision=self.revision, lora=lora, parameters=self.parameters)
+        if self.architecture is not None:
+            return ModelConfig(architecture=self.architecture, overrides=self.overrides, lora=lora)
+        overrides = {**base.overrides, **self.overrides}
+        return base.model_copy(update={"overrides": overrides, "lora": lora})
+
+
+def _prepared_name(start: str | None) -> str | None:
+    return start[len(PREPARED) :] if start is not None and start.startswith(PREPARED) else None
 
 
 class CorpusConfig(Config):
     """The text that is trained on and held out."""
 
     source: str = "python_docs"
-    """``python_docs`` (embedded default) or the path of a text file or of a directory of text files."""
+    """``python_docs`` (embedded default), the path of a text file or of a directory of text files, or the hub id of a
+    data set (``OWNER/NAME``)."""
+    subset: str | None = None
+    """Hub only: configuration of the data set."""
+    split: str = "train"
+    """Hub only: split that is read; documents are held out of it."""
+    text_field: str | None = None
+    """Field that holds the text; None: ``text``, or the only field of strings."""
+    streaming: bool = False
+    """Hub only: read the rows one by one over the network instead of downloading the data set first."""
+    most_characters: int | None = Field(default=None, ge=1)
+    """Characters of text at most, taken in the order of the source; None: all of it."""
     documents: Literal["standard_library", "scientific", "all"] = "all"
     """``python_docs`` only: the documentation of the standard library alone, with numpy, scipy and matplotlib, or of
     every dependency too."""
@@ -401,6 +478,8 @@ class EvaluateConfig(Config):
     passages: int = Field(default=32, ge=1)
     """Held-out passages on which condensation is measured."""
     passage_tokens: int = Field(default=128, ge=2)
+    held_out_part: Literal["validation", "tuning"] = "validation"
+    """Which held-out documents are scored: the first ones, or others at the end, on which learning rates are chosen."""
     tasks: tuple[str, ...] = ()
     """Benchmarks of the final checkpoint (:func:`decondense.evaluate.evaluate`): ``paper``, ``ten``, harness tasks."""
     shots: Literal["gpt2", "qwen3"] | int = "gpt2"
@@ -446,11 +525,18 @@ class DistillationConfig(Config):
     """Knowledge distillation from a larger model of the same tokenizer, beside the cross-entropy (paper, figure 5)."""
 
     teacher: str = Field(min_length=1)
-    """Directory or hub id of the teacher."""
+    """Directory or hub id of the teacher, or ``prepared:NAME``."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     temperature: float = Field(default=1.0, gt=0)
     """T of the softened predictions; the loss carries T^2, so that its gradient does not shrink with T."""
     weight: float = Field(default=1.0, ge=0)
     """Weight of the distillation loss; the cross-entropy keeps 1."""
+
+    @property
+    def prepared(self) -> str | None:
+        """NAME when the teacher is ``prepared:NAME``."""
+        return _prepared_name(self.teacher)
 
 
 class ArmConfig(Config):
@@ -464,6 +550,47 @@ class ArmConfig(Config):
     active_forgetting: ActiveForgettingConfig | None = None
     distillation: DistillationConfig | None = None
     learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of this arm; None: the one that the sweep finds, or the study's."""
+    model: ArmModelConfig | None = None
+    untrained: bool = False
+    """Evaluate the start as it is and train nothing (the paper's row "none")."""
+
+    @model_validator(mode="after")
+    def _untouched(self) -> ArmConfig:
+        if self.untrained:
+            for name in ("dispersion", "noisy_embedding", "active_forgetting", "distillation", "learning_rate"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"arm {self.name!r} is untrained; {name} would have no effect, leave it away.")
+        return self
+
+
+class PreparedConfig(Config):
+    """A model that the study trains for itself, once, before its arms: their start, or a teacher."""
+
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    seed: int = Field(default=0, ge=0)
+    """Decides its initial weights and the order of its data; the same model for all seeds of the study."""
+
+
+class SweepConfig(Config):
+    """A learning rate of its own for every arm, chosen before anything is compared.
+
+    Each arm is trained at each rate with a seed that is not one of the study's, and takes the rate with the least loss
+    on held-out documents that are not those of the comparison.
+    """
+
+    learning_rates: tuple[float, ...] = Field(min_length=2)
+    seed: int = Field(default=1000, ge=0)
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps of a trial; None: those of the study."""
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _ascending(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if any(rate <= 0 for rate in rates) or len(set(rates)) != len(rates):
+            raise ValueError(f"learning_rates are different positive numbers, got {rates}.")
+        return tuple(sorted(rates))
 
 
 class StudyConfig(Config):
@@ -481,6 +608,14 @@ class StudyConfig(Config):
     corpus: CorpusConfig = CorpusConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    prepared: dict[str, PreparedConfig] = Field(default_factory=dict)
+    """Models to train first, by name; an arm's start or a teacher names one as ``prepared:NAME``."""
+    sweep: SweepConfig | None = None
+    measure: MeasureConfig | None = None
+    """Train nothing: measure the arms' starts (hub ids, revisions, directories), each with its own tokenizer, on this
+    text. A seed is then the seed of the passages."""
+    launch: Literal["study", "torchtitan"] = "study"
+    """``torchtitan``: too large for the study's own runner; ``--dry-run`` prints the commands that run it there."""
 
     @model_validator(mode="after")
     def _consistent(self) -> StudyConfig:
@@ -491,12 +626,40 @@ class StudyConfig(Config):
         one_of("baseline arm", self.baseline, names)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds must be different non-negative whole numbers, got {self.seeds}.")
-        if self.model.start is not None and self.corpus.tokenizer is None:
+        for name in self.prepared:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise ValueError(f"prepared: {name!r} is no name; use letters, digits, '.', '_' and '-'.")
+        for arm in self.arms:
+            model = self.model_of(arm)
+            if arm.model is not None and arm.model.overrides and self.model.start is not None and model.start:
+                raise ValueError(
+                    f"arm {arm.name!r}: model.overrides have no effect on the start {model.start!r}; name an "
+                    "architecture."
+                )
+            for wanted in (model.prepared, arm.distillation.prepared if arm.distillation else None):
+                if wanted is not None:
+                    one_of("prepared model", wanted, self.prepared)
+            if self.measure is not None and not (arm.untrained and model.start):
+                raise ValueError(
+                    f"the study measures starts and trains nothing, but arm {arm.name!r} is not untrained: true with a "
+                    "model.start."
+                )
+        for name, entry in self.prepared.items():
+            if entry.model.prepared is not None:
+                raise ValueError(f"prepared.{name}: starts from another prepared model; that is not supported.")
+        if self.arm(self.baseline).model is not None and self.measure is None:
+            raise ValueError(f"the baseline {self.baseline!r} has a model of its own; give it as the study's model.")
+        if self.sweep is not None and self.sweep.seed in self.seeds:
+            raise ValueError(
+                f"sweep.seed {self.sweep.seed} is one of the study's seeds; rates are chosen on a seed of their own."
+            )
+        start = self.model.start if self.model.prepared is None else None
+        if start is not None and self.corpus.tokenizer is None and self.measure is None:
             raise ValueError(
                 f"model.start {self.model.start!r} was trained with a tokenizer of its own; name it in "
                 "corpus.tokenizer (usually the same directory or hub id)."
             )
-        if self.evaluate.passage_tokens > self.train.sequence_tokens:
+        if self.evaluate.passage_tokens > self.train.sequence_tokens and self.measure is None:
             raise ValueError(
                 f"evaluate.passage_tokens {self.evaluate.passage_tokens} exceeds train.sequence_tokens "
                 f"{self.train.sequence_tokens}, the length that the model is trained on."
@@ -507,3 +670,11 @@ class StudyConfig(Config):
         """The arm called ``name``; an unknown name raises with a suggestion."""
         one_of("arm", name, [arm.name for arm in self.arms])
         return next(arm for arm in self.arms if arm.name == name)
+
+    def model_of(self, arm: ArmConfig) -> ModelConfig:
+        """The model that an arm starts from."""
+        return self.model if arm.model is None else arm.model.over(self.model)
+
+    def swept(self, arm: ArmConfig) -> bool:
+        """Whether the sweep chooses the arm's learning rate."""
+        return self.sweep is not None and not arm.untrained and arm.learning_rate is None

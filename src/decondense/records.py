@@ -8,6 +8,7 @@ name. What differs between two runs of the same thing (clock readings, versions,
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import math
 import os
@@ -64,6 +65,24 @@ class RunRow(_CellRow):
     tokens: int | None = None
     final_hash: str | None = None
     """Hash of the trained weights."""
+    learning_rate: float | None = None
+    """Peak learning rate of the run: the study's, the arm's, or the one that the sweep chose."""
+    error: str | None = None
+    timing: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
+
+
+class TrialRow(_CellRow):
+    """One learning rate tried for an arm, with a seed of its own, before anything is compared."""
+
+    kind: Literal["trial"]
+    status: Literal["finished", "failed"]
+    learning_rate: float
+    steps: int
+    value: float | None = None
+    """Loss on the held-out documents that are set aside for this choice, in nats a token."""
+    chosen: bool = False
+    """Whether the arm's runs take this rate."""
     error: str | None = None
     timing: dict[str, Any] = {}
     provenance: dict[str, Any] = {}
@@ -156,6 +175,7 @@ class BenchmarkRow(_Base):
 
 _KINDS: dict[str, type[_Base]] = {
     "run": RunRow,
+    "trial": TrialRow,
     "step": StepRow,
     "profile": ProfileRow,
     "eval": EvalRow,
@@ -277,17 +297,21 @@ def _whole_length(path: Path) -> int:
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a whole file of rows atomically."""
-    atomic_write(path, "".join(_line(row) for row in rows))
+    """Write a whole file of rows atomically; compressed when it is called ``.gz``."""
+    text = "".join(_line(row) for row in rows).encode()
+    # without a time stamp, so that equal rows are equal files
+    atomic_write(path, gzip.compress(text, mtime=0) if Path(path).suffix == ".gz" else text)
 
 
 def read_rows(path: str | Path, *, check: bool = True) -> list[Row]:
-    """All rows of a file. A torn last line (a kill while writing) is dropped; any other bad line raises."""
+    """All rows of a file, ``.gz`` or not. A torn last line (a kill while writing) is dropped; any other raises."""
     path = Path(path)
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+    except (OSError, EOFError) as error:
+        raise RecordError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
     lines = data.split(b"\n")
     rows: list[Row] = []
     for number, line in enumerate(lines, 1):

@@ -148,3 +148,25 @@ def test_write_rows_replaces(tmp_path) -> None:
     write_rows(tmp_path / "r.jsonl", [step(1)])
     write_rows(tmp_path / "r.jsonl", [step(2)])
     assert read_rows(tmp_path / "r.jsonl") == [step(2)]
+
+
+def test_compressed_rows_are_the_same_rows(tmp_path) -> None:
+    row = make_row(
+        "trial",
+        study="s",
+        study_fingerprint="f",
+        arm="a",
+        seed=1000,
+        status="finished",
+        learning_rate=1e-3,
+        steps=3,
+        value=2.5,
+    )
+    write_rows(tmp_path / "rows.jsonl.gz", [row, row])
+    assert read_rows(tmp_path / "rows.jsonl.gz") == [row, row]
+    first = (tmp_path / "rows.jsonl.gz").read_bytes()
+    write_rows(tmp_path / "rows.jsonl.gz", [row, row])
+    assert (tmp_path / "rows.jsonl.gz").read_bytes() == first
+    (tmp_path / "bad.jsonl.gz").write_bytes(first[:-9])
+    with pytest.raises(RecordError, match="cannot be read"):
+        read_rows(tmp_path / "bad.jsonl.gz")
