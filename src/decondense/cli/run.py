@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +21,117 @@ Workers = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the study that lies in --out, whatever it is.")]
 Retry = Annotated[bool, typer.Option("--retry-failed", help="Start failed runs again instead of reporting them.")]
+Scale = Annotated[str | None, typer.Option("--scale", help="One of the study's scales.")]
+
+_CHANGES = "Changes to the study"
+Text = Annotated[
+    str | None,
+    typer.Option("--text", help="Text to train on: a file, a directory, or a hub id.", rich_help_panel=_CHANGES),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="Directory or hub id of the tokenizer.", rich_help_panel=_CHANGES),
+]
+Start = Annotated[
+    str | None,
+    typer.Option("--start", help="Model to go on from: a directory or hub id.", rich_help_panel=_CHANGES),
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option("--tasks", help="Benchmarks of the final checkpoints, separated by commas.", rich_help_panel=_CHANGES),
+]
+DataDir = Annotated[str | None, typer.Option("--data-dir", help="Benchmarks in local files.", rich_help_panel=_CHANGES)]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Items of each benchmark at most.", rich_help_panel=_CHANGES)
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Any other key of the study file, e.g. train.steps=100 or arms.NAME.learning_rate=1e-3; repeatable.",
+        metavar="KEY.PATH=VALUE",
+        rich_help_panel=_CHANGES,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the command line says about a study."""
+
+    name: str
+    scale: str | None = None
+    seeds: int | None = None
+    text: str | None = None
+    tokenizer: str | None = None
+    start: str | None = None
+    tasks: str | None = None
+    data_dir: str | None = None
+    limit: int | None = None
+    assignments: tuple[str, ...] = ()
+
+    def study(self) -> StudyConfig:
+        """The study with everything changed that the command line changes; ``--set`` has the last word."""
+        from decondense.config import ConfigError
+        from decondense.studies import load_study
+        from decondense.studies.catalogue import assigned, merged
+
+        base = load_study(self.name, self.scale)
+        replaced: dict[str, Any] = {} if self.seeds is None else {"seeds": list(range(self.seeds))}
+        model: dict[str, Any] = {}
+        corpus: dict[str, Any] = {}
+        evaluate: dict[str, Any] = {}
+        laid_over: dict[str, Any] = {"model": model, "corpus": corpus, "evaluate": evaluate}
+        if self.start is not None:
+            old = base.model.start
+            if old is None:
+                raise ConfigError(
+                    f"--start {self.start!r}: the study {base.name!r} (scale {base.scale}) starts from scratch and has "
+                    "no model.start to replace. To make it go on from a model: --set model.start=... with --tokenizer."
+                )
+            # revision and size belong to the model that is replaced
+            model.update({"start": self.start, "revision": None, "parameters": None})
+            if base.corpus.tokenizer in (None, old):
+                corpus["tokenizer"] = self.start
+            named = {base.model_of(arm).prepared for arm in base.arms if arm.model and arm.model.start}
+            named |= {arm.distillation.prepared for arm in base.arms if arm.distillation}
+            if base.model.prepared is not None and base.model.prepared not in named:
+                replaced["prepared"] = {
+                    name: entry.model_dump() for name, entry in base.prepared.items() if name != base.model.prepared
+                }
+        if self.text is not None:
+            if base.measure is not None:
+                laid_over["measure"] = {"dataset": self.text}
+            else:
+                corpus["source"] = self.text
+        if self.tokenizer is not None:
+            corpus["tokenizer"] = self.tokenizer
+        if self.tasks is not None:
+            evaluate["tasks"] = [name.strip() for name in self.tasks.split(",") if name.strip()]
+        if self.data_dir is not None:
+            evaluate["data_dir"] = self.data_dir
+        if self.limit is not None:
+            evaluate["limit"] = self.limit
+        laid_over = {key: value for key, value in laid_over.items() if value}
+        return load_study(self.name, self.scale, laid_over=merged(laid_over, assigned(self.assignments)), **replaced)
+
+    def words(self) -> list[str]:
+        """The same said again: the arguments of ``decondense study`` from the name on."""
+        words = [self.name]
+        for option, value in (
+            ("--scale", self.scale),
+            ("--seeds", self.seeds),
+            ("--text", self.text),
+            ("--tokenizer", self.tokenizer),
+            ("--start", self.start),
+            ("--tasks", self.tasks),
+            ("--data-dir", self.data_dir),
+            ("--limit", self.limit),
+            *(("--set", entry) for entry in self.assignments),
+        ):
+            if value is not None:
+                words += [option, str(value)]
+        return words
 
 
 def demo(
@@ -28,37 +140,69 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A smaller model on less text: about half a minute.")] = False,
     workers: Workers = None,
     resume: Resume = False,
+    text: Text = None,
+    tasks: Tasks = None,
+    data_dir: DataDir = None,
+    limit: Limit = None,
+    assignments: Set = None,
 ) -> None:
     """Train with and without dispersion loss from the same starts, measure, compare, report.
 
     Everything runs on this machine, on text that every Python installation has. An interrupted demo goes on where it
     was when the same command is given again.
     """
-    from decondense.studies import load_study
-
-    chosen = load_study("demo", "quick" if quick else "tiny", **_seeds(seeds))
-    _run(chosen, out or Path("decondense-demo-quick" if quick else "decondense-demo"), workers, resume, False)
+    asked = _Asked(
+        "demo",
+        "quick" if quick else "tiny",
+        seeds,
+        text=text,
+        tasks=tasks,
+        data_dir=data_dir,
+        limit=limit,
+        assignments=tuple(assignments or ()),
+    )
+    folder = out or Path("decondense-demo-quick" if quick else "decondense-demo")
+    _run(asked.study(), folder, workers, resume, False)
 
 
 def study(
-    name: Annotated[str, typer.Argument(help="A shipped study or the path of a YAML file.", metavar="NAME|FILE")],
-    scale: Annotated[str | None, typer.Option("--scale", help="One of the study's scales.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A shipped study or the path of a YAML file.", metavar="NAME|FILE")
+    ] = None,
+    scale: Scale = None,
     out: Out = None,
     seeds: Seeds = None,
     workers: Workers = None,
     resume: Resume = False,
     retry_failed: Retry = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved study and its cells; run nothing.")
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; run nothing.")] = False,
+    as_yaml: Annotated[
+        bool, typer.Option("--yaml", help="With --dry-run: print the study with every default spelled out.")
     ] = False,
+    listed: Annotated[bool, typer.Option("--list", help="List the shipped studies.")] = False,
+    text: Text = None,
+    tokenizer: Tokenizer = None,
+    start: Start = None,
+    tasks: Tasks = None,
+    data_dir: DataDir = None,
+    limit: Limit = None,
+    assignments: Set = None,
 ) -> None:
     """Run a study: arms x seeds from the same starts on the same data in the same order."""
-    from decondense.studies import load_study
-
-    chosen = load_study(name, scale, **_seeds(seeds))
+    if listed or name is None:
+        _list()
+        if not listed:
+            typer.echo("Name a study or a YAML file; `decondense study NAME --dry-run` shows its plan.", err=True)
+            raise typer.Exit(2)
+        return
+    asked = _Asked(name, scale, seeds, text, tokenizer, start, tasks, data_dir, limit, tuple(assignments or ()))
+    chosen = asked.study()
     if dry_run:
         from decondense.studies.runner import plan
 
+        if as_yaml:
+            typer.echo(chosen.to_yaml(), nl=False)
+            return
         typer.echo(chosen.to_yaml())
         for arm, seed in plan(chosen):
             typer.echo(f"cell: arm {arm}, seed {seed}: {chosen.train.steps} steps")
@@ -66,15 +210,41 @@ def study(
     _run(chosen, out or Path(f"decondense-{chosen.name}-{chosen.scale}"), workers, resume, retry_failed)
 
 
+def _list() -> None:
+    """The shipped studies, their scales and what they are about."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from decondense.studies import load_study, shipped_studies
+    from decondense.studies.catalogue import scales_of
+
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    shown.add_column("study", no_wrap=True)
+    shown.add_column("scales")
+    shown.add_column("title")
+    for name in shipped_studies():
+        scales = scales_of(name)
+        shown.add_row(name, ", ".join(scales), load_study(name, scales[0]).title)
+    Console().print(shown)
+
+
 def train(
     name: Annotated[str, typer.Argument(help="A shipped study or the path of a YAML file.", metavar="NAME|FILE")],
     arm: Annotated[str, typer.Option("--arm", help="Which arm of the study.")],
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which seed of the study.")] = 0,
-    scale: Annotated[str | None, typer.Option("--scale", help="One of the study's scales.")] = None,
+    scale: Scale = None,
     out: Out = None,
     seeds: Seeds = None,
     resume: Resume = False,
     retry_failed: Retry = False,
+    text: Text = None,
+    tokenizer: Tokenizer = None,
+    start: Start = None,
+    tasks: Tasks = None,
+    data_dir: DataDir = None,
+    limit: Limit = None,
+    assignments: Set = None,
 ) -> None:
     """Run one cell of a study (one arm, one seed) in this process, also under torchrun or accelerate launch.
 
@@ -84,10 +254,10 @@ def train(
 
     from decondense.config import ConfigError
     from decondense.records import read_rows, write_rows
-    from decondense.studies import load_study
     from decondense.studies.runner import cell_folder, collect, open_directory, study_corpus
 
-    chosen = load_study(name, scale, **_seeds(seeds))
+    asked = _Asked(name, scale, seeds, text, tokenizer, start, tasks, data_dir, limit, tuple(assignments or ()))
+    chosen = asked.study()
     folder = out or Path(f"decondense-{chosen.name}-{chosen.scale}")
     chosen.arm(arm)
     if seed not in chosen.seeds:
@@ -118,10 +288,6 @@ def train(
         raise RuntimeError(f"{arm} seed {seed} failed: {ended['error']}")
     if is_main_process():
         console.print(f"finished: {rows_path.parent / 'final'}")
-
-
-def _seeds(number: int | None) -> dict[str, object]:
-    return {} if number is None else {"seeds": list(range(number))}
 
 
 def _run(chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retry_failed: bool) -> None:

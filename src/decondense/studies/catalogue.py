@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,18 +19,69 @@ def shipped_studies() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
-def load_study(name_or_path: str | Path, scale: str | None = None, **changes: Any) -> StudyConfig:
+def load_study(
+    name_or_path: str | Path, scale: str | None = None, *, laid_over: Mapping[str, Any] | None = None, **changes: Any
+) -> StudyConfig:
     """A study by the name of a shipped one or by the path of a YAML file.
 
     Args:
         name_or_path: ``"demo"`` or ``"path/to/study.yaml"``.
         scale: one of the file's scales; None: ``tiny``, or the only one.
+        laid_over: keys that differ, nested as in the file (``{"train": {"steps": 10}}``); what they do not name stays.
+            Arms are named: ``{"arms": {"dispersion": {"learning_rate": 1e-3}}}``.
         changes: top-level keys to replace (``seeds=(0, 1)``).
 
     Raises:
         ConfigError: no such study, file, scale or key; the message says where and what may have been meant.
     """
-    text, where = _read(str(name_or_path))
+    data, scales, where = _file(str(name_or_path))
+    if scales is not None:
+        chosen = scale or ("tiny" if "tiny" in scales else next(iter(scales)))
+        one_of("scale", chosen, scales)
+        data = merged({**data, "scale": chosen}, scales[chosen] or {}, where)
+    elif scale is not None and scale != data.get("scale", "tiny"):
+        raise ConfigError(f"{where}: has no scale {scale!r}; it has one scale only, {data.get('scale', 'tiny')!r}.")
+    return StudyConfig.parse(merged({**data, **changes}, laid_over or {}, where), where=where)
+
+
+def scales_of(name_or_path: str | Path) -> list[str]:
+    """The scales that a study file offers, in its order."""
+    data, scales, _ = _file(str(name_or_path))
+    return [str(data.get("scale", "tiny"))] if scales is None else list(scales)
+
+
+def assigned(assignments: Iterable[str]) -> dict[str, Any]:
+    """``["train.steps=10", "arms.dispersion.dispersion.weight=0.3"]`` as nested keys for :func:`load_study`.
+
+    Values are YAML. A name with a dot in it is quoted: ``prepared."a.b".seed=1``.
+
+    Raises:
+        ConfigError: an entry is no ``KEY.PATH=VALUE``; the message shows it.
+    """
+    nested: dict[str, Any] = {}
+    for entry in assignments:
+        path, equals, text = entry.partition("=")
+        keys = [key.strip('"') for key in re.findall(r'"[^"]+"|[^."]+', path.strip())]
+        if not equals or not keys or not re.fullmatch(r'("[^"]+"|[^."]+)(\.("[^"]+"|[^."]+))*', path.strip()):
+            raise ConfigError(f"--set {entry!r}: expected KEY.PATH=VALUE, for example train.steps=100.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"--set {entry!r}: the value of {path.strip()} is no valid YAML ({reason}).") from error
+        # YAML takes 1e-4, without a point, for text
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+            value = float(value)
+        inner: Any = value
+        for key in reversed(keys):
+            inner = {key: inner}
+        nested = merged(nested, inner, "--set")
+    return nested
+
+
+def _file(name: str) -> tuple[dict[str, Any], dict[str, Any] | None, str]:
+    """The base of a study file, its scales if it has any, and how messages call it."""
+    text, where = _read(name)
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -36,15 +89,13 @@ def load_study(name_or_path: str | Path, scale: str | None = None, **changes: An
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected a mapping of keys to values, got {type(data).__name__}.")
     scales = data.pop("scales", None)
-    if scales is not None:
-        if not isinstance(scales, dict) or not all(isinstance(value or {}, dict) for value in scales.values()):
-            raise ConfigError(f"{where}: scales: expected a mapping of scale names to the keys that differ.")
-        chosen = scale or ("tiny" if "tiny" in scales else next(iter(scales)))
-        one_of("scale", chosen, scales)
-        data = _merge({**data, "scale": chosen}, scales[chosen] or {})
-    elif scale is not None and scale != data.get("scale", "tiny"):
-        raise ConfigError(f"{where}: has no scale {scale!r}; it has one scale only, {data.get('scale', 'tiny')!r}.")
-    return StudyConfig.parse({**data, **changes}, where=where)
+    if scales is not None and (
+        not isinstance(scales, dict)
+        or not scales
+        or not all(isinstance(value or {}, dict) for value in scales.values())
+    ):
+        raise ConfigError(f"{where}: scales: expected a mapping of scale names to the keys that differ.")
+    return data, scales, where
 
 
 def _read(name: str) -> tuple[str, str]:
@@ -64,10 +115,29 @@ def _read(name: str) -> tuple[str, str]:
     )
 
 
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes`` laid over it, mappings key by key."""
-    merged = dict(base)
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any], where: str = "arms") -> dict[str, Any]:
+    """``base`` with ``changes`` laid over it: mappings key by key, a list of arms name by name."""
+    result = dict(base)
     for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
+        old = result.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            result[key] = merged(old, value, where)
+        elif key == "arms" and isinstance(value, dict) and isinstance(old, (list, tuple)):
+            result[key] = _merged_arms(old, value, where)
+        else:
+            result[key] = value
+    return result
+
+
+def _merged_arms(arms: Iterable[Any], changes: Mapping[str, Any], where: str) -> list[Any]:
+    entries = list(arms)
+    names = [str(entry.get("name")) if isinstance(entry, dict) else "" for entry in entries]
+    for name, change in changes.items():
+        try:
+            one_of("arm", name, names)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: arms: {error}") from None
+        if not isinstance(change, dict):
+            raise ConfigError(f"{where}: arms.{name}: expected a mapping of keys to values (got {change!r}).")
+        entries[names.index(name)] = merged(entries[names.index(name)], change, where)
+    return entries
