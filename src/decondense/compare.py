@@ -3,6 +3,8 @@ r"""Paired comparison of the arms of a study, computed from its rows alone (nump
 What is compared is fixed before anything is looked at: the *final* checkpoint of every run. Within a seed all arms
 start from the same weights and read the same sequences in the same order, which the recorded hashes prove; so the unit
 of evidence is the difference d_s = arm - baseline of seed s, and nothing else about the runs has to be assumed.
+An arm with a model of its own starts from other weights by design: it is paired by the order of the data alone, and a
+note says so. A study that only measures starts trains nothing: there a seed is one choice of passages.
 
 **Interval.** Two 95 % intervals of the mean difference are computed, and the wider one is shown:
 
@@ -26,9 +28,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,7 +39,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special, stats
 
-from decondense.config import one_of
+from decondense.config import PREPARED, one_of
 from decondense.records import Row, stable
 
 Array = npt.NDArray[np.float64]
@@ -88,6 +91,11 @@ class Cell:
         """A field of the terminal row, or of the first row where the terminal one is silent."""
         value = self.run.get(what)
         return self.started.get(what) if value is None else value
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the run ended where it started: the start was evaluated as it is."""
+        return self.status == "finished" and self.run.get("steps") == 0
 
     @property
     def final_step(self) -> int | None:
@@ -144,6 +152,8 @@ class Study:
     labels: dict[str, str]
     config: dict[str, Any]
     cells: dict[tuple[str, int], Cell]
+    trials: list[Row] = field(default_factory=list)
+    """Learning rates tried before the runs, on a seed that is none of the study's."""
 
     @classmethod
     def from_rows(cls, rows: Iterable[Row]) -> Study:
@@ -152,10 +162,13 @@ class Study:
         Raises:
             CompareError: no rows of a run, or rows of more than one study.
         """
-        rows = [row for row in rows if row.get("kind") in ("run", "step", "profile", "eval", "eval_item")]
+        rows = [row for row in rows if row.get("kind") in ("run", "step", "profile", "eval", "eval_item", "trial")]
+        # a trial's seed is none of the study's, so trials never become cells
+        trials = [row for row in rows if row["kind"] == "trial"]
+        rows = [row for row in rows if row["kind"] != "trial"]
         if not rows:
             raise CompareError("no rows of a run: give the rows.jsonl that a study or the demo wrote.")
-        studies = Counter((str(row["study"]), str(row["study_fingerprint"])) for row in rows)
+        studies = Counter((str(row["study"]), str(row["study_fingerprint"])) for row in [*rows, *trials])
         if len(studies) > 1:
             listed = "; ".join(f"{name} [{mark}], {n} rows" for (name, mark), n in sorted(studies.items()))
             raise CompareError(f"rows of {len(studies)} different studies: {listed}. Compare one study at a time.")
@@ -192,7 +205,22 @@ class Study:
             labels=labels,
             config=config,
             cells=cells,
+            trials=trials,
         )
+
+    def entry(self, arm: str) -> dict[str, Any]:
+        """The arm's part of the configuration; empty when the rows do not have it."""
+        found = (entry for entry in self.config.get("arms", []) if isinstance(entry, dict) and entry.get("name") == arm)
+        return next(found, {})
+
+    def has_own_model(self, arm: str) -> bool:
+        """Whether the arm starts from other weights than the others by design."""
+        return self.entry(arm).get("model") is not None
+
+    @property
+    def measured(self) -> bool:
+        """Whether nothing is trained: the arms are models that are measured as they are."""
+        return self.config.get("measure") is not None
 
     def of_arm(self, arm: str, *, finished: bool = True) -> list[Cell]:
         """The cells of an arm by seed; only finished ones unless told otherwise."""
@@ -602,11 +630,17 @@ class Cost:
     step_cpu_ms: tuple[float | None, ...]
     train_wall_s: tuple[float | None, ...]
     peak_rss_bytes: tuple[float | None, ...]
+    peak_cuda_bytes: tuple[float | None, ...]
+    """Most GPU memory that was allocated at once; None: not recorded, or no GPU."""
     wall_ratio: tuple[float, float, float] | None
     """Median, least and greatest over seeds of the arm's step time over the baseline's."""
     cpu_ratio: tuple[float, float, float] | None
+    cuda_ratio: tuple[float, float, float] | None
+    """The same of the GPU memory."""
     resumed: int
     """Runs that were interrupted: their total time is only that of the last attempt."""
+    untrained: bool = False
+    """Nothing was trained, so there is no cost of training: every entry is None."""
 
 
 @dataclass(frozen=True)
@@ -638,13 +672,116 @@ class TaskMean:
 
 @dataclass(frozen=True)
 class Pairing:
-    """What proves that the arms of a seed are a pair: they share these hashes."""
+    """What proves that the arms of a seed are a pair: they share these hashes (None: there is none to share)."""
 
     seed: int
     arms: tuple[str, ...]
-    init_hash: str
-    order_hash: str
-    corpus_hash: str
+    init_hash: str | None
+    order_hash: str | None
+    corpus_hash: str | None
+    other_starts: tuple[str, ...] = ()
+    """Arms with a model of their own: they share the order of the data, not the initial weights."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One learning rate that was tried."""
+
+    learning_rate: float
+    steps: int
+    seed: int
+    value: float | None
+    """Loss on the documents set aside for this choice; None: the trial failed."""
+    chosen: bool
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The learning rates tried for an arm, ascending."""
+
+    arm: str
+    trials: tuple[Trial, ...]
+
+    @property
+    def chosen(self) -> Trial | None:
+        """The trial whose rate the arm's runs take."""
+        return next((trial for trial in self.trials if trial.chosen), None)
+
+    @property
+    def edge(self) -> Literal["smallest", "largest"] | None:
+        """Whether the chosen rate ends the grid, so that a better one may lie outside; a failed rate bounds it too."""
+        if self.chosen is None or len(self.trials) < 2:
+            return None
+        if self.chosen is self.trials[0]:
+            return "smallest"
+        return "largest" if self.chosen is self.trials[-1] else None
+
+
+@dataclass(frozen=True)
+class ArmCondensation:
+    """Condensation of one arm's final checkpoints."""
+
+    arm: str
+    parameters: int | None
+    blocks: int | None
+    """Number of blocks L; None: not the same in every run."""
+    last: dict[str, Values]
+    """``"1"`` to ``"5"`` and ``"L/2"``: mean cosine of the last n layers, where the model has that many blocks."""
+    spearman: Values | None
+    kendall: Values | None
+
+
+@dataclass(frozen=True)
+class SizePoint:
+    """An arm in the trend over model size; values are means over seeds."""
+
+    arm: str
+    family: str
+    parameters: int
+    spearman: float | None
+    kendall: float | None
+    last_layer: float | None
+
+    def value(self, quantity: str) -> float | None:
+        """The value of one of :data:`SIZE_QUANTITIES`."""
+        return {"spearman": self.spearman, "kendall": self.kendall}.get(quantity, self.last_layer)
+
+
+SIZE_QUANTITIES = {
+    "spearman": "Spearman of mean cosine with depth",
+    "kendall": "Kendall of mean cosine with depth",
+    "last_layer": "mean cosine, last layer",
+}
+FEWEST_MODELS = 5
+"""Fewer models than that get no p: no order of four of them would have one of 0.05 or less (2 / 4! = 0.083)."""
+
+
+@dataclass(frozen=True)
+class SizeCorrelation:
+    """Spearman's rank correlation over models between the number of parameters and one measure of condensation."""
+
+    family: str | None
+    """None: over all families."""
+    quantity: str
+    n: int
+    rho: float | None
+    """None: one of the two does not vary."""
+    p: float | None
+    """Two-sided; exact up to 8 models; None below 5."""
+
+
+@dataclass(frozen=True)
+class SizeTrend:
+    """Condensation against model size, over arms that differ in their model."""
+
+    points: tuple[SizePoint, ...]
+    correlations: tuple[SizeCorrelation, ...]
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The families in the order of the arms."""
+        return tuple(dict.fromkeys(point.family for point in self.points))
 
 
 @dataclass(frozen=True)
@@ -683,6 +820,17 @@ class Comparison:
     notes: tuple[str, ...]
     task_notes: tuple[str, ...] = ()
     """What qualifies the scores of benchmarks; every table that shows them says so."""
+    measured: bool = False
+    """Nothing was trained: the arms are models measured as they are, and a seed is a choice of passages."""
+    untrained: tuple[str, ...] = ()
+    """Arms whose start was evaluated as it is."""
+    other_starts: tuple[str, ...] = ()
+    """Arms with a model of their own: no pair from the same start, but one by the order of the data."""
+    condensation_by_arm: tuple[ArmCondensation, ...] = ()
+    size: SizeTrend | None = None
+    trials: tuple[Sweep, ...] = ()
+    learning_rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Peak learning rates of each trained arm's runs: one, unless its seeds differ."""
 
     @property
     def treated(self) -> tuple[str, ...]:
@@ -713,7 +861,7 @@ def _plain(value: Any) -> Any:
 _HASHES = {"init_hash": "initial weights", "order_hash": "data order", "corpus_hash": "corpus"}
 
 
-def _faults(cell: Cell) -> list[str]:
+def _faults(cell: Cell, *, measured: bool = False) -> list[str]:
     if cell.status == "missing":
         return [f"{cell.name} has no rows: it was never run"]
     if cell.status == "failed":
@@ -724,9 +872,11 @@ def _faults(cell: Cell) -> list[str]:
     found = [f"{cell.name} has {conflict}" for conflict in cell.conflicts]
     if cell.finishes > 1:
         found.append(f"{cell.name} finished {cell.finishes} times: two runs of one cell")
-    if cell.final_score(VALIDATION) is None and not any(
-        cell.final_score(key) is not None for key in cell.scores
-    ):  # nothing to compare
+    if measured or (not cell.scores and cell.profiles):
+        # condensation alone can be compared too
+        if cell.final_profile() is None:
+            found.append(f"{cell.name} has no profile of its final checkpoint (step {cell.final_step})")
+    elif all(cell.final_score(key) is None for key in cell.scores):  # nothing to compare
         found.append(f"{cell.name} has no score of its final checkpoint (step {cell.final_step})")
     for key, curve in cell.scores.items():
         if cell.final_step not in curve:
@@ -734,7 +884,7 @@ def _faults(cell: Cell) -> list[str]:
     return found
 
 
-def _unpaired(cells: Sequence[Cell], baseline: str) -> list[str]:
+def _unpaired(cells: Sequence[Cell], baseline: str, study: Study) -> list[str]:
     """Faults between the arms of one seed, each named after the cell that departs from the baseline's."""
     reference = next((cell for cell in cells if cell.arm == baseline), None)
     if reference is None:
@@ -743,9 +893,12 @@ def _unpaired(cells: Sequence[Cell], baseline: str) -> list[str]:
     for cell in cells:
         for what, words in _HASHES.items():
             mine, theirs = cell.said(what), reference.said(what)
+            own = study.has_own_model(cell.arm) or study.has_own_model(reference.arm)
+            if what == "init_hash" and (own or study.measured):
+                continue  # other weights by design
             if mine is None:
-                # an arm that is not trained reads no data
-                if what != "order_hash" or cell.final_step != 0:
+                # an arm that is not trained reads no data, and a study that only measures has no corpus
+                if not study.measured and (what != "order_hash" or cell.final_step != 0):
                     found.append(f"{cell.name} has no {what}, so that its pairing cannot be proven")
             elif cell is not reference and theirs is not None and mine != theirs:
                 found.append(
@@ -798,13 +951,13 @@ def compare(
     faults: list[str] = []
     good: dict[tuple[str, int], Cell] = {}
     for place, cell in study.cells.items():
-        found = _faults(cell)
+        found = _faults(cell, measured=study.measured)
         faults += found
         if not found:
             good[place] = cell
     for seed in study.seeds:
         cells = [good[arm, seed] for arm in study.arms if (arm, seed) in good]
-        found = _unpaired(cells, base)
+        found = _unpaired(cells, base, study)
         faults += found
         for cell in cells:
             if any(fault.startswith(cell.name) for fault in found):
@@ -850,6 +1003,13 @@ def compare(
         omitted=tuple(faults),
         notes=tuple(notes),
         task_notes=tuple(context.task_notes()),
+        measured=study.measured,
+        untrained=tuple(arm for arm in arms if context.untrained(arm)),
+        other_starts=tuple(context.other_starts()),
+        condensation_by_arm=context.condensation_by_arm(),
+        size=context.size(),
+        trials=tuple(context.trials()),
+        learning_rates=context.learning_rates(),
     )
 
 
@@ -963,18 +1123,116 @@ class _Context:
             profile = cell.final_profile()
             return float(profile["mean_cosine"][-1]) if profile else None
 
-        def trend(cell: Cell) -> float | None:
-            profile = cell.final_profile()
-            return float(profile["spearman"]) if profile and profile["spearman"] is not None else None
-
         wanted = [
             ("mean cosine, all blocks", blocks, "cosine"),
             ("mean cosine, last layer", last, "cosine"),
-            ("Spearman of mean cosine with depth", trend, ""),
+            ("Spearman of mean cosine with depth", _trend_of("spearman"), ""),
+            ("Kendall of mean cosine with depth", _trend_of("kendall"), ""),
         ]
         # less condensation is what the method aims at, but it is no good in itself: no direction
         found = (self.measure(name, of, unit=unit) for name, of, unit in wanted)
         return tuple(measure for measure in found if measure.values)
+
+    def values(self, arm: str, of: Callable[[Cell], float | None]) -> Values | None:
+        """One quantity of an arm's runs, of those that have it."""
+        cells = [self.cells[arm, seed] for seed in self.seeds if (arm, seed) in self.cells]
+        found = [(cell.seed, value) for cell in cells if (value := of(cell)) is not None]
+        return Values.of(arm, found) if found else None
+
+    def condensation_by_arm(self) -> tuple[ArmCondensation, ...]:
+        found = []
+        for arm in self.arms:
+            cells = [self.cells[arm, seed] for seed in self.seeds if (arm, seed) in self.cells]
+            blocks = {len(profile["mean_cosine"]) - 1 for cell in cells if (profile := cell.final_profile())}
+            if not blocks:
+                continue
+            depth = min(blocks)
+            widths = {str(n): n for n in range(1, 6) if n <= depth} | {"L/2": max(1, depth // 2)}
+            last = {name: self.values(arm, _last_of(n)) for name, n in widths.items()}
+            found.append(
+                ArmCondensation(
+                    arm=arm,
+                    parameters=_common(cell.said("parameters") for cell in cells),
+                    blocks=depth if len(blocks) == 1 else None,
+                    last={name: values for name, values in last.items() if values is not None},
+                    spearman=self.values(arm, _trend_of("spearman")),
+                    kendall=self.values(arm, _trend_of("kendall")),
+                )
+            )
+        return tuple(found)
+
+    def size(self) -> SizeTrend | None:
+        """Condensation against size, when arms have models of their own and these differ in size."""
+        if not any(self.study.has_own_model(arm) for arm in self.arms):
+            return None
+        points = []
+        for entry in self.condensation_by_arm():
+            if entry.parameters is None:
+                continue
+            means = [None if v is None else v.mean for v in (entry.spearman, entry.kendall, entry.last.get("1"))]
+            points.append(SizePoint(entry.arm, family_of(self.study, entry.arm), entry.parameters, *means))
+        if len({point.parameters for point in points}) < 2:
+            return None
+        families = list(dict.fromkeys(point.family for point in points))
+        groups = [(name, [p for p in points if p.family == name]) for name in families]
+        wanted = [*groups, *([(None, points)] if len(families) > 1 else [])]
+        correlations = []
+        for family, group in wanted:
+            for quantity in SIZE_QUANTITIES:
+                pairs = [(p.parameters, value) for p in group if (value := p.value(quantity)) is not None]
+                # two models always lie on a line
+                if len({size for size, _ in pairs}) > 2:
+                    rho, p = _rank_correlation([float(size) for size, _ in pairs], [value for _, value in pairs])
+                    correlations.append(SizeCorrelation(family, quantity, len(pairs), rho, p))
+        return SizeTrend(tuple(points), tuple(correlations))
+
+    def untrained(self, arm: str) -> bool:
+        return all(self.cells[arm, seed].untrained for seed in self.seeds if (arm, seed) in self.cells)
+
+    def other_starts(self) -> list[str]:
+        own = [arm for arm in self.arms if arm != self.base and self.study.has_own_model(arm)]
+        if self.study.has_own_model(self.base) and not self.study.measured:
+            return [arm for arm in self.arms if arm != self.base]
+        return own
+
+    def trials(self) -> list[Sweep]:
+        found = []
+        for arm in self.arms:
+            # a trial that was repeated after a failure counts as it ended last
+            rows = {float(row["learning_rate"]): row for row in self.study.trials if row["arm"] == arm}
+            if rows:
+                trials = tuple(
+                    Trial(
+                        learning_rate=rate,
+                        steps=int(row["steps"]),
+                        seed=int(row["seed"]),
+                        value=None if row["value"] is None or row["status"] == "failed" else float(row["value"]),
+                        chosen=bool(row["chosen"]),
+                        error=(row["error"] or "no reason recorded") if row["status"] == "failed" else None,
+                    )
+                    for rate, row in sorted(rows.items())
+                )
+                found.append(Sweep(arm, trials))
+        return found
+
+    def learning_rates(self) -> dict[str, tuple[float, ...]]:
+        swept = {sweep.arm for sweep in self.trials()}
+        common = self.study.config.get("train", {}).get("learning_rate")
+        found: dict[str, tuple[float, ...]] = {}
+        for arm in self.arms:
+            rates: dict[float, None] = {}
+            for seed in self.seeds:
+                cell = self.cells.get((arm, seed))
+                if cell is None or cell.untrained:
+                    continue
+                rate = cell.said("learning_rate")
+                if rate is None and arm not in swept:  # rows of older studies leave it to the configuration
+                    rate = self.study.entry(arm).get("learning_rate") or common
+                if rate is not None:
+                    rates[float(rate)] = None
+            if rates:
+                found[arm] = tuple(rates)
+        return found
 
     def layers(self) -> Layers | None:
         profiles = {place: cell.final_profile() for place, cell in self.cells.items()}
@@ -1039,7 +1297,10 @@ class _Context:
             seeds = [
                 seed
                 for seed in self.pairs[arm]
-                if arm != self.base and self.cells[self.base, seed].final_score(VALIDATION) is not None
+                if arm != self.base
+                and self.cells[self.base, seed].final_score(VALIDATION) is not None
+                # what was not trained reads no tokens, and there is nothing to reach it with
+                and not (self.cells[arm, seed].untrained or self.cells[self.base, seed].untrained)
             ]
             if not seeds:
                 continue
@@ -1085,12 +1346,18 @@ class _Context:
         found = []
         for arm in self.arms:
             cells = [self.cells[arm, seed] for seed in self.seeds if (arm, seed) in self.cells]
+            untrained = self.untrained(arm)
+
+            def of(what: str, cells: list[Cell] = cells) -> tuple[float | None, ...]:
+                # the memory of an evaluation is not that of a training
+                return tuple(None if cell.untrained else cell.timing(what) for cell in cells)
 
             def ratio(what: str, arm: str = arm) -> tuple[float, float, float] | None:
                 ratios = []
                 for seed in self.pairs[arm]:
-                    mine, theirs = self.cells[arm, seed].timing(what), self.cells[self.base, seed].timing(what)
-                    if mine and theirs:
+                    cell, rival = self.cells[arm, seed], self.cells[self.base, seed]
+                    mine, theirs = cell.timing(what), rival.timing(what)
+                    if mine and theirs and not cell.untrained and not rival.untrained:
                         ratios.append(mine / theirs)
                 return (float(np.median(ratios)), min(ratios), max(ratios)) if ratios else None
 
@@ -1099,13 +1366,16 @@ class _Context:
                     arm=arm,
                     n=len(self.pairs[arm]),
                     seeds=tuple(cell.seed for cell in cells),
-                    step_wall_ms=tuple(cell.timing("step_wall_ms") for cell in cells),
-                    step_cpu_ms=tuple(cell.timing("step_cpu_ms") for cell in cells),
-                    train_wall_s=tuple(cell.timing("train_wall_s") for cell in cells),
-                    peak_rss_bytes=tuple(cell.timing("peak_rss_bytes") for cell in cells),
+                    step_wall_ms=of("step_wall_ms"),
+                    step_cpu_ms=of("step_cpu_ms"),
+                    train_wall_s=of("train_wall_s"),
+                    peak_rss_bytes=of("peak_rss_bytes"),
+                    peak_cuda_bytes=of("peak_cuda_bytes"),
                     wall_ratio=None if arm == self.base else ratio("step_wall_ms"),
                     cpu_ratio=None if arm == self.base else ratio("step_cpu_ms"),
+                    cuda_ratio=None if arm == self.base else ratio("peak_cuda_bytes"),
                     resumed=sum(cell.resumed > 0 for cell in cells),
+                    untrained=untrained,
                 )
             )
         return tuple(found)
@@ -1154,14 +1424,23 @@ class _Context:
         found = []
         for seed in self.seeds:
             cells = [self.cells[arm, seed] for arm in self.arms if (arm, seed) in self.cells]
-            trained = next((cell for cell in cells if cell.said("order_hash")), cells[0])
+            others = set(self.other_starts())
+
+            def shared(what: str, cells: list[Cell] = cells) -> str | None:
+                said = (cell.said(what) for cell in cells)
+                return next((str(value) for value in said if value is not None), None)
+
             found.append(
                 Pairing(
                     seed=seed,
                     arms=tuple(cell.arm for cell in cells),
-                    init_hash=str(trained.said("init_hash")),
-                    order_hash=str(trained.said("order_hash")),
-                    corpus_hash=str(trained.said("corpus_hash")),
+                    # what is measured as it is has no start to share
+                    init_hash=None
+                    if self.study.measured
+                    else shared("init_hash", [cell for cell in cells if cell.arm not in others]),
+                    order_hash=shared("order_hash"),
+                    corpus_hash=shared("corpus_hash"),
+                    other_starts=tuple(cell.arm for cell in cells if cell.arm in others),
                 )
             )
         return tuple(found)
@@ -1182,9 +1461,90 @@ class _Context:
                         f"{arm} (seed {seed}): the {row['task']} {row['metric']} of {score:.6g} is not the weighted "
                         f"mean of its items ({mean:.6g}); the item part of its interval is approximate."
                     )
+        found += self.start_notes()
+        found += self.rate_notes()
         labels = {tuple(p["layers"]) for cell in self.cells.values() if (p := cell.final_profile())}
         if len(labels) > 1:
-            found.append("the arms have different layers; the table by layer holds only the most frequent set.")
+            found.append("The arms have different layers; the table by layer holds only the most frequent set.")
+        return found
+
+    def named(self, arms: Iterable[str]) -> str:
+        words = [self.study.labels[arm] for arm in arms]
+        return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+    def start_notes(self) -> list[str]:
+        """What is no pair from the same start, in words."""
+        if self.study.measured:
+            return [
+                "Nothing was trained: the arms are different models, measured as they are; a seed is one choice of "
+                "passages, so that the differences pair models by passages, and their intervals say how much other "
+                "passages would change them, not how much other trainings would."
+            ]
+        found = []
+        others = self.other_starts()
+        if others:
+            verb = "starts" if len(others) == 1 else "start"
+            pronoun = "it is" if len(others) == 1 else "they are"
+            found.append(
+                f"{self.named(others)} {verb} from other weights than the baseline by design; {pronoun} paired with it "
+                "by data order only, so that what the seed's start adds to a difference does not cancel."
+            )
+        idle = [arm for arm in self.arms if self.untrained(arm)]
+        if idle:
+            verb = "is" if len(idle) == 1 else "are"
+            found.append(f"{self.named(idle)} {verb} untrained: the start as it is, which reads no data.")
+        return found
+
+    def rate_notes(self) -> list[str]:
+        """How the learning rates came about, and what is doubtful about them."""
+        rates, sweeps = self.learning_rates(), {sweep.arm: sweep for sweep in self.trials()}
+        swept = self.study.config.get("sweep") is not None
+        found = []
+        for arm, several in rates.items():
+            if len(several) > 1:
+                listed = ", ".join(f"{rate:g}" for rate in several)
+                found.append(f"The seeds of {self.study.labels[arm]} have different learning rates: {listed}.")
+        if not sweeps and not swept:
+            different = {rate for several in rates.values() for rate in several}
+            if len(rates) > 1 and len(different) == 1:
+                found.append(
+                    f"Every arm was trained at the same learning rate, {different.pop():g}; another rate may be better "
+                    "for some of them."
+                )
+            elif len(rates) > 1:
+                listed = ", ".join(
+                    f"{self.study.labels[arm]} {' and '.join(f'{rate:g}' for rate in several)}"
+                    for arm, several in rates.items()
+                )
+                found.append(f"The arms have different learning rates without a sweep: {listed}.")
+            return found
+        if not sweeps:
+            found.append("The study chooses learning rates by a sweep, but the rows hold none of its trials.")
+        fixed = [arm for arm in rates if arm not in sweeps]
+        if sweeps and fixed:
+            listed = ", ".join(f"{self.study.labels[arm]} {rates[arm][0]:g}" for arm in fixed)
+            found.append(f"Learning rates that no sweep chose: {listed}.")
+        for arm, sweep in sweeps.items():
+            name, chosen = self.study.labels[arm], sweep.chosen
+            finished = [trial for trial in sweep.trials if trial.value is not None]
+            if chosen is None:
+                why = "every trial failed" if not finished else "no trial is marked as chosen"
+                found.append(f"No learning rate was chosen for {name}: {why}.")
+                continue
+            if sweep.edge is not None:
+                found.append(
+                    f"The learning rate chosen for {name}, {chosen.learning_rate:g}, is the {sweep.edge} tried: the "
+                    "best rate may lie outside."
+                )
+            best = min(finished, key=lambda trial: trial.value or 0.0, default=None)
+            if best is not None and (chosen.value is None or (best.value or 0.0) < chosen.value):
+                found.append(
+                    f"The learning rate chosen for {name}, {chosen.learning_rate:g}, is not the one with the least "
+                    f"loss, {best.learning_rate:g}."
+                )
+            if arm in rates and rates[arm] != (chosen.learning_rate,):
+                listed = ", ".join(f"{rate:g}" for rate in rates[arm])
+                found.append(f"{name} was trained at {listed}, but its sweep chose {chosen.learning_rate:g}.")
         return found
 
     def task_notes(self) -> list[str]:
@@ -1196,6 +1556,71 @@ class _Context:
                 for note in row.get("notes", ()):
                     found.setdefault(note, {})[task] = None
         return [f"{', '.join(tasks)}: {note}" for note, tasks in found.items()]
+
+
+def _trend_of(name: str) -> Callable[[Cell], float | None]:
+    def of(cell: Cell) -> float | None:
+        profile = cell.final_profile()
+        return float(profile[name]) if profile and profile[name] is not None else None
+
+    return of
+
+
+def _last_of(n: int) -> Callable[[Cell], float | None]:
+    def of(cell: Cell) -> float | None:
+        profile = cell.final_profile()
+        return float(np.mean(profile["mean_cosine"][-n:])) if profile else None
+
+    return of
+
+
+def _rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float | None, float | None]:
+    """Spearman's rho and its two-sided p: over all orders up to 8 pairs, by Student's t beyond, none below 5."""
+    a, b = (stats.rankdata(values) - (len(x) + 1) / 2 for values in (x, y))
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    if scale == 0:
+        return None, None
+    rho = float(a @ b) / scale
+    if len(x) < FEWEST_MODELS:
+        return rho, None
+    if len(x) <= 8:
+        orders = np.array(list(itertools.permutations(range(len(x)))))
+        return rho, float(np.mean(np.abs(b[orders] @ a) >= abs(float(a @ b)) - 1e-9))
+    return rho, float(stats.spearmanr(x, y).pvalue)
+
+
+_SIZE_WORDS = re.compile(
+    r"\d+(\.\d+)?[kmbt]|x{0,3}(small|large|xl)|nano|micro|mini|tiny|small|medium|base|big|large|huge", re.IGNORECASE
+)
+_TREATMENTS = {
+    "dispersion": "dispersion",
+    "noisy_embedding": "noisy embedding",
+    "active_forgetting": "active forgetting",
+    "distillation": "distillation",
+}
+
+
+def family_of(study: Study, arm: str) -> str:
+    """What the arms of a family have in common besides their size: the architecture, and what is done to it.
+
+    A start is a hub id or a folder: its name without what tells the size (``Qwen/Qwen3-0.6B-Base`` is of the family
+    ``Qwen3-Base``).
+    """
+    entry, base = study.entry(arm), study.config.get("model") or {}
+    own = entry.get("model") or {}
+    start = own.get("start") or (None if own.get("architecture") else base.get("start"))
+    if start and str(start).startswith(PREPARED):
+        prepared = (study.config.get("prepared") or {}).get(str(start)[len(PREPARED) :], {}).get("model") or {}
+        name = str(prepared.get("architecture") or start)
+    elif start:
+        words = str(start).rstrip("/").rsplit("/", 1)[-1].split("-")
+        # the last "base" of a name says that a model was not tuned, not how large it is
+        kept = [w for i, w in enumerate(words) if not _SIZE_WORDS.fullmatch(w) or (w.lower() == "base" and i > 1)]
+        name = "-".join(kept) or "-".join(words)
+    else:
+        name = str(own.get("architecture") or base.get("architecture") or "model")
+    treated = [words for key, words in _TREATMENTS.items() if entry.get(key) is not None]
+    return " + ".join([name, *treated]) + (" (untrained)" if entry.get("untrained") and not study.measured else "")
 
 
 def tokens_to_reach(

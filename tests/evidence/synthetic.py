@@ -263,3 +263,89 @@ def study(
     if change is None:
         return rows
     return [changed for row in rows if (changed := change(dict(row))) is not None]
+
+
+def with_arms(rows: Sequence[Row], arms: Mapping[str, Mapping[str, Any]], **over: Any) -> list[Row]:
+    """The rows with fields added to the entries of some arms, and to the whole configuration."""
+    changed = []
+    for row in rows:
+        if row["kind"] == "run":
+            entries = [{**entry, **arms.get(entry["name"], {})} for entry in row["config"]["arms"]]
+            row = {**row, "config": {**row["config"], "arms": entries, **over}}
+        changed.append(row)
+    return changed
+
+
+def trial(
+    arm: str,
+    values: Mapping[float, float | None],
+    *,
+    chosen: float | None = None,
+    seed: int = 1000,
+    study: str = "synthetic",
+    fingerprint: str = "f" * 16,
+) -> list[Row]:
+    """Trials of an arm: learning rate -> loss, or None when it failed; the least loss is chosen unless told."""
+    finished = {rate: value for rate, value in values.items() if value is not None}
+    if chosen is None and finished:
+        chosen = min(finished, key=lambda rate: finished[rate])
+    return [
+        make_row(
+            "trial",
+            study=study,
+            study_fingerprint=fingerprint,
+            arm=arm,
+            seed=seed,
+            status="failed" if value is None else "finished",
+            learning_rate=rate,
+            steps=100,
+            value=value,
+            chosen=rate == chosen,
+            error="the loss became NaN at step 7" if value is None else None,
+        )
+        for rate, value in values.items()
+    ]
+
+
+def measured_study(
+    models: Mapping[str, float],
+    seeds: Sequence[int] = (0, 1, 2),
+    *,
+    change: Callable[[Row], Row | None] | None = None,
+) -> list[Row]:
+    """Rows of a study that trains nothing: hub ids with their numbers of parameters; larger is less condensed."""
+    configuration = config(
+        list(models), seeds, baseline=next(iter(models)), title="Models that were never loaded", measure={"tokens": 512}
+    )
+    configuration["arms"] = [
+        {"name": name, "label": None, "untrained": True, "model": {"start": name}} for name in models
+    ]
+    rows: list[Row] = []
+    for place, (name, parameters) in enumerate(models.items()):
+        for seed in seeds:
+            common = {"study": "synthetic", "study_fingerprint": "f" * 16, "arm": name, "seed": seed}
+            rng = np.random.default_rng([place, seed])
+            means = np.clip(
+                np.linspace(0.1, 0.9 / (1 + place), len(LAYERS)) + rng.normal(0, 0.02, len(LAYERS)), -1, 1
+            ).tolist()
+            told = {"config": configuration, "parameters": int(parameters), "init_hash": digest("weights", name)}
+            rows.append(make_row("run", **common, status="started", **told))
+            rows.append(
+                make_row(
+                    "profile",
+                    **common,
+                    step=0,
+                    tokens=0,
+                    layers=LAYERS,
+                    mean_cosine=means,
+                    spearman=0.95 - 0.1 * place + 0.01 * seed,
+                    kendall=0.85 - 0.1 * place + 0.01 * seed,
+                    passages=32,
+                    passage_tokens=512,
+                    histogram=[histogram(mean, rng) for mean in means],
+                )
+            )
+            rows.append(make_row("run", **common, status="finished", steps=0, tokens=0, **told))
+    if change is None:
+        return rows
+    return [changed for row in rows if (changed := change(dict(row))) is not None]

@@ -124,7 +124,7 @@ def test_condensation_of_blocks_layers_and_trend() -> None:
     rows = study()
     final = {(row["arm"], row["seed"]): row for row in rows if _is(row, "profile", step=300)}
     found = compare(rows)
-    blocks, last, trend = found.condensation
+    blocks, last, trend, order = found.condensation
     expected = [
         np.mean(final["dispersion", s]["mean_cosine"][1:]) - np.mean(final["cross-entropy", s]["mean_cosine"][1:])
         for s in (0, 1, 2)
@@ -132,6 +132,8 @@ def test_condensation_of_blocks_layers_and_trend() -> None:
     assert blocks.differences[0].differences == pytest.approx(expected)
     assert last.differences[0].arm_values[1] == final["dispersion", 1]["mean_cosine"][-1]
     assert trend.differences[0].mean == 0
+    assert order.name == "Kendall of mean cosine with depth"
+    assert order.differences[0].arm_values == (0.8, 0.8, 0.8)
     assert found.layers is not None
     assert found.layers.labels == tuple(LAYERS)
     for place, d in enumerate(found.layers.differences["dispersion"]):
