@@ -222,6 +222,12 @@ def stable(row: Mapping[str, Any]) -> Row:
     return {key: value for key, value in row.items() if key not in VOLATILE}
 
 
+def terminal_row(rows: Iterable[Row]) -> Row | None:
+    """The row that ends a cell (finished or failed), or None while there is work left."""
+    ended = [row for row in rows if row["kind"] == "run" and row["status"] in ("finished", "failed")]
+    return ended[-1] if ended else None
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------------------------

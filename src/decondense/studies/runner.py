@@ -1,13 +1,16 @@
 """The runner: a study directory in, rows out; stop it anywhere and the same command goes on.
 
-    OUT/study.yaml       the study, every default spelled out; its fingerprint says whose directory this is
-    OUT/corpus.json      which text it is trained on
-    OUT/cells/ARM/SEED/  one folder a cell, owned by whichever worker holds its lock
-    OUT/rows.jsonl       the rows of all cells in a fixed order, rewritten whenever a cell ends
-    OUT/logs/            what the workers printed
+    OUT/study.yaml           the study, every default spelled out; its fingerprint says whose directory this is
+    OUT/corpus.json          which text it is trained on
+    OUT/prepared/NAME/       a model that the study trains first
+    OUT/sweep/ARM/RATE/      an arm tried at a learning rate
+    OUT/cells/ARM/seed-SEED/ one folder a cell, owned by whichever worker holds its lock
+    OUT/rows.jsonl           the rows of all trials and cells in a fixed order, rewritten whenever one of them ends
+    OUT/logs/                what the workers printed
 
-Workers are processes of their own; each takes the next cell that is neither done nor held. The lock is the operating
-system's, so a killed worker's cell is free again, and two runners on one directory share the work instead of
+A study is a list of tasks: prepared models, then trials, then cells; a task waits for those that it needs. Workers are
+processes of their own; each takes the next task that is ready and neither done nor held. The lock is the operating
+system's, so a killed worker's task is free again, and two runners on one directory share the work instead of
 spoiling it. This module needs no torch: only the workers do.
 """
 
@@ -21,12 +24,12 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-from decondense.config import ConfigError, StudyConfig
+from decondense.config import ArmConfig, ConfigError, StudyConfig
 from decondense.corpora.packed import PackedCorpus, load, prepare
 from decondense.evaluate import check_benchmarks
-from decondense.records import RecordError, Row, atomic_write, read_rows, write_rows
+from decondense.records import RecordError, Row, atomic_write, make_row, read_rows, terminal_row, write_rows
 
 _POLL_SECONDS = 0.5
 
@@ -37,15 +40,17 @@ class StudyFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class CellState:
-    """Progress of one cell, as far as its rows tell."""
+    """Progress of one task, as far as its rows tell."""
 
     arm: str
+    """The arm; for a model that is trained first ``prepared NAME``, for a trial the arm and its rate."""
     seed: int
     step: int
     steps: int
     loss: float | None
     status: str
     """``waiting``, ``running``, ``finished`` or ``failed``."""
+    kind: Literal["prepared", "trial", "cell"] = "cell"
 
 
 class Watcher(Protocol):
@@ -74,6 +79,170 @@ def cell_folder(out: Path, arm: str, seed: int) -> Path:
 def plan(study: StudyConfig) -> list[tuple[str, int]]:
     """The cells (arm, seed) in the order in which they are taken: pair by pair, so that pairs are complete early."""
     return [(arm.name, seed) for seed in study.seeds for arm in study.arms]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training run of a study's directory, and what must be done before it."""
+
+    kind: Literal["prepared", "trial", "cell"]
+    name: str
+    """How progress and messages call it."""
+    study: StudyConfig
+    """Whose run it is: the study itself, or for a prepared model or a trial the small study made for it."""
+    arm: str
+    seed: int
+    folder: Path
+    needs: tuple[Path, ...] = ()
+    """Folders of the tasks that must have ended."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return 0 if self.study.arm(self.arm).untrained else self.study.train.steps
+
+
+def prepared_folder(out: Path, name: str) -> Path:
+    """Folder of a prepared model's run; the model itself lies in ``final`` below it."""
+    return out / "prepared" / name
+
+
+def trial_folder(out: Path, arm: str, rate: float) -> Path:
+    """Folder of a trial."""
+    return out / "sweep" / arm / f"{rate:g}"
+
+
+def _prepared_study(study: StudyConfig, name: str) -> StudyConfig:
+    entry = study.prepared[name]
+    return StudyConfig.parse(
+        {
+            "name": f"{study.name}.prepared.{name}",
+            "title": f"{name}, trained first for {study.title}",
+            "question": study.question,
+            "scale": study.scale,
+            "baseline": "cross-entropy",
+            "arms": [{"name": "cross-entropy"}],
+            "seeds": [entry.seed],
+            "model": entry.model.model_dump(),
+            "corpus": study.corpus.model_dump(),
+            "train": entry.train.model_dump(),
+            "evaluate": {**study.evaluate.model_dump(), "tasks": ()},
+        },
+        where=f"prepared.{name}",
+    )
+
+
+def _trial_study(study: StudyConfig, arm: ArmConfig, rate: float) -> StudyConfig:
+    assert study.sweep is not None
+    train = study.train.model_copy(update={"steps": study.sweep.steps or study.train.steps, "learning_rate": rate})
+    # only the end is looked at, on documents that the comparison does not score
+    evaluate = study.evaluate.model_copy(update={"points": (1.0,), "held_out_part": "tuning", "tasks": ()})
+    return study.model_copy(
+        update={
+            "name": f"{study.name}.sweep.{arm.name}",
+            "baseline": arm.name,
+            "arms": (arm.model_copy(update={"learning_rate": rate}),),
+            "seeds": (study.sweep.seed,),
+            "train": train,
+            "evaluate": evaluate,
+            "sweep": None,
+        }
+    )
+
+
+def tasks(study: StudyConfig, out: Path) -> list[Task]:
+    """Everything a study trains, in the order in which it is taken."""
+    found = []
+    for name in study.prepared:
+        own = _prepared_study(study, name)
+        found.append(
+            Task("prepared", f"prepared {name}", own, "cross-entropy", own.seeds[0], prepared_folder(out, name))
+        )
+    needs = {arm.name: [prepared_folder(out, name) for name in _prepared_of(study, arm)] for arm in study.arms}
+    for arm in study.arms:
+        if study.sweep is not None and study.swept(arm):
+            for rate in study.sweep.learning_rates:
+                folder = trial_folder(out, arm.name, rate)
+                own = _trial_study(study, arm, rate)
+                name = f"{arm.name} at rate {rate:g}"
+                found.append(Task("trial", name, own, arm.name, own.seeds[0], folder, tuple(needs[arm.name])))
+    for arm in study.arms:
+        if study.sweep is not None and study.swept(arm):
+            needs[arm.name] += [trial_folder(out, arm.name, rate) for rate in study.sweep.learning_rates]
+    for name, seed in plan(study):
+        found.append(Task("cell", name, study, name, seed, cell_folder(out, name, seed), tuple(needs[name])))
+    return found
+
+
+def _prepared_of(study: StudyConfig, arm: ArmConfig) -> list[str]:
+    wanted = [study.model_of(arm).prepared, arm.distillation.prepared if arm.distillation else None]
+    return [name for name in wanted if name is not None]
+
+
+def prepared_models(study: StudyConfig, out: Path) -> dict[str, Path]:
+    """Directories of the prepared models, by name."""
+    return {name: prepared_folder(out, name) / "final" for name in study.prepared}
+
+
+def task_end(folder: Path) -> Row | None:
+    """The terminal row of a task, or None while there is work left."""
+    path = folder / "rows.jsonl"
+    return terminal_row(read_rows(path, check=False)) if path.exists() else None
+
+
+def trial_rows(study: StudyConfig, out: Path) -> list[Row]:
+    """One row for each trial that has ended; the arm's best is marked once all of them have."""
+    found = []
+    for arm in study.arms:
+        if study.sweep is None or not study.swept(arm):
+            continue
+        ends = {rate: task_end(trial_folder(out, arm.name, rate)) for rate in study.sweep.learning_rates}
+        values = {rate: _tuning_loss(trial_folder(out, arm.name, rate)) for rate, end in ends.items() if end}
+        chosen = _best(values) if len(values) == len(ends) else None
+        for rate, end in ends.items():
+            if end is not None:
+                found.append(
+                    make_row(
+                        "trial",
+                        study=study.name,
+                        study_fingerprint=study.fingerprint(),
+                        arm=arm.name,
+                        seed=study.sweep.seed,
+                        status=end["status"],
+                        learning_rate=rate,
+                        steps=end["steps"],
+                        value=values[rate],
+                        chosen=rate == chosen,
+                        error=end["error"],
+                        timing=end["timing"],
+                        provenance=end["provenance"],
+                    )
+                )
+    return found
+
+
+def _tuning_loss(folder: Path) -> float | None:
+    rows = read_rows(folder / "rows.jsonl", check=False)
+    end = terminal_row(rows)
+    if end is None or end["status"] == "failed":
+        return None
+    scores = [row for row in rows if row["kind"] == "eval" and row["step"] == end["steps"]]
+    return float(scores[-1]["value"])
+
+
+def _best(values: dict[float, float | None]) -> float:
+    losses = {rate: value for rate, value in values.items() if value is not None}
+    # where every rate failed, the least one is left to say so in the comparison
+    return min(losses, key=losses.__getitem__) if losses else min(values)
+
+
+def resolved_arm(study: StudyConfig, arm: str, out: Path) -> ArmConfig:
+    """The arm with the learning rate that its trials chose; they must have ended."""
+    found = study.arm(arm)
+    if study.sweep is None or not study.swept(found):
+        return found
+    values = {rate: _tuning_loss(trial_folder(out, arm, rate)) for rate in study.sweep.learning_rates}
+    return found.model_copy(update={"learning_rate": _best(values)})
 
 
 def open_directory(study: StudyConfig, out: Path, *, resume: bool = False) -> StudyConfig:
@@ -133,8 +302,8 @@ def opened_corpus(out: Path) -> PackedCorpus:
 
 
 def collect(study: StudyConfig, out: Path) -> list[Row]:
-    """The rows of all cells in the order of the plan; cells without rows contribute none."""
-    rows: list[Row] = []
+    """The rows of all trials and cells in the order of the plan; what has none contributes none."""
+    rows = trial_rows(study, out)
     for arm, seed in plan(study):
         path = cell_folder(out, arm, seed) / "rows.jsonl"
         if path.exists():
@@ -142,36 +311,66 @@ def collect(study: StudyConfig, out: Path) -> list[Row]:
     return rows
 
 
-def states(study: StudyConfig, out: Path) -> list[CellState]:
-    """Where every cell is, read from its rows."""
+def states(
+    study: StudyConfig, out: Path, seen: dict[Path, tuple[tuple[int, int], CellState]] | None = None
+) -> list[CellState]:
+    """Where every task is, read from its rows.
+
+    Args:
+        study: the study.
+        out: its directory.
+        seen: what an earlier call found, by file; a file that has not changed is not read again.
+    """
     found = []
-    for arm, seed in plan(study):
-        path = cell_folder(out, arm, seed) / "rows.jsonl"
+    for task in tasks(study, out):
+        path = task.folder / "rows.jsonl"
         try:
-            rows = read_rows(path, check=False) if path.exists() else []
-        except RecordError:  # replaced while being read
-            rows = []
-        status, step, loss = "waiting", 0, None
-        for row in rows:
-            if row["kind"] == "run":
-                status = row["status"] if row["status"] in ("finished", "failed") else "running"
-            elif row["kind"] == "step":
-                step, loss = row["step"], row["loss"]
-        found.append(CellState(arm, seed, step, study.train.steps, loss, status))
+            status = path.stat()
+            mark = (status.st_mtime_ns, status.st_size)
+        except OSError:
+            mark = (0, 0)
+        if seen is not None and path in seen and seen[path][0] == mark:
+            found.append(seen[path][1])
+            continue
+        state = _state(task, path)
+        if seen is not None:
+            seen[path] = (mark, state)
+        found.append(state)
     return found
 
 
+def _state(task: Task, path: Path) -> CellState:
+    try:
+        rows = read_rows(path, check=False) if path.exists() else []
+    except RecordError:  # replaced while being read
+        rows = []
+    status, step, loss = "waiting", 0, None
+    for row in rows:
+        if row["kind"] == "run":
+            status = row["status"] if row["status"] in ("finished", "failed") else "running"
+        elif row["kind"] == "step":
+            step, loss = row["step"], row["loss"]
+    return CellState(task.name, task.seed, step, task.steps, loss, status, task.kind)
+
+
 def default_workers(study: StudyConfig) -> int:
-    """As many CPU runs side by side as there are cores for their threads; one on a machine with a GPU."""
-    if _has_gpu():
-        return 1
+    """One run a GPU; without any, as many side by side as there are cores for their threads."""
+    if gpus := visible_gpus():
+        return len(gpus)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores // (study.train.threads or cores), len(plan(study))))
 
 
-def _has_gpu() -> bool:
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that CUDA_VISIBLE_DEVICES leaves to this process."""
     # asked of the driver's own files: importing torch for it would cost this process seconds
-    return any(Path("/dev").glob("nvidia[0-9]*"))
+    there = sorted(Path("/dev").glob("nvidia[0-9]*"))
+    if not there:
+        return []
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return [str(number) for number in range(len(there))]
+    return [name.strip() for name in chosen.split(",") if name.strip() and name.strip() != "-1"]
 
 
 def run_study(
@@ -202,12 +401,18 @@ def run_study(
     """
     out = Path(out)
     watcher = watcher or _Silent()
+    if study.launch != "study":
+        raise ConfigError(
+            f"{study.name} at scale {study.scale} is too large for this runner: --dry-run prints the commands that run "
+            f"it with {study.launch}."
+        )
     check_benchmarks(study.evaluate)
     study = open_directory(study, out, resume=resume)
     if workers == 0:
         from decondense.studies.worker import work
 
-        study_corpus(study, out, watcher)
+        if study.measure is None:
+            study_corpus(study, out, watcher)
         work(out, retry_failed=retry_failed)
     else:
         # the workers load torch while the text is being prepared
@@ -215,7 +420,8 @@ def run_study(
         pending = [state for state in states(study, out) if state.status != "finished"]
         processes = [_start(out, index, retry_failed) for index in range(min(wanted, len(pending)))]
         try:
-            study_corpus(study, out, watcher)
+            if study.measure is None:
+                study_corpus(study, out, watcher)
             _watch(study, out, processes, watcher)
         finally:
             for process in processes:
@@ -243,18 +449,21 @@ def _start(out: Path, index: int, retry_failed: bool) -> subprocess.Popen[bytes]
     # glibc returns every large block to the kernel and faults it in again at the next step; keeping them saves a
     # small model on a CPU about a seventh of its time
     keep = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+    gpus = visible_gpus()
+    own = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
     with log.open("ab") as handle:
         return subprocess.Popen(
-            command, stdout=handle, stderr=handle, stdin=subprocess.DEVNULL, env={**keep, **os.environ}
+            command, stdout=handle, stderr=handle, stdin=subprocess.DEVNULL, env={**keep, **os.environ, **own}
         )
 
 
 def _watch(study: StudyConfig, out: Path, processes: Iterable[subprocess.Popen[bytes]], watcher: Watcher) -> None:
     ended = -1
     alive = list(processes)
+    seen: dict[Path, tuple[tuple[int, int], CellState]] = {}
     while alive:
         alive = [process for process in alive if process.poll() is None]
-        now = states(study, out)
+        now = states(study, out, seen)
         watcher.cells(now)
         finished = sum(state.status in ("finished", "failed") for state in now)
         if finished != ended:

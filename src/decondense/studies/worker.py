@@ -1,4 +1,4 @@
-"""A worker process: takes the cells of a study directory one after the other until none is left to take."""
+"""A worker process: takes the tasks of a study directory one after the other until none is left to take."""
 
 from __future__ import annotations
 
@@ -6,45 +6,110 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from decondense.config import StudyConfig
-from decondense.studies.runner import cell_folder, opened_corpus, plan
+from decondense.records import Row, make_row, write_rows
+from decondense.studies.runner import Task, opened_corpus, prepared_models, resolved_arm, task_end, tasks
+
+if TYPE_CHECKING:
+    from decondense.corpora.packed import PackedCorpus
+
+
+def run_task(
+    study: StudyConfig,
+    task: Task,
+    corpus: PackedCorpus | None,
+    out: Path,
+    *,
+    retry_failed: bool = False,
+    watch: Callable[[], None] | None = None,
+) -> Row:
+    """Train one task of a study, from where it was left, and return its terminal row.
+
+    Raises:
+        CellBusy: another process holds it.
+        ConfigError: it cannot be run here.
+    """
+    from decondense.training.hf import measure_cell, run_cell
+
+    if study.measure is not None:
+        return measure_cell(study, study.arm(task.arm), task.seed, task.folder, watch or (lambda: None))
+    assert corpus is not None
+    for name, path in prepared_models(study, out).items():
+        ended = task_end(path.parent) if path.parent in task.needs else None
+        if ended is not None and ended["status"] == "failed":
+            return _cannot_start(task, f"it needs the prepared model {name!r}, whose training failed: {ended['error']}")
+    arm = resolved_arm(study, task.arm, out) if task.kind == "cell" else task.study.arm(task.arm)
+    return run_cell(
+        task.study,
+        arm,
+        task.seed,
+        corpus,
+        task.folder,
+        retry_failed=retry_failed,
+        watch=watch,
+        prepared=prepared_models(study, out),
+    )
+
+
+def _cannot_start(task: Task, reason: str) -> Row:
+    """A failure is a row: the other arms go on."""
+    row = make_row(
+        "run",
+        study=task.study.name,
+        study_fingerprint=task.study.fingerprint(),
+        arm=task.arm,
+        seed=task.seed,
+        status="failed",
+        config=task.study.model_dump(mode="json"),
+        steps=task.steps,
+        error=reason,
+    )
+    write_rows(task.folder / "rows.jsonl", [row])
+    return row
 
 
 def work(out: Path, *, retry_failed: bool = False, parent: int | None = None) -> None:
-    """Train every cell of the study in ``out`` that nobody else trains, and return when all of them are done.
+    """Run every task of the study in ``out`` that nobody else runs, and return when all of them are done.
 
     Args:
         out: directory with ``study.yaml`` and ``corpus.json``.
-        retry_failed: start failed cells again.
+        retry_failed: start failed tasks again.
         parent: process that must be alive for the work to go on; None: nobody.
     """
-    from decondense.training.hf import CellBusy, run_cell
+    from decondense.training.hf import CellBusy
 
     def watch() -> None:
         if parent is not None and os.getppid() != parent:
             raise SystemExit("the process that started this worker is gone; stopping where the run can be resumed.")
 
-    while not (out / "corpus.json").exists():  # the parent is still preparing the text
+    study = StudyConfig.from_yaml(out / "study.yaml")
+    while study.measure is None and not (out / "corpus.json").exists():  # the parent is still preparing the text
         watch()
         time.sleep(0.1)
-    study = StudyConfig.from_yaml(out / "study.yaml")
-    corpus = opened_corpus(out)
-    left = plan(study)
+    corpus = None if study.measure is not None else opened_corpus(out)
+    left = tasks(study, out)
+    ended: set[Path] = set()
     while left:
-        busy = []
-        for arm, seed in left:
-            folder = cell_folder(out, arm, seed)
+        waiting = []
+        for task in left:
+            ended |= {folder for folder in task.needs if folder not in ended and task_end(folder) is not None}
+            if not ended.issuperset(task.needs):
+                waiting.append(task)
+                continue
             try:
-                run_cell(study, study.arm(arm), seed, corpus, folder, retry_failed=retry_failed, watch=watch)
+                run_task(study, task, corpus, out, retry_failed=retry_failed, watch=watch)
+                ended.add(task.folder)
             except CellBusy:
-                busy.append((arm, seed))
-        # a cell that another process holds ends there, or is left behind by it when it dies: look again later
-        if len(busy) == len(left):
+                waiting.append(task)
+        # a task that another process holds ends there, or is left behind by it when it dies: look again later
+        if len(waiting) == len(left):
             watch()
             time.sleep(0.5)
-        left = busy
+        left = waiting
 
 
 def main() -> int:

@@ -138,8 +138,11 @@ class Teacher:
         self.config = config
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         try:
-            theirs = AutoTokenizer.from_pretrained(config.teacher)
-            teacher = AutoModelForCausalLM.from_pretrained(config.teacher, use_safetensors=True, dtype=dtype)
+            revision = config.revision or "main"
+            theirs = AutoTokenizer.from_pretrained(config.teacher, revision=revision)
+            teacher = AutoModelForCausalLM.from_pretrained(
+                config.teacher, revision=revision, use_safetensors=True, dtype=dtype
+            )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"distillation.teacher {config.teacher!r} cannot be loaded: {reason}") from error

@@ -21,7 +21,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -44,12 +45,14 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from decondense.config import ArmConfig, ConfigError, ModelConfig, StudyConfig, TrainConfig, suggest
+from decondense.config import ArmConfig, ConfigError, LoraConfig, ModelConfig, StudyConfig, TrainConfig, suggest
 from decondense.corpora.packed import PackedCorpus
+from decondense.corpora.passages import sample_passages
 from decondense.evaluate import benchmark_rows, held_out_loss
 from decondense.integrations.huggingface import attach_trainer
 from decondense.measuring import measure
-from decondense.records import Row, append_rows, make_row, provenance, read_rows, write_rows
+from decondense.measuring.loading import load_model
+from decondense.records import Row, append_rows, make_row, provenance, read_rows, terminal_row, write_rows
 from decondense.seeding import hash_parameters, seed_everything
 from decondense.training.baselines import ActiveForgetting, NoisyEmbedding, Teacher, own_group, split_schedule
 
@@ -58,8 +61,6 @@ if TYPE_CHECKING:
 
 COMPLETE = "COMPLETE"
 """Name of the file that makes a checkpoint one to go on from."""
-
-_TERMINAL = ("finished", "failed")
 
 
 class CellBusy(RuntimeError):
@@ -79,7 +80,7 @@ def build_model(config: ModelConfig, vocabulary: int, positions: int, end_token:
     """The model that an arm starts from; the caller seeds the global generators first.
 
     Args:
-        config: architecture and overrides, or a pretrained start.
+        config: architecture and overrides, or a pretrained start; with adapters where it says so.
         vocabulary: entries of the tokenizer.
         positions: tokens of a training sequence.
         end_token: id of the end-of-text token.
@@ -89,7 +90,9 @@ def build_model(config: ModelConfig, vocabulary: int, positions: int, end_token:
     """
     if config.start is not None:
         try:
-            model = AutoModelForCausalLM.from_pretrained(config.start, use_safetensors=True, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(
+                config.start, revision=config.revision or "main", use_safetensors=True, dtype=torch.float32
+            )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
@@ -141,7 +144,32 @@ def build_model(config: ModelConfig, vocabulary: int, positions: int, end_token:
     # by (T - 1) / T
     model.loss_type = "ForCausalLM"
     model.config.use_cache = False
-    return model
+    return model if config.lora is None else _with_adapters(model, config.lora)
+
+
+def _with_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("model.lora needs the package peft: pip install peft.") from error
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    make: Any = peft.LoraConfig  # alpha may be a fraction, whatever its annotation says
+    settings = make(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # GPT-2's layers; peft turns it round itself
+            adapted: Any = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise ConfigError(
+            f"model.lora.targets {lora.targets!r} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
+    return adapted  # type: ignore[no-any-return]
 
 
 class _OrderedSequences(Dataset[dict[str, torch.Tensor]]):
@@ -296,7 +324,7 @@ class _Recorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step == 0:
+        if state.global_step == 0 and 0 in self.due:
             self.cell.evaluate(self.model, 0)
 
     def on_step_begin(
@@ -369,12 +397,20 @@ class _Cell:
         corpus: PackedCorpus,
         folder: Path,
         watch: Callable[[], None],
+        prepared: Mapping[str, Path],
     ) -> None:
         self.study, self.arm, self.seed, self.corpus, self.folder, self.watch = study, arm, seed, corpus, folder, watch
+        self.model = study.model_of(arm)
+        if (name := self.model.prepared) is not None:
+            self.model = self.model.model_copy(update={"start": str(prepared[name])})
+        self.distillation = arm.distillation
+        if self.distillation is not None and (name := self.distillation.prepared) is not None:
+            self.distillation = self.distillation.model_copy(update={"teacher": str(prepared[name])})
         self.train = study.train.model_copy(
             update={} if arm.learning_rate is None else {"learning_rate": arm.learning_rate}
         )
         self.tokens_per_step = self.train.batch_sequences * self.train.sequence_tokens
+        self.steps = 0 if arm.untrained else self.train.steps
         self.identity: dict[str, Any] = {
             "study": study.name,
             "study_fingerprint": study.fingerprint(),
@@ -396,9 +432,8 @@ class _Cell:
         began = time.perf_counter()
         tokens = step * self.tokens_per_step
         profile = self._profile(model, step)
-        scores = held_out_loss(
-            model, self.corpus.held_out_documents(settings.validation_tokens), window=self.train.sequence_tokens
-        )
+        documents = self.corpus.held_out_documents(settings.validation_tokens, part=settings.held_out_part)
+        scores = held_out_loss(model, documents, window=self.train.sequence_tokens)
         rows = [
             make_row("profile", **self.identity, step=step, tokens=tokens, **profile),
             make_row(
@@ -414,7 +449,7 @@ class _Cell:
                 timing={"wall_s": time.perf_counter() - began},
             ),
         ]
-        if step == self.train.steps:
+        if step == self.steps:
             rows += [
                 make_row(
                     "eval_item",
@@ -447,12 +482,6 @@ class _Cell:
         return Diverged(f"step {step}: the training loss is {loss}, though the hidden states are finite.")
 
 
-def is_done(rows: list[Row]) -> Row | None:
-    """The terminal run row of a cell, or None while there is work left."""
-    ended = [row for row in rows if row["kind"] == "run" and row["status"] in _TERMINAL]
-    return ended[-1] if ended else None
-
-
 @contextlib.contextmanager
 def _claim(folder: Path) -> Iterator[None]:
     """Own the cell while the block runs. The lock is the operating system's: it goes when the process does."""
@@ -483,17 +512,19 @@ def run_cell(
     *,
     retry_failed: bool = False,
     watch: Callable[[], None] | None = None,
+    prepared: Mapping[str, Path] | None = None,
 ) -> Row:
     """Train one arm with one seed, from where it was left, and return its terminal run row.
 
     Args:
         study: the whole study; its fingerprint goes into every row.
-        arm: one of the study's arms.
+        arm: one of the study's arms, with the learning rate that the sweep chose for it.
         seed: one of the study's seeds: it alone decides the initial weights and the order of the data.
         corpus: the prepared text.
         folder: the cell's own folder.
         retry_failed: start a failed cell again instead of returning its row.
         watch: called whenever rows are written; it may raise to stop the run where it can be resumed.
+        prepared: directories of the study's prepared models, by name.
 
     Raises:
         CellBusy: another process holds the cell.
@@ -503,14 +534,14 @@ def run_cell(
     with contextlib.ExitStack() as stack:
         if is_main_process():
             stack.enter_context(_claim(folder))
-        cell = _Cell(study, arm, seed, corpus, folder, watch or (lambda: None))
+        cell = _Cell(study, arm, seed, corpus, folder, watch or (lambda: None), prepared or {})
         rows = read_rows(cell.rows_path) if cell.rows_path.exists() else []
         foreign = [row for row in rows if any(row[key] != value for key, value in cell.identity.items())]
         if foreign:
             raise ConfigError(
                 f"{cell.rows_path} holds rows of another run ({foreign[0]['study']!r}); choose another directory."
             )
-        ended = is_done(rows)
+        ended = terminal_row(rows)
         if ended is not None and not (retry_failed and ended["status"] == "failed"):
             return ended
         if ended is not None:
@@ -528,12 +559,15 @@ def run_cell(
                 **cell.identity,
                 status="failed",
                 config=study.model_dump(mode="json"),
-                steps=cell.train.steps,
+                steps=cell.steps,
+                learning_rate=None if arm.untrained else cell.train.learning_rate,
                 error=reason,
                 provenance=provenance(device=_device_name()),
             )
         cell.write(*cell.benchmarks, row)
         _discard_checkpoints(folder)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # what comes next reads these rows on every rank
         return row
 
 
@@ -541,8 +575,10 @@ def _train(cell: _Cell, rows: list[Row]) -> Row:
     study, folder, train = cell.study, cell.folder, cell.train
     tokenizer = cell.corpus.tokenizer()
     seed_everything(cell.seed, "initial weights")
-    model = build_model(study.model, cell.corpus.vocabulary, train.sequence_tokens, tokenizer.eos_token_id)
+    model = build_model(cell.model, cell.corpus.vocabulary, train.sequence_tokens, tokenizer.eos_token_id)
     init_hash = hash_parameters(model)
+    if cell.arm.untrained:
+        return _as_it_is(cell, model, tokenizer, init_hash)
     order = cell.corpus.order(cell.seed, train.steps * train.batch_sequences, train.sequence_tokens)
     order_hash = cell.corpus.order_hash(order, train.sequence_tokens)
     described: dict[str, Any] = {
@@ -554,7 +590,10 @@ def _train(cell: _Cell, rows: list[Row]) -> Row:
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": train.steps,
         "tokens": train.steps * cell.tokens_per_step,
+        "learning_rate": train.learning_rate,
     }
+    if cell.model.lora is not None and train.fsdp and world_size() > 1:
+        raise ConfigError("train.fsdp with model.lora is not supported; adapters are small, use DDP (fsdp: false).")
     resume = _prepare_rows(cell, rows, described)
 
     seed_everything(cell.seed, "training")
@@ -572,15 +611,22 @@ def _train(cell: _Cell, rows: list[Row]) -> Row:
         rank = int(os.environ.get("RANK", "0"))
         trainer.add_callback(NoisyEmbedding(model, cell.arm.noisy_embedding, cell.seed, rank))
     if cell.arm.active_forgetting is not None:
+        if cell.model.lora is not None:
+            raise ConfigError(
+                f"arm {cell.arm.name!r}: active forgetting trains the input embedding, which model.lora freezes; "
+                "use one of them."
+            )
         trainer.forgetting = ActiveForgetting(model, cell.arm.active_forgetting, cell.seed)
         trainer.add_callback(trainer.forgetting)
-    if cell.arm.distillation is not None:
-        trainer.teacher = Teacher(cell.arm.distillation, tokenizer)
+    if cell.distillation is not None:
+        trainer.teacher = Teacher(cell.distillation, tokenizer)
     handle: DispersionHandle | None = None
     if cell.arm.dispersion is not None:
         handle = attach_trainer(trainer, config=cell.arm.dispersion)
     recorder = _Recorder(cell, trainer, model)
     trainer.add_callback(recorder)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     with _quiet():
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -588,25 +634,11 @@ def _train(cell: _Cell, rows: list[Row]) -> Row:
     if handle is not None:
         handle.detach()
 
+    if cell.model.lora is not None:
+        model = model.merge_and_unload()  # type: ignore[operator]
     trained = _whole_state(model)
     final_hash = hash_parameters(trained)  # before saving, which empties the dictionary as it goes
-    if is_main_process():
-        final = folder / "final"
-        staging = folder / ".final"
-        shutil.rmtree(staging, ignore_errors=True)
-        with _quiet():
-            model.save_pretrained(staging, state_dict=trained)  # safetensors
-            tokenizer.save_pretrained(staging)
-        shutil.rmtree(final, ignore_errors=True)
-        staging.rename(final)
-        cell.benchmarks = benchmark_rows(
-            final,
-            study.evaluate,
-            {**cell.identity, "step": train.steps, "tokens": train.steps * cell.tokens_per_step},
-            folder / "benchmarks",
-            threads=train.threads,
-            progress=lambda *_: cell.watch(),
-        )
+    _keep(cell, model, tokenizer, trained)
     resumed = [row["timing"]["from_step"] for row in rows if row["kind"] == "run" and row["status"] == "resumed"]
     if resume is not None:
         resumed.append(int(resume.name.rsplit("-", 1)[1]))
@@ -623,10 +655,116 @@ def _train(cell: _Cell, rows: list[Row]) -> Row:
             "step_wall_ms": 1e3 * median(recorder.step_wall) if recorder.step_wall else None,
             "step_cpu_ms": 1e3 * median(recorder.step_cpu) if recorder.step_cpu else None,
             "peak_rss_bytes": _peak_rss(),
+            **_peak_cuda(),
             "resumed_from_steps": resumed,
         },
         provenance=provenance(device=_device_name(), threads=torch.get_num_threads(), world_size=world_size()),
     )
+
+
+def _as_it_is(cell: _Cell, model: PreTrainedModel, tokenizer: Any, init_hash: str) -> Row:
+    """The arm that is not trained: its start, evaluated and kept like a trained model."""
+    if is_main_process():
+        write_rows(cell.rows_path, [])  # half an evaluation is done again as a whole
+    described: dict[str, Any] = {
+        **cell.identity,
+        "config": cell.study.model_dump(mode="json"),
+        "init_hash": init_hash,
+        "corpus_hash": cell.corpus.content_hash,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": 0,
+        "tokens": 0,
+    }
+    cell.write(make_row("run", **described, status="started", provenance=provenance(device=_device_name())))
+    if torch.cuda.is_available():
+        model.to("cuda")  # type: ignore[arg-type]
+    cell.evaluate(model, 0)
+    if cell.model.lora is not None:
+        model = model.merge_and_unload()  # type: ignore[operator]
+    _keep(cell, model, tokenizer, model.state_dict())
+    return make_row(
+        "run",
+        **described,
+        status="finished",
+        final_hash=init_hash,
+        provenance=provenance(device=_device_name(), threads=torch.get_num_threads(), world_size=world_size()),
+    )
+
+
+def _keep(cell: _Cell, model: PreTrainedModel, tokenizer: Any, trained: dict[str, Any]) -> None:
+    """Write ``final/`` in one move, and score the study's benchmarks on it."""
+    if not is_main_process() or cell.study.evaluate.held_out_part == "tuning":
+        return  # a trial has said all it is for
+    final, staging = cell.folder / "final", cell.folder / ".final"
+    shutil.rmtree(staging, ignore_errors=True)
+    with _quiet():
+        model.save_pretrained(staging, state_dict=trained)  # safetensors
+        tokenizer.save_pretrained(staging)
+    shutil.rmtree(final, ignore_errors=True)
+    staging.rename(final)
+    cell.benchmarks = benchmark_rows(
+        final,
+        cell.study.evaluate,
+        {**cell.identity, "step": cell.steps, "tokens": cell.steps * cell.tokens_per_step},
+        cell.folder / "benchmarks",
+        threads=cell.train.threads,
+        progress=lambda *_: cell.watch(),
+    )
+
+
+def measure_cell(study: StudyConfig, arm: ArmConfig, seed: int, folder: Path, watch: Callable[[], None]) -> Row:
+    """One start of a measured study: its condensation on passages drawn with ``seed``, as rows like any cell's.
+
+    Raises:
+        CellBusy: another process holds the cell.
+        ConfigError: the model or the text cannot be loaded.
+    """
+    assert study.measure is not None
+    settings, start = study.measure, study.model_of(arm)
+    assert start.start is not None
+    path = folder / "rows.jsonl"
+    identity = {"study": study.name, "study_fingerprint": study.fingerprint(), "arm": arm.name, "seed": seed}
+    with _claim(folder):
+        if path.exists() and (ended := terminal_row(read_rows(path))) is not None:
+            return ended
+        watch()
+        texts = sample_passages(
+            settings.dataset,
+            count=settings.passages,
+            words=settings.passage_words,
+            seed=settings.passage_seed + seed * settings.passages,  # passage r draws with seed + r
+        )
+        model, tokenizer = load_model(start.start, revision=start.revision)
+        if torch.cuda.is_available():
+            model.to("cuda")
+        profile = measure(
+            model,
+            tokenizer,
+            texts,
+            tokens=settings.tokens,
+            histograms=settings.histograms,
+            metrics=settings.metrics,
+            logits=settings.logits,
+            batch_size=settings.batch_size,
+            progress=lambda *_: watch(),
+        )
+        ended = make_row(
+            "run",
+            **identity,
+            status="finished",
+            config=study.model_dump(mode="json"),
+            parameters=sum(p.numel() for p in model.parameters()),
+            steps=0,
+            tokens=0,
+            provenance=provenance(device=_device_name()),
+        )
+        write_rows(path, [make_row("profile", **identity, step=0, tokens=0, **profile.to_row()), ended])
+        profile.save(folder / "profile", sums="averaged" in settings.histograms)
+        return ended
+
+
+def _peak_cuda() -> dict[str, int]:
+    return {"peak_cuda_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
 
 
 def _whole_state(model: PreTrainedModel) -> dict[str, Any]:
