@@ -71,8 +71,7 @@ def attach(
         final_norm: Take the last block's state after the model's final norm.
         embedding: Also disperse the input of the first block.
         gradient_ratio_every: Every so many optimizer steps, log the norm of the gradient of the added term over the
-        norm
-            of the gradient of the model's own loss. Costs two extra backward passes then.
+            norm of the gradient of the model's own loss. Costs two extra backward passes then.
         seed: Seed of the loss's own random generator (only ``pairs="grouped"`` and ``"subset"`` draw).
         **loss: Keywords of :class:`decondense.config.LossConfig`: ``form``, ``tau``, ``impl``, ``pairs``, ...
 

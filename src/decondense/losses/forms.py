@@ -135,7 +135,7 @@ def _forms() -> dict[str, FormInfo]:
             "covariance",
             r"\frac{1}{D} \sum_{a \ne b} \mathrm{Cov}_{ab}^2, "
             r"\quad \mathrm{Cov} = D \cdot \mathrm{cov}(\hat z_1 \dots \hat z_n)",
-            f"{_PARENT}, covariance (unit vectors scaled to length sqrt(D), so that the value is free of |z| and of D)",
+            f"{_PARENT}, covariance (unit vectors scaled to length sqrt(D): the value depends on no norm, nor on D)",
             "features",
             extremes="all equal: 0 (a covariance cannot see a common direction); least 0",
         ),
