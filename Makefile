@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-all check format bench figures build clean
+.PHONY: help setup demo test test-all check format bench figures docs docs-serve build clean
 
 help:
 	@echo "make demo      train with and without dispersion loss, compare, report (4 to 6 minutes on 2 cores)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-all  the default and the slow tests"
 	@echo "make bench     the benchmarks; rows go to benchmarks/results/"
 	@echo "make figures   the README's figure and every generated table, from committed rows"
+	@echo "make docs      the documentation, into site/ (docs-serve: on a local port, rebuilt on every change)"
 	@echo "make build     wheel and source distribution"
 
 setup: $(STAMP)
@@ -23,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,kernels,frameworks,eval]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,kernels,frameworks,eval,docs]"
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -36,14 +37,14 @@ test-all: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not gpu and not hub"
 
 check: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks docs/hooks
+	$(BIN)/ruff format --check src tests benchmarks docs/hooks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(STAMP)
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks docs/hooks
+	$(BIN)/ruff format src tests benchmarks docs/hooks
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_losses.py
@@ -54,9 +55,17 @@ bench: $(STAMP)
 figures: $(STAMP)
 	$(BIN)/python benchmarks/tables.py
 
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(STAMP)
+	$(BIN)/python -m mkdocs serve
+
 build: $(STAMP)
 	$(BIN)/python -m pip install --quiet build
 	$(BIN)/python -m build
 
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

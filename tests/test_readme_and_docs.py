@@ -20,15 +20,29 @@ BLOCKS = BLOCK.findall(README)
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-@pytest.mark.parametrize("number", [n for n, (language, _) in enumerate(BLOCKS) if language == "python"])
-def test_python_blocks_of_the_readme_run(number: int, tmp_path: Path) -> None:
+def run_python(text: str, folder: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", BLOCKS[number][1]],
-        cwd=tmp_path,
+        [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", text],
+        cwd=folder,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def run_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if words[0] == "make":
+        # resolving the target proves that it exists; the demo and the tests have tests of their own
+        subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], check=True, capture_output=True)
+    elif words[0] == "decondense":
+        assert main(words[1:]) == 0, capsys.readouterr().err
+    else:
+        assert words[:2] == ["pip", "install"], f"nobody tests the command {shlex.join(words)!r}"
+
+
+@pytest.mark.parametrize("number", [n for n, (language, _) in enumerate(BLOCKS) if language == "python"])
+def test_python_blocks_of_the_readme_run(number: int, tmp_path: Path) -> None:
+    run_python(BLOCKS[number][1], tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +67,11 @@ def test_every_command_of_the_readme_works(workplace: Path, monkeypatch, capsys)
     for line in sorted(lines, key=lambda line: "MODEL" in line):
         words = shlex.split(line, comments=True)
         seen.append(words[0])
-        if words[0] == "make":
-            # resolving the target proves that it exists; the demo and the tests have tests of their own
-            subprocess.run(["make", "-n", "-C", str(ROOT), *words[1:]], check=True, capture_output=True)
-        elif words[0] == "decondense":
+        if words[:2] == ["decondense", "measure"]:
             model = workplace / "mine" / "cells" / "dispersion" / "seed-0" / "final"
             words = [str(model) if word == "MODEL" else word for word in words]
-            more = ["--tokens", "32", "--passages", "4"] if words[1] == "measure" else []
-            assert main([*words[1:], *more]) == 0, capsys.readouterr().err
-        else:
-            assert words[:2] == ["pip", "install"], f"nobody tests the command {line!r}"
+            words += ["--tokens", "32", "--passages", "4"]
+        run_command(words, capsys)
     assert {"make", "decondense", "pip"} <= set(seen)
     assert (workplace / "mine" / "report.html").exists()
 
