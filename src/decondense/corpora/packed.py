@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -113,14 +113,24 @@ class PackedCorpus:
         """Training sequence ``index``."""
         return np.asarray(self.train_tokens[index * length : (index + 1) * length])
 
-    def held_out_documents(self, most_tokens: int, *, least: int = 2) -> list[tuple[str, IntArray]]:
+    def held_out_documents(
+        self, most_tokens: int, *, least: int = 2, part: Literal["validation", "tuning"] = "validation"
+    ) -> list[tuple[str, IntArray]]:
         """(identity, token ids) of held-out documents, whole, in their fixed order, up to ``most_tokens`` in all.
 
-        The last document is cut where the budget ends, so that every run scores exactly the same tokens.
+        The last document is cut where the budget ends, so that every run scores exactly the same tokens. ``tuning``
+        takes them from the end, and none that ``validation`` takes.
+
+        Raises:
+            ValueError: nothing is left for tuning.
         """
+        names = list(enumerate(self.held_out_names))
+        if part == "tuning":
+            scored = {name for name, _ in self.held_out_documents(most_tokens, least=least)}
+            names = [(number, name) for number, name in reversed(names) if name not in scored]
         found: list[tuple[str, IntArray]] = []
         left = most_tokens
-        for number, name in enumerate(self.held_out_names):
+        for number, name in names:
             ids = np.asarray(self.held_out_tokens[self.held_out_starts[number] : self.held_out_starts[number + 1]])[
                 :left
             ]
@@ -129,6 +139,11 @@ class PackedCorpus:
                 left -= len(ids)
             if left < least:
                 break
+        if not found and part == "tuning":
+            raise ValueError(
+                f"validation takes all {len(names) + len(scored)} held-out documents, so that none is left to choose "
+                "a learning rate on: give more text, a larger corpus.held_out or fewer evaluate.validation_tokens."
+            )
         return found
 
     def passages(self, count: int, tokens: int) -> IntArray:
