@@ -21,6 +21,7 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -28,7 +29,7 @@ from typing import Literal
 from decondense.records import atomic_write
 
 Progress = Callable[[str, int, int], None]
-"""Called as progress(what, done, total)."""
+"""Called as progress(what, done, total); while a total is unknown, it is one more than what is done."""
 
 # Direct and indirect dependencies with prose worth reading; fixed, so that an unrelated installed package changes
 # nothing. The order is the order of the documents before they are hashed.
@@ -68,7 +69,7 @@ class Document:
     name: str
     text: str
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of the text: equal texts have equal identities everywhere."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:16]

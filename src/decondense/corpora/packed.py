@@ -3,16 +3,25 @@ r"""Documents to token sequences: one split, one tokenizer, one order, all of th
 A corpus is prepared once into a cache directory (tokenizer, memory-mapped tokens, document boundaries, a manifest with
 the hash of each) and then read by every run. The held-out documents are chosen by the hash of their own text, so a
 document stays on its side when others are added.
+
+Preparing holds a batch of documents in memory, and beside it the identities: a text may be larger than memory. Tokens
+are appended to files in a folder of their own, which is renamed into place when everything is there.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import heapq
+import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+import warnings
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,17 +30,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from decondense.config import ConfigError, CorpusConfig
-from decondense.corpora.embedded import Document, Progress, cache_directory, python_docs
+from decondense.corpora.embedded import Document, Progress, cache_directory
+from decondense.corpora.sources import END, Source, documents_of, find_source
 from decondense.seeding import derive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-END = "<|endoftext|>"
 _TOKENIZER_TEXT = 12_000_000
 """Characters of training text the BPE merges are learnt from; more changes few of 4096 entries and costs seconds."""
-_PIECE = 4_000
-"""Characters after which an undivided text file is cut at the next paragraph."""
+_BATCH = 256
+"""Documents that are tokenised at once, and"""
+_BATCH_CHARACTERS = 2_000_000
+"""characters of them, but for a single longer document: each takes some hundred bytes on the way."""
+_STALE = 60.0
+"""Seconds after which a staging folder that no process holds is what a killed one left."""
 _RECIPE = 2  # raise when the code below would prepare other tokens from the same documents
 
 IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
@@ -170,83 +183,62 @@ def is_held_out(document: Document, share: float) -> bool:
 def prepare(config: CorpusConfig, *, cache: Path | None = None, progress: Progress | None = None) -> PackedCorpus:
     """Read, split, tokenise and pack a corpus, or find it in the cache.
 
+    A data set on the hub is named by its commit, so a corpus prepared from it is found without reading the data set
+    again. When the hub is out of reach, the corpus prepared last from the same data set is used, with a warning.
+
     Args:
         config: which text and which vocabulary.
         cache: directory of the cache; None: :func:`cache_directory`.
         progress: called as progress(what, done, total).
 
     Raises:
-        ValueError: the source does not exist, holds no text, or is too short to be split.
+        ValueError: the source does not exist, cannot be reached, holds no text, or is too short to be split.
     """
     cache = cache or cache_directory()
-    documents = read_documents(config, cache=cache, progress=progress)
+    source = find_source(config, cache=cache, progress=progress)
     ready = None if config.tokenizer is None else _load_tokenizer(config.tokenizer)
     vocabulary = config.vocabulary if ready is None else ready.backend_tokenizer.to_str()
     key = hashlib.sha256(f"recipe {_RECIPE} {vocabulary} {config.held_out}".encode())
-    for document in documents:
-        key.update(document.identity.encode())
+    for part in source.key:
+        key.update(part.encode())
+    request = key.hexdigest()[:16]
+    if source.open is not None:
+        if (found := _prepared_last(cache / "packed", request)) is not None:
+            warnings.warn(
+                f"the hub cannot be reached ({source.unreachable}); using the text prepared from {source.name} at "
+                f"revision {found.manifest['revision']}.",
+                stacklevel=2,
+            )
+            return found
+        source = source.open()
+    if source.revision is not None and not source.revision.startswith("documents:"):
+        key.update(source.revision.encode())  # documents are part of the key themselves
     path = cache / "packed" / key.hexdigest()[:16]
     if (found := load(path)) is not None:
         return found
-    train = [item for item in documents if not is_held_out(item, config.held_out)]
-    # by identity, so that a budget of held-out tokens takes a random part of the sources and not the first one
-    held_out = sorted(
-        (item for item in documents if is_held_out(item, config.held_out)), key=lambda item: item.identity
-    )
-    if not train or not held_out:
-        raise ValueError(
-            f"the text of {config.source!r} has {len(documents)} documents, too few to hold {config.held_out:.0%} "
-            f"of them out ({len(train)} to train on, {len(held_out)} held out). Give more documents: one file each, or "
-            f"separated by a line {END}."
-        )
-    return _build(path, train, held_out, ready, config, progress)
+    return _build(path, source, request, ready, config, progress)
 
 
-def read_documents(config: CorpusConfig, *, cache: Path, progress: Progress | None = None) -> list[Document]:
-    """The documents of a source, without repeats."""
-    if config.source == "python_docs":
-        documents = python_docs(config.documents, cache=cache, progress=progress)
-    else:
-        documents = list(_local(Path(config.source)))
-    unique = {item.identity: item for item in documents if item.text.strip()}
-    if not unique:
-        raise ConfigError(f"corpus.source {config.source!r} holds no text.")
-    return list(unique.values())
+def read_documents(config: CorpusConfig, *, cache: Path, progress: Progress | None = None) -> Iterator[Document]:
+    """The documents of a source in its order, without repeats, up to ``most_characters``; none is kept.
 
-
-def _local(source: Path) -> Iterable[Document]:
-    """Documents of local files: a record each, or a part of a text file each.
-
-    A text file is divided at lines ``<|endoftext|>``; one without any is a document when it stands in a directory with
-    others, and is cut between paragraphs when it is all there is, because a single document cannot be held out.
+    A source is ``python_docs``, a local file or directory of text, JSON lines or parquet, a local directory of the
+    hub's format, or a hub id. A row of a data set is a document, but for rows that are lines of articles
+    (:func:`decondense.corpora.hub.join_articles`). The document that reaches ``most_characters`` is cut there.
     """
-    from decondense.corpora.passages import read_file, text_files
-
-    if not source.exists():
-        raise ConfigError(
-            f"corpus.source {str(source)!r} is neither 'python_docs' nor an existing file or directory of text."
-        )
-    files = text_files(source)
-    for path in files:
-        rows = read_file(path)
-        if any(kind in path.suffixes for kind in (".jsonl", ".json", ".parquet")):
-            texts = rows
-        else:
-            texts = "".join(rows).split(END)
-            if len(texts) == 1 and len(files) == 1:
-                texts = _cut(rows)
-        for number, text in enumerate(texts):
-            if text.strip():
-                yield Document(f"{path.name}#{number}", text.strip())
+    return documents_of(find_source(config, cache=cache, progress=progress), config, "reading", progress)
 
 
-def _cut(paragraphs: Sequence[str]) -> list[str]:
-    pieces = [""]
-    for paragraph in paragraphs:
-        if len(pieces[-1]) >= _PIECE:
-            pieces.append("")
-        pieces[-1] += paragraph
-    return pieces
+def _prepared_last(folder: Path, request: str) -> PackedCorpus | None:
+    """The newest corpus that was prepared for a request, whatever the revision."""
+    found = []
+    for path in folder.glob("[!.]*/manifest.json"):
+        try:
+            if json.loads(path.read_text()).get("request") == request:
+                found.append((path.stat().st_mtime_ns, path.parent))
+        except (OSError, ValueError):
+            continue
+    return next((corpus for _, path in sorted(found, reverse=True) if (corpus := load(path)) is not None), None)
 
 
 def load(path: Path) -> PackedCorpus | None:
@@ -286,41 +278,49 @@ def _load_tokenizer(name: str) -> Any:
 
 
 def _build(
-    path: Path,
-    train: Sequence[Document],
-    held_out: Sequence[Document],
-    ready: Any | None,
-    config: CorpusConfig,
-    progress: Progress | None,
+    path: Path, source: Source, request: str, ready: Any | None, config: CorpusConfig, progress: Progress | None
 ) -> PackedCorpus:
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path.parent)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    held = os.open(folder, os.O_RDONLY)
     try:
+        fcntl.flock(held, fcntl.LOCK_EX)  # goes when this process goes, however it does
+        documents = documents_of(source, config, "reading" if ready is None else "tokenising", progress)
         if ready is None:
+            # read once, kept on disk: the vocabulary must be learnt before the first token is written
+            spool = folder / "text.jsonl"
+            count, sample = _spooled(documents, spool, config.held_out)
+            if not sample:
+                raise _too_few(config, 0, count)
             if progress is not None:
                 progress("learning the vocabulary", 0, 1)
-            ready = _train_tokenizer(train, config.vocabulary)
+            ready = _train_tokenizer(sample, config.vocabulary)
             if progress is not None:
                 progress("learning the vocabulary", 1, 1)
+            documents = _unspooled(spool, count, progress)
         ready.save_pretrained(folder / "tokenizer")
-        end = ready.eos_token_id
         files = sorted(f"tokenizer/{item.name}" for item in (folder / "tokenizer").iterdir())
-        for name, documents in (("train", train), ("held_out", held_out)):
-            tokens, starts = _tokenise(ready, documents, end, f"tokenising ({name.replace('_', '-')})", progress)
-            np.save(folder / f"{name}.npy", tokens)
-            np.save(folder / f"{name}_starts.npy", starts)
-            (folder / f"{name}_names.json").write_text(json.dumps([item.identity for item in documents]))
+        tally = _pack(ready, documents, folder, config.held_out)
+        if not tally.train_documents or not tally.held_out_documents:
+            raise _too_few(config, tally.train_documents, tally.held_out_documents)
+        (folder / "text.jsonl").unlink(missing_ok=True)
+        for name in ("train", "held_out"):
             files += [f"{name}.npy", f"{name}_starts.npy", f"{name}_names.json"]
         hashes = {name: _file_hash(folder / name) for name in files}
         manifest = {
             "config": config.model_dump(mode="json"),
+            "source": source.name,
+            "revision": source.revision,
+            "request": request,
             "content_hash": hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16],
             "vocabulary": len(ready),
-            "train_documents": len(train),
-            "held_out_documents": len(held_out),
+            "documents": tally.train_documents + tally.held_out_documents,
+            "train_documents": tally.train_documents,
+            "held_out_documents": tally.held_out_documents,
             "train_tokens": len(np.load(folder / "train.npy", mmap_mode="r")),
             "held_out_tokens": len(np.load(folder / "held_out.npy", mmap_mode="r")),
-            "characters": sum(len(item.text) for item in (*train, *held_out)),
+            "characters": tally.characters,
             "files": hashes,
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -335,10 +335,65 @@ def _build(
         assert prepared is not None, f"a corpus just written to {path} must load"
         return prepared
     finally:
+        os.close(held)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _train_tokenizer(documents: Sequence[Document], vocabulary: int) -> Any:
+def _too_few(config: CorpusConfig, train: int, held_out: int) -> ValueError:
+    return ValueError(
+        f"the text of {config.source!r} has {train + held_out} documents, too few to hold {config.held_out:.0%} "
+        f"of them out ({train} to train on, {held_out} held out). Give more documents: one file each, or "
+        f"separated by a line {END}{'' if config.most_characters is None else ', or raise corpus.most_characters'}."
+    )
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left: staging folders that nobody holds."""
+    for left in folder.glob(".*.*"):
+        try:
+            if time.time() - left.stat().st_mtime < _STALE:
+                continue  # its owner may be about to lock it
+            handle = os.open(left, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+        except OSError:
+            pass
+        finally:
+            os.close(handle)
+
+
+def _spooled(documents: Iterable[Document], path: Path, share: float) -> tuple[int, list[str]]:
+    """Write the texts to disk; their number, and training texts to learn the vocabulary from.
+
+    The texts are those with the least hashes, until there are enough characters: a fixed random sample.
+    """
+    chosen: list[tuple[int, str]] = []  # a heap, the greatest hash first
+    count = characters = 0
+    with path.open("w", encoding="utf-8") as stream:
+        for document in documents:
+            count += 1
+            stream.write(json.dumps(document.text) + "\n")
+            if is_held_out(document, share):
+                continue
+            heapq.heappush(chosen, (-int(document.identity[::-1], 16), document.text))
+            characters += len(document.text)
+            while characters - len(chosen[0][1]) >= _TOKENIZER_TEXT:
+                characters -= len(heapq.heappop(chosen)[1])
+    return count, [text for _, text in sorted(chosen, reverse=True)]
+
+
+def _unspooled(path: Path, count: int, progress: Progress | None) -> Iterator[Document]:
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            yield Document("", json.loads(line))
+            if progress is not None and (number % _BATCH == 0 or number == count):
+                progress("tokenising (documents)", number, count)
+
+
+def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -352,35 +407,107 @@ def _train_tokenizer(documents: Sequence[Document], vocabulary: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_sample(documents, _TOKENIZER_TEXT), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=END
     )
 
 
-def _sample(documents: Sequence[Document], characters: int) -> list[str]:
-    """Documents in the order of their hashes until there are enough characters: a fixed random sample."""
-    chosen: list[str] = []
-    for document in sorted(documents, key=lambda item: item.identity[::-1]):
-        chosen.append(document.text)
-        characters -= len(document.text)
-        if characters <= 0:
-            break
-    return chosen
+@dataclass
+class _Tally:
+    """What was packed."""
+
+    train_documents: int = 0
+    held_out_documents: int = 0
+    characters: int = 0
 
 
-def _tokenise(
-    tokenizer: Any, documents: Sequence[Document], end: int, what: str, progress: Progress | None
-) -> tuple[IntArray, IntArray]:
-    pieces: list[IntArray] = []
-    starts = [0]
-    kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    batch = 256
-    for first in range(0, len(documents), batch):
-        texts = [item.text for item in documents[first : first + batch]]
-        for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
-            pieces.append(np.asarray([*encoding.ids, end], dtype=kind))
-            starts.append(starts[-1] + len(pieces[-1]))
-        if progress is not None:
-            progress(what, min(first + batch, len(documents)), len(documents))
-    return np.concatenate(pieces), np.asarray(starts, dtype=np.int64)
+def _pack(tokenizer: Any, documents: Iterable[Document], folder: Path, share: float) -> _Tally:
+    """Write the tokens, starts and names of both splits, document by document."""
+    backend, end = tokenizer.backend_tokenizer, tokenizer.eos_token_id
+    backend.no_truncation()  # some tokenizers come with the length of their model
+    backend.no_padding()
+    kind = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    tally = _Tally()
+    held_out: list[tuple[str, int, int]] = []
+    unsorted = folder / "held_out_unsorted.npy"
+    with (
+        _GrowingArray(folder / "train.npy", kind) as tokens,
+        _GrowingArray(folder / "train_starts.npy", np.dtype(np.int64)) as starts,
+        (folder / "train_names.json").open("w") as names,
+        _GrowingArray(unsorted, kind) as held_out_tokens,
+    ):
+        starts.append(np.zeros(1, np.int64))
+        names.write("[")
+        for batch in _batches(documents):
+            texts = [document.text for document in batch]
+            for document, encoding in zip(
+                batch, backend.encode_batch_fast(texts, add_special_tokens=False), strict=True
+            ):
+                ids = np.asarray([*encoding.ids, end], dtype=kind)
+                tally.characters += len(document.text)
+                if is_held_out(document, share):
+                    held_out.append((document.identity, held_out_tokens.length, len(ids)))
+                    held_out_tokens.append(ids)
+                else:
+                    names.write(f'{", " if tally.train_documents else ""}"{document.identity}"')
+                    tally.train_documents += 1
+                    tokens.append(ids)
+                    starts.append(np.asarray([tokens.length], np.int64))
+        names.write("]")
+    tally.held_out_documents = len(held_out)
+    # by identity, so that a budget of held-out tokens takes a random part of the source and not the first one
+    held_out.sort()
+    lengths = array("q", [0, *(length for _, _, length in held_out)])
+    np.save(folder / "held_out_starts.npy", np.cumsum(lengths, dtype=np.int64))
+    (folder / "held_out_names.json").write_text(json.dumps([name for name, _, _ in held_out]))
+    with _GrowingArray(folder / "held_out.npy", kind) as tokens:
+        found = np.load(unsorted, mmap_mode="r") if held_out else np.empty(0, kind)
+        for _, begin, length in held_out:
+            tokens.append(np.asarray(found[begin : begin + length]))
+    unsorted.unlink()
+    return tally
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if len(batch) == _BATCH or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _GrowingArray:
+    """A one-dimensional ``.npy`` file that is appended to; in the end, byte for byte what ``np.save`` writes."""
+
+    def __init__(self, path: Path, kind: np.dtype[Any]) -> None:
+        self.length = 0
+        self._kind = kind
+        self._file = path.open("wb")
+        self._header = self._file.write(self._head())
+
+    def _head(self) -> bytes:
+        head = io.BytesIO()
+        described = {"descr": np.lib.format.dtype_to_descr(self._kind), "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(head, described)
+        return head.getvalue()
+
+    def append(self, values: IntArray) -> None:
+        self._file.write(values.tobytes())
+        self.length += len(values)
+
+    def __enter__(self) -> _GrowingArray:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._file:
+            head = self._head()
+            # numpy leaves room in the header for an array that grows
+            assert len(head) == self._header, "the header of a growing array must keep its length"
+            self._file.seek(0)
+            self._file.write(head)

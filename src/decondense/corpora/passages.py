@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import IO, Any, TextIO
 
 import numpy as np
 
 from decondense.config import MeasureConfig, suggest
 
 _D = MeasureConfig()
-T = TypeVar("T")
 
 EMBEDDED = "embedded"
 # name -> (hub id, configuration, field); the four text sources of the authors
@@ -35,7 +37,6 @@ DATASETS: dict[str, tuple[str, str | None, str]] = {
 }
 # a word is what NLTK's tokenizer would about take for one: punctuation marks count
 _WORD = re.compile(r"\w+(?:[-'’]\w+)*|[^\w\s]+")
-_BLANK = re.compile(r"\n\s*\n")
 _OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 _KINDS = (".txt", ".md", ".rst", ".jsonl", ".json", ".parquet")
 
@@ -138,72 +139,128 @@ def read_rows(source: str | Path | Sequence[str], *, split: str = "train", field
 
 def paragraphs(stream: TextIO | str) -> list[str]:
     """Paragraphs (separated by blank lines) of a text, each ending in a blank line of its own."""
-    text = stream if isinstance(stream, str) else stream.read()
-    return [part.strip("\n") + "\n\n" for part in _BLANK.split(text) if part.strip()]
+    return list(iterate_paragraphs(io.StringIO(stream) if isinstance(stream, str) else stream))
+
+
+def iterate_paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    """The same, one after the other; never more than one paragraph is held."""
+    found: list[str] = []
+    for number, line in enumerate(lines):
+        # a blank line separates only when there is a line end on both sides of it
+        if not number or line.strip() or not line.endswith("\n"):
+            found.append(line)
+            continue
+        if (text := "".join(found)).strip():
+            yield text.strip("\n") + "\n\n"
+        found = []
+    if (text := "".join(found)).strip():
+        yield text.strip("\n") + "\n\n"
+
+
+@dataclass
+class Position:
+    """How far a reader has come in a source."""
+
+    done: int = 0
+    total: int = 0
 
 
 def read_file(path: str | Path, *, field: str | None = None) -> list[str]:
     """Rows of one local file: paragraphs of a text file, records of a ``.jsonl``, ``.json`` or ``.parquet`` file."""
+    return list(iterate_file(path, field=field))
+
+
+def iterate_file(
+    path: str | Path, *, field: str | None = None, only_field: bool = False, position: Position | None = None
+) -> Iterator[str]:
+    """The same rows, one after the other, in bounded memory (but for ``.json``, which is one value).
+
+    Args:
+        path: the file.
+        field: field that holds the text; None: see :func:`choose_column`.
+        only_field: without ``field`` and a field ``text``, refuse to choose among several fields of strings.
+        position: its ``done`` is moved on by the bytes of the file that were read.
+    """
     path = Path(path)
     kind = _kind(path) or ".txt"
+    position = position or Position()
+    begin = position.done
     try:
         if kind == ".parquet":
             import pyarrow.parquet as parquet
 
-            table = parquet.read_table(path)
-            column = _column(table.column_names, lambda c: str(table.schema.field(c).type), field, path)
-            return [str(value) for value in table.column(column).to_pylist() if value]
-        opener = _OPENERS.get(path.suffix, open)
-        with opener(path, "rt", encoding="utf-8") as stream:
+            with parquet.ParquetFile(path) as file:
+                schema = file.schema_arrow
+                column = choose_column(schema.names, lambda c: str(schema.field(c).type), field, path, only=only_field)
+                rows = 0
+                for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                    rows += batch.num_rows
+                    position.done = begin + path.stat().st_size * rows // file.metadata.num_rows
+                    yield from (str(value) for value in batch.column(0).to_pylist() if value)
+            return
+        with path.open("rb") as raw, _OPENERS.get(path.suffix, _plain)(raw) as opened:
+            stream = io.TextIOWrapper(opened, encoding="utf-8")
             if kind not in (".jsonl", ".json"):
-                return paragraphs(stream)
-            text = stream.read()
+                rows_of_file = iterate_paragraphs(stream)
+            else:
+                rows_of_file = _records(stream, kind, field, path, only_field)
+            for row in rows_of_file:
+                position.done = begin + raw.tell()
+                yield row
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise PassageError(f"{path} cannot be read as UTF-8 text ({error}).") from error
-    return _records(text, kind, field, path)
 
 
-def _records(text: str, kind: str, field: str | None, path: Path) -> list[str]:
-    values: list[Any] = []
-    number = 0
-    try:
-        if kind == ".json":
-            loaded = json.loads(text)
-            values = loaded if isinstance(loaded, list) else [loaded]
-        else:
-            for line in text.split("\n"):
-                number += 1
-                if line.strip():
-                    values.append(json.loads(line))
-    except json.JSONDecodeError as error:
-        place = f"{path}, line {number}" if kind == ".jsonl" else str(path)
-        raise PassageError(f"{place}: no valid JSON ({error}).") from error
-    rows = []
-    for value in values:
+@contextmanager
+def _plain(raw: IO[bytes]) -> Iterator[IO[bytes]]:
+    yield raw
+
+
+def _records(stream: TextIO, kind: str, field: str | None, path: Path, only: bool) -> Iterator[str]:
+    for value in _values(stream, kind, path):
         if isinstance(value, dict):
             kinds = {name: type(entry).__name__ for name, entry in value.items()}
-            column = _column(list(value), kinds.__getitem__, field, path)
+            column = choose_column(list(value), kinds.__getitem__, field, path, only=only)
             value = value[column]
         if not isinstance(value, str):
             raise PassageError(
                 f"{path}: expected records with a text, got a {type(value).__name__}; name it: field=..."
             )
         if value:
-            rows.append(value)
-    return rows
+            yield value
 
 
-def _column(names: Sequence[str], kind_of: Callable[[str], str], field: str | None, where: object) -> str:
+def _values(stream: TextIO, kind: str, path: Path) -> Iterator[Any]:
+    place = str(path)
+    try:
+        if kind == ".json":
+            loaded = json.load(stream)
+            yield from loaded if isinstance(loaded, list) else [loaded]
+        else:
+            for number, line in enumerate(stream, 1):
+                place = f"{path}, line {number}"
+                if line.strip():
+                    yield json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PassageError(f"{place}: no valid JSON ({error}).") from error
+
+
+def choose_column(
+    names: Sequence[str], kind_of: Callable[[str], str], field: str | None, where: object, *, only: bool = False
+) -> str:
+    """The field that holds the text: the one named, else ``text``, else the first (``only``: the only) of strings."""
     if field is not None:
         if field not in names:
             raise PassageError(f"{where} has no field {field!r}.{suggest(field, names)} It has: {', '.join(names)}.")
         return field
     if "text" in names:
         return "text"
-    for name in names:
-        if kind_of(name) in ("str", "string", "large_string"):
-            return name
-    raise PassageError(f"{where} has no field of strings; it has: {', '.join(names)}.")
+    found = [name for name in names if kind_of(name) in ("str", "string", "large_string")]
+    if not found:
+        raise PassageError(f"{where} has no field of strings; it has: {', '.join(names)}.")
+    if only and len(found) > 1:
+        raise PassageError(f"{where} has several fields of strings; say which one holds the text: {', '.join(found)}.")
+    return found[0]
 
 
 def _kind(path: Path) -> str:
@@ -229,36 +286,13 @@ def _embedded() -> list[str]:
 
 
 def _hub(hub_id: str, configuration: str | None, split: str, field: str | None) -> Sequence[str]:
-    import datasets
+    from decondense.corpora import hub
 
-    label = hub_id + (f":{configuration}" if configuration else "")
-    try:
-        data = datasets.load_dataset(hub_id, configuration, split=split)
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PassageError(
-            f"the data set {label} (split {split}) cannot be loaded: {reason}. Without network, use a local file "
-            f"(--text FILE), the embedded corpus (--dataset {EMBEDDED}), or a filled cache (HF_HOME)."
-        ) from error
-    column = _column(data.column_names, lambda c: str(getattr(data.features[c], "dtype", "")), field, label)
-    return _Column(data, column)
-
-
-class _Column(Sequence[str]):
-    """One column of a data set, read row by row: wikitext-103 has 1.8 million rows."""
-
-    def __init__(self, data: Any, column: str) -> None:
-        self._data = data.select_columns([column])
-        self._column = column
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._data[index][self._column]
-
-    def __iter__(self) -> Iterator[str]:
-        return (str(row[self._column]) for row in self._data)
+    remedy = (
+        f"Without network, use a local file (--text FILE), the embedded corpus (--dataset {EMBEDDED}), or a filled "
+        "cache (HF_HOME)."
+    )
+    return hub.Column(hub.open_rows(hub.find(hub_id, configuration, split, remedy=remedy), field))
 
 
 def _named(source: Any) -> str:

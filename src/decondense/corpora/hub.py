@@ -1,0 +1,360 @@
+"""Data sets of the hub and of its format: opened, named by revision, and read row by row.
+
+A data set is a hub id ``OWNER/NAME``, a local directory that :func:`datasets.load_dataset` reads, or one that
+``save_to_disk`` wrote. It is either loaded as a whole (memory-mapped) or streamed; both give the same rows in the same
+order. Code that comes with a data set is never run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from decondense.config import suggest
+from decondense.corpora.passages import PassageError, choose_column
+
+TIMEOUT = 10.0
+"""Seconds after which a hub that does not answer counts as out of reach."""
+_HEAD = 1000
+"""Rows looked at to tell documents from the lines of documents."""
+_BATCH = 64  # rows fetched at once: they may be whole books
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_SPLIT_NAME = re.compile(r"(train|test|validation|valid|dev|eval)(?![A-Za-z])")
+_SPLIT_KINDS = frozenset({".jsonl", ".json", ".parquet", ".csv", ".arrow"})
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# an article's heading in WikiText; those of its sections have two and more signs on each side
+_TITLE = re.compile(r" ?= (?!=)\S(.*\S)?(?<!=) = ?\n?")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form ``OWNER/NAME`` and not the suffix of a text file."""
+    return _ID.fullmatch(name) is not None and Path(name).suffix not in (".txt", ".md", *_SPLIT_KINDS)
+
+
+def is_hub_directory(path: Path) -> bool:
+    """Whether a directory is a data set in the hub's format rather than a collection of text files.
+
+    It is when ``save_to_disk`` wrote it, when its README.md declares ``configs`` or ``dataset_info``, or when one of
+    its JSON, parquet, CSV or Arrow files, or a folder with such files, is named after a split (``train.jsonl``,
+    ``data/train-00000-of-00002.parquet``, ``test/0.json``).
+    """
+    if not path.is_dir():
+        return False
+    if _saved(path) or {"configs", "dataset_info"} & _card(path).keys():
+        return True
+    return any(
+        _SPLIT_KINDS & set(file.suffixes[-2:]) and any(map(_SPLIT_NAME.match, file.relative_to(path).parts))
+        for file in data_files(path)
+    )
+
+
+def _saved(path: Path) -> bool:
+    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+
+
+def _card(path: Path) -> dict[str, Any]:
+    """What the data set's README.md declares in its first lines."""
+    try:
+        text = (path / "README.md").read_text(encoding="utf-8")
+        front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+        found = yaml.safe_load(front.group(1)) if front else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def data_files(path: Path) -> list[Path]:
+    """The files below a directory without the hidden ones, sorted."""
+    return sorted(
+        file
+        for file in path.rglob("*")
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+
+
+def files_hash(files: Iterable[Path], root: Path) -> str:
+    """Names and contents of files as a revision, ``files:`` and 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for file in files:
+        content = hashlib.sha256()
+        with file.open("rb") as handle:
+            while block := handle.read(1 << 20):
+                content.update(block)
+        digest.update(f"{file.relative_to(root).as_posix()}\0{content.hexdigest()}\n".encode())
+    return f"files:{digest.hexdigest()[:16]}"
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A data set whose revision is known as far as it can be, not yet opened."""
+
+    name: str
+    subset: str | None
+    split: str
+    revision: str | None
+    """Commit on the hub, or the hash of local files; None: the hub is out of reach."""
+    unreachable: str | None
+    """Why the hub is out of reach."""
+    remedy: str
+    """What a message says about doing without the network."""
+
+    @property
+    def local(self) -> bool:
+        """Whether the data set is a directory."""
+        return Path(self.name).exists()
+
+    @property
+    def label(self) -> str:
+        """The data set in messages."""
+        return self.name + (f":{self.subset}" if self.subset else "")
+
+
+@dataclass(frozen=True)
+class HubRows:
+    """One column of text of an opened data set."""
+
+    data: Any
+    column: str
+    revision: str
+    count: int | None
+    """Rows of the split; None: a stream that does not say."""
+
+    def __iter__(self) -> Iterator[str]:
+        for batch in self.data.iter(batch_size=_BATCH):
+            for value in batch[self.column]:
+                yield value or ""
+
+
+class Column(Sequence[str]):
+    """The rows of a data set that was loaded as a whole, fetched one by one: wikitext-103 has 1.8 million."""
+
+    def __init__(self, rows: HubRows) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows.data)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows.data[index][self._rows.column]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+
+def find(name: str, subset: str | None, split: str, *, remedy: str) -> HubSource:
+    """Name the revision of a data set without reading it.
+
+    Raises:
+        PassageError: the hub answers that it has no such data set.
+    """
+    path = Path(name)
+    if path.exists():
+        return HubSource(name, subset, split, files_hash(data_files(path), path), None, remedy)
+    revision, reason = _commit(name)
+    return HubSource(name, subset, split, revision, reason, remedy)
+
+
+def open_rows(source: HubSource, field: str | None, *, streaming: bool = False, only_field: bool = False) -> HubRows:
+    """Open a data set: the hub's, or, when the hub is out of reach, what the library's cache holds of it.
+
+    Args:
+        source: from :func:`find`.
+        field: column that holds the text; None: see :func:`~decondense.corpora.passages.choose_column`.
+        streaming: read rows one by one over the network instead of downloading the data set first.
+        only_field: without ``field`` and a column ``text``, refuse to choose among several columns of strings.
+
+    Raises:
+        PassageError: the data set cannot be reached, or has no such subset, split or field.
+    """
+    data = _from_disk(source) if source.local and _saved(Path(source.name)) else _load(source, streaming)
+    features = data.features
+    if features is None:  # a stream whose files declare no types: the first row tells
+        first = next(iter(data), None)
+        if first is None:
+            raise PassageError(f"{source.label} has no rows in its split {source.split!r}.")
+        kinds = {name: type(value).__name__ for name, value in first.items()}
+    else:
+        kinds = {name: str(getattr(kind, "dtype", type(kind).__name__)) for name, kind in features.items()}
+    column = choose_column(list(kinds), kinds.__getitem__, field, source.label, only=only_field)
+    if "str" not in kinds[column]:
+        others = [name for name, kind in kinds.items() if "str" in kind]
+        raise PassageError(
+            f"field {column!r} of {source.label} holds {kinds[column]} and no text; fields of strings: "
+            f"{', '.join(others) or 'none'}."
+        )
+    count = getattr(data, "num_rows", None)
+    if count is None and (known := (data.info.splits or {}).get(source.split)) is not None:
+        count = known.num_examples or None
+    return HubRows(data.select_columns([column]), column, source.revision or _fingerprint(data), count)
+
+
+def _fingerprint(data: Any) -> str:
+    """Revision of a data set out of the library's cache: its folder is named after the commit."""
+    for file in getattr(data, "cache_files", None) or ():
+        if _COMMIT.fullmatch(folder := Path(file["filename"]).parent.name):
+            return folder
+    return f"fingerprint:{data._fingerprint}"
+
+
+def _commit(name: str) -> tuple[str | None, str | None]:
+    """The commit that a data set on the hub is at, or None and the reason why the hub cannot say.
+
+    The library tries five times over half a minute when there is no network; this asks once, and in a thread, because
+    no time limit holds for a name server that does not answer.
+    """
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if datasets.config.HF_HUB_OFFLINE:
+        return None, "offline mode is on (HF_HUB_OFFLINE, HF_DATASETS_OFFLINE)"
+    answer: list[Any] = []
+
+    def ask() -> None:
+        try:
+            answer.append(HfApi().dataset_info(name, timeout=TIMEOUT).sha)
+        except Exception as error:  # the hub client raises a dozen unrelated types
+            answer.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT + 1)
+    if not answer:
+        return None, f"no answer in {TIMEOUT:.0f} seconds"
+    (found,) = answer
+    if isinstance(found, RepositoryNotFoundError):
+        raise PassageError(
+            f"the hub has no data set {name!r} that you may read, and there is no local file or directory of this "
+            "name; check the spelling, or log in with a token for it (HF_TOKEN)."
+        )
+    return (None, _reason(found)) if isinstance(found, Exception) else (found, None)
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Keep the libraries from asking a hub that is known to be out of reach."""
+    import datasets
+    import huggingface_hub.constants as constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+
+
+def _load(source: HubSource, streaming: bool) -> Any:
+    import datasets
+
+    more = {} if source.local or source.revision is None else {"revision": source.revision}
+    if source.unreachable is not None:
+        try:
+            with _offline():
+                # whatever the cache holds is on this disk as a whole: there is nothing to stream
+                return datasets.load_dataset(source.name, source.subset, split=source.split)
+        except Exception as error:  # the library raises a dozen unrelated types
+            raise PassageError(
+                f"the data set {source.label} (split {source.split}) cannot be loaded: the hub cannot be reached "
+                f"({source.unreachable}), the cache holds no such data set, and there is no local file or directory "
+                f"of this name. {source.remedy}"
+            ) from error
+    try:
+        return datasets.load_dataset(source.name, source.subset, split=source.split, streaming=streaming, **more)
+    except Exception as error:
+        raise PassageError(_explained(source, error, more)) from error
+
+
+def _explained(source: HubSource, error: Exception, more: dict[str, str]) -> str:
+    """The message for a data set that is there and does not load: a wrong subset, a wrong split, or its own reason."""
+    import datasets
+
+    try:
+        subsets = datasets.get_dataset_config_names(source.name, **more)
+        if source.subset is None and len(subsets) > 1 and "default" not in subsets and "onfig" in str(error):
+            return f"{source.name} has several subsets; name one of them: {', '.join(subsets)}."
+        if source.subset is not None and source.subset not in subsets:
+            hint = suggest(source.subset, subsets)
+            return f"{source.name} has no subset {source.subset!r}.{hint} It has: {', '.join(subsets)}."
+        splits = datasets.get_dataset_split_names(source.name, source.subset, **more)
+        if re.split(r"[\[+(]", source.split)[0] not in splits:
+            hint = suggest(source.split, splits)
+            return f"{source.label} has no split {source.split!r}.{hint} It has: {', '.join(map(str, splits))}."
+    except Exception:
+        pass  # what it has cannot be read either; the reason for that is the first error
+    return f"the data set {source.label} (split {source.split}) cannot be loaded: {_reason(error)}." + (
+        "" if source.local else f" {source.remedy}"
+    )
+
+
+def _from_disk(source: HubSource) -> Any:
+    import datasets
+
+    if source.subset is not None:
+        raise PassageError(f"{source.name} was written by save_to_disk and has no subset {source.subset!r}.")
+    try:
+        data = datasets.load_from_disk(source.name)
+    except Exception as error:
+        raise PassageError(f"{source.name} cannot be loaded as a data set: {_reason(error)}.") from error
+    if isinstance(data, datasets.DatasetDict):
+        if source.split not in data:
+            hint = suggest(source.split, data)
+            raise PassageError(f"{source.name} has no split {source.split!r}.{hint} It has: {', '.join(data)}.")
+        return data[source.split]
+    # a single split; "train" is what is asked for when nothing is
+    if source.split not in ("train", str(data.split)):
+        raise PassageError(f"{source.name} has no split {source.split!r}; it is a single split ({data.split}).")
+    return data
+
+
+def join_articles(rows: Iterable[str]) -> Iterator[str]:
+    """The documents of a data set: its rows, or, where rows are the lines of articles, the articles.
+
+    Rows are lines when, among the first thousand, none has a line break but at its end, most of those that are not
+    empty end with one or a tenth of all are empty, and there is a heading `` = Title = ``, with one sign on each
+    side, after an empty row (or at the start). Then every such heading begins a document. Salesforce/wikitext is like
+    this.
+    """
+    rest = iter(rows)
+    head: list[str] = []
+    for row in rest:
+        head.append(row)
+        if "\n" in row[:-1] or len(head) == _HEAD:
+            break
+    everything = chain(head, rest)
+    return _joined(everything) if _are_lines(head) else everything
+
+
+def _are_lines(head: Sequence[str]) -> bool:
+    if any("\n" in row[:-1] for row in head):
+        return False
+    filled = [row for row in head if row.strip()]
+    ended = sum(row.endswith("\n") for row in filled)
+    if 2 * ended <= len(filled) and 10 * (len(head) - len(filled)) < len(head):
+        return False
+    return any(_TITLE.fullmatch(row) and not before.strip() for before, row in zip(["", *head], head, strict=False))
+
+
+def _joined(rows: Iterable[str]) -> Iterator[str]:
+    article: list[str] = []
+    before = ""
+    for row in rows:
+        if article and not before.strip() and _TITLE.fullmatch(row):
+            yield "".join(article)
+            article = []
+        article.append(row if row.endswith("\n") else row + "\n")
+        before = row
+    yield "".join(article)

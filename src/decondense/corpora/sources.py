@@ -1,0 +1,245 @@
+"""The documents that a corpus is made of, one after the other: embedded, local files, or a data set of the hub.
+
+A source has a revision that names its content without its being read as text, so that a corpus prepared once is found
+again at once. Documents are iterated and never held together: a source may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from decondense.config import ConfigError, CorpusConfig
+from decondense.corpora import hub
+from decondense.corpora.embedded import Document, Progress, python_docs
+from decondense.corpora.passages import PassageError, Position, iterate_file, text_files
+
+END = "<|endoftext|>"
+_PIECE = 4_000
+"""Characters after which an undivided text file is cut at the next paragraph."""
+_READER = 1  # raise when the code below would read other documents from the same files or rows
+_TOLD_EVERY = 64  # documents between two calls of progress
+_RECORDS = (".jsonl", ".json", ".parquet")
+_REMEDY = "Without network, give the path of a local copy in corpus.source, or a filled cache (HF_HOME)."
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the documents of a corpus come from."""
+
+    name: str
+    revision: str | None
+    """Commit of a data set on the hub, hash of local files or documents; None: the hub is out of reach."""
+    key: tuple[str, ...]
+    """What decides the documents, without the revision."""
+    read: Callable[[], tuple[Iterable[Document], Position, str]]
+    """Opens the source: its documents as they come, how far their iteration has come, and in which unit."""
+    open: Callable[[], Source] | None = None
+    """Only where the revision is not known: opens what the cache of the hub's library holds, and knows it then."""
+    unreachable: str | None = None
+    """Why the hub is out of reach."""
+
+
+def find_source(config: CorpusConfig, *, cache: Path, progress: Progress | None = None) -> Source:
+    """The source of a configuration with its revision.
+
+    Raises:
+        ConfigError: there is no such source, or an option does not apply to it.
+    """
+    path = Path(config.source)
+    try:
+        if config.source == "python_docs":
+            _no_hub_options(config)
+            return _embedded(config, cache, progress)
+        if path.is_dir() and (config.subset is not None or config.split != "train" or hub.is_hub_directory(path)):
+            return _hub(config)
+        if path.exists():
+            _no_hub_options(config)
+            return _files(config)
+        if hub.is_hub_id(config.source):
+            return _hub(config)
+    except PassageError as error:
+        raise ConfigError(f"corpus.source: {error}") from error
+    raise ConfigError(
+        f"corpus.source {config.source!r} is neither 'python_docs' nor an existing file or directory of text, nor the "
+        "id of a data set on the hub (OWNER/NAME)."
+    )
+
+
+def documents_of(source: Source, config: CorpusConfig, what: str, progress: Progress | None) -> Iterator[Document]:
+    """The documents of a source in its order: without empty and repeated ones, ``most_characters`` in all.
+
+    The document in which ``most_characters`` is reached is cut there, and nothing is read after it.
+    """
+    try:
+        documents, position, unit = source.read()
+        seen: set[int] = set()
+        left = most = config.most_characters
+        for number, document in enumerate(documents):
+            if progress is not None and number % _TOLD_EVERY == 0:
+                if most is not None and left is not None:
+                    progress(f"{what} (characters)", most - left, most)
+                else:
+                    # a stream does not always say how long it is; then the end is one ahead of what is read
+                    total = max(position.total, position.done + 1)
+                    progress(f"{what} ({unit})", position.done, total)
+            document = _encodable(document)
+            # 8 bytes of the hash, as in the identity: a set of numbers, because there may be millions of documents
+            identity = int(document.identity, 16)
+            if not document.text.strip() or identity in seen:
+                continue
+            seen.add(identity)
+            if left is not None and len(document.text) >= left:
+                if (text := document.text[:left]).strip():
+                    yield replace(document, text=text)
+                left = 0
+                break
+            if left is not None:
+                left -= len(document.text)
+            yield document
+        if progress is not None:
+            if most is not None and left is not None:
+                progress(f"{what} (characters)", most - left, most - left)
+            else:
+                progress(f"{what} ({unit})", max(position.done, position.total), max(position.done, position.total))
+    except PassageError as error:
+        raise ConfigError(f"corpus.source: {error}") from error
+    if not seen:
+        raise ConfigError(f"corpus.source {config.source!r} holds no text.")
+
+
+def _encodable(document: Document) -> Document:
+    """Halves of surrogate pairs, which JSON can spell and UTF-8 cannot, become question marks."""
+    try:
+        document.text.encode()
+    except UnicodeEncodeError:
+        return replace(document, text=document.text.encode("utf-8", "replace").decode())
+    return document
+
+
+def _no_hub_options(config: CorpusConfig) -> None:
+    for name in ("subset", "split"):
+        if (value := getattr(config, name)) != CorpusConfig.model_fields[name].default:
+            raise ConfigError(
+                f"corpus.{name} {value!r} has no effect on corpus.source {config.source!r}, which is no data set of "
+                "the hub's format; leave it away."
+            )
+
+
+def _request(config: CorpusConfig, kind: str, *names: str) -> tuple[str, ...]:
+    chosen = {name: getattr(config, name) for name in ("text_field", "most_characters", *names)}
+    return (json.dumps({"reader": _READER, "kind": kind, **chosen}, sort_keys=True),)
+
+
+def _embedded(config: CorpusConfig, cache: Path, progress: Progress | None) -> Source:
+    documents = python_docs(config.documents, cache=cache, progress=progress)
+
+    def read() -> tuple[Iterable[Document], Position, str]:
+        position = Position(total=len(documents))
+        return _counted(documents, position), position, "documents"
+
+    # named by the documents themselves: they are in memory anyway
+    kept = tuple(item.identity for item in documents_of(Source("python_docs", None, (), read), config, "", None))
+    digest = hashlib.sha256("".join(kept).encode()).hexdigest()[:16]
+    return Source("python_docs", f"documents:{digest}", kept, read)
+
+
+def _counted(documents: Iterable[Document], position: Position) -> Iterator[Document]:
+    for document in documents:
+        position.done += 1
+        yield document
+
+
+def _files(config: CorpusConfig) -> Source:
+    path = Path(config.source)
+    files = text_files(path)
+
+    def read() -> tuple[Iterable[Document], Position, str]:
+        position = Position(total=sum(file.stat().st_size for file in files))
+        return _documents_of_files(files, config.text_field, position), position, "bytes"
+
+    revision = hub.files_hash(files, path if path.is_dir() else path.parent)
+    return Source(config.source, revision, _request(config, "files"), read)
+
+
+def _documents_of_files(files: Sequence[Path], field: str | None, position: Position) -> Iterator[Document]:
+    """Documents of local files: a record each, or a part of a text file each.
+
+    A text file is divided at ``<|endoftext|>``; one without any is a document when it stands in a directory with
+    others, and is cut between paragraphs when it is all there is, because a single document cannot be held out.
+    """
+    begin = 0
+    for path in files:
+        position.done = begin
+        if any(kind in path.suffixes for kind in _RECORDS):
+            texts = iterate_file(path, field=field, only_field=True, position=position)
+        elif len(files) == 1 and not any(END in paragraph for paragraph in iterate_file(path)):
+            texts = _cut(iterate_file(path, position=position))
+        else:
+            texts = _divided(iterate_file(path, position=position))
+        for number, text in enumerate(texts):
+            yield Document(f"{path.name}#{number}", text.strip())
+        begin += path.stat().st_size
+
+
+def _divided(paragraphs: Iterable[str]) -> Iterator[str]:
+    held: list[str] = []
+    for paragraph in paragraphs:
+        first, *others = paragraph.split(END)
+        held.append(first)
+        for part in others:
+            yield "".join(held)
+            held = [part]
+    yield "".join(held)
+
+
+def _cut(paragraphs: Iterable[str]) -> Iterator[str]:
+    held, length = [""], 0
+    for paragraph in paragraphs:
+        if length >= _PIECE:
+            yield "".join(held)
+            held, length = [], 0
+        held.append(paragraph)
+        length += len(paragraph)
+    yield "".join(held)
+
+
+def _hub(config: CorpusConfig) -> Source:
+    found = hub.find(config.source, config.subset, config.split, remedy=_REMEDY)
+    open_rows = partial(hub.open_rows, found, config.text_field, streaming=config.streaming, only_field=True)
+    # streaming is not part of the key: it gives the same documents. Nor is the path of a local copy
+    names = ("subset", "split") if found.local else ("source", "subset", "split")
+    source = Source(
+        config.source,
+        found.revision,
+        _request(config, "hub", *names),
+        lambda: _documents_of_rows(open_rows()),
+        unreachable=found.unreachable,
+    )
+    if found.revision is not None:
+        return source
+
+    def open_cached() -> Source:
+        try:
+            rows = open_rows()
+        except PassageError as error:
+            raise ConfigError(f"corpus.source: {error}") from error
+        return replace(source, revision=rows.revision, read=lambda: _documents_of_rows(rows), open=None)
+
+    return replace(source, open=open_cached)
+
+
+def _documents_of_rows(rows: hub.HubRows) -> tuple[Iterable[Document], Position, str]:
+    position = Position(total=rows.count or 0)
+
+    def counted() -> Iterator[str]:
+        for row in rows:
+            position.done += 1
+            yield row
+
+    texts = hub.join_articles(counted())
+    return (Document(f"#{number}", text.strip()) for number, text in enumerate(texts)), position, "rows"
