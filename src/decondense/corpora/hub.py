@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -159,7 +159,7 @@ def find(name: str, subset: str | None, split: str, *, remedy: str) -> HubSource
     path = Path(name)
     if path.exists():
         return HubSource(name, subset, split, files_hash(data_files(path), path), None, remedy)
-    revision, reason = _commit(name)
+    revision, reason = commit_of(name, "dataset")
     return HubSource(name, subset, split, revision, reason, remedy)
 
 
@@ -205,11 +205,14 @@ def _fingerprint(data: Any) -> str:
     return f"fingerprint:{data._fingerprint}"
 
 
-def _commit(name: str) -> tuple[str | None, str | None]:
-    """The commit that a data set on the hub is at, or None and the reason why the hub cannot say.
+def commit_of(name: str, kind: Literal["dataset", "model"]) -> tuple[str | None, str | None]:
+    """The commit that a data set or model on the hub is at, or None and the reason why the hub cannot say.
 
-    The library tries five times over half a minute when there is no network; this asks once, and in a thread, because
+    The libraries try five times over half a minute when there is no network; this asks once, and in a thread, because
     no time limit holds for a name server that does not answer.
+
+    Raises:
+        PassageError: the hub answers that it has no such thing.
     """
     import datasets
     from huggingface_hub import HfApi
@@ -221,7 +224,7 @@ def _commit(name: str) -> tuple[str | None, str | None]:
 
     def ask() -> None:
         try:
-            answer.append(HfApi().dataset_info(name, timeout=TIMEOUT).sha)
+            answer.append(HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT).sha)
         except Exception as error:  # the hub client raises a dozen unrelated types
             answer.append(error)
 
@@ -232,8 +235,9 @@ def _commit(name: str) -> tuple[str | None, str | None]:
         return None, f"no answer in {TIMEOUT:.0f} seconds"
     (found,) = answer
     if isinstance(found, RepositoryNotFoundError):
+        thing = {"dataset": "data set", "model": "model"}[kind]
         raise PassageError(
-            f"the hub has no data set {name!r} that you may read, and there is no local file or directory of this "
+            f"the hub has no {thing} {name!r} that you may read, and there is no local file or directory of this "
             "name; check the spelling, or log in with a token for it (HF_TOKEN)."
         )
     return (None, _reason(found)) if isinstance(found, Exception) else (found, None)
@@ -244,7 +248,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _offline() -> Iterator[None]:
+def offline() -> Iterator[None]:
     """Keep the libraries from asking a hub that is known to be out of reach."""
     import datasets
     import huggingface_hub.constants as constants
@@ -263,7 +267,7 @@ def _load(source: HubSource, streaming: bool) -> Any:
     more = {} if source.local or source.revision is None else {"revision": source.revision}
     if source.unreachable is not None:
         try:
-            with _offline():
+            with offline():
                 # whatever the cache holds is on this disk as a whole: there is nothing to stream
                 return datasets.load_dataset(source.name, source.subset, split=source.split)
         except Exception as error:  # the library raises a dozen unrelated types

@@ -22,6 +22,7 @@ import time
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from decondense.config import ConfigError, CorpusConfig
+from decondense.corpora import hub
 from decondense.corpora.embedded import Document, Progress, cache_directory
 from decondense.corpora.sources import END, Source, documents_of, find_source
 from decondense.seeding import derive
@@ -263,12 +265,16 @@ def _file_hash(path: Path) -> str:
 def _load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
+    unreachable = None
     try:
-        found = AutoTokenizer.from_pretrained(name)
+        _, unreachable = (None, None) if Path(name).exists() else hub.commit_of(name, "model")
+        with nullcontext() if unreachable is None else hub.offline():
+            found = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = f"the hub cannot be reached ({unreachable})" if unreachable else str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"corpus.tokenizer {name!r} cannot be loaded: {reason} Without network, give a directory that holds it."
+            f"corpus.tokenizer {name!r} cannot be loaded: {reason.rstrip('.')}. Without network, give a directory that "
+            "holds it, or a filled cache (HF_HOME)."
         ) from error
     if not found.is_fast:
         raise ConfigError(f"corpus.tokenizer {name!r} has no tokenizer.json; a fast tokenizer is needed.")
