@@ -599,7 +599,7 @@ class StudyConfig(Config):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     title: str
     question: str
-    scale: Literal["quick", "tiny", "gpu", "paper"] = "tiny"
+    scale: Literal["quick", "tiny", "gpu", "paper", "paper-qwen3"] = "tiny"
     baseline: str
     """Name of the arm that the others are compared with."""
     arms: tuple[ArmConfig, ...] = Field(min_length=1)
@@ -616,6 +616,12 @@ class StudyConfig(Config):
     text. A seed is then the seed of the passages."""
     launch: Literal["study", "torchtitan"] = "study"
     """``torchtitan``: too large for the study's own runner; ``--dry-run`` prints the commands that run it there."""
+
+    @field_validator("prepared", mode="before")
+    @classmethod
+    def _none_prepared(cls, prepared: Any) -> Any:
+        # a scale lays its keys over those of the file, and takes these away with `prepared: null`
+        return {} if prepared is None else prepared
 
     @model_validator(mode="after")
     def _consistent(self) -> StudyConfig:
