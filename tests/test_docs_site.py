@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,15 +137,34 @@ def test_every_public_name_has_its_place_in_the_reference(site: Path) -> None:
     assert {f"decondense.config.LossConfig.{name}" for name in LossConfig.model_fields} <= anchors
 
 
+def hook_of(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "hooks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_tools
+def test_links_out_of_the_documentation_become_pages_or_text() -> None:
+    rows, changes = "[rows](../benchmarks/results/demo.jsonl)", "[changes](../CHANGELOG.md#unreleased)"
+    rewrite = hook_of("pages").on_page_markdown
+    for page, text, expected in (
+        ("faq.md", rows, "rows"),
+        ("faq.md", changes, "[changes](changelog.md#unreleased)"),
+        ("api/losses.md", "[math](../math.md)", "[math](../math.md)"),
+        ("api/losses.md", "[changes](../../CHANGELOG.md)", "[changes](../changelog.md)"),
+        ("faq.md", "![figure](../figure.png) and [math](math.md)", "![figure](../figure.png) and [math](math.md)"),
+    ):
+        assert rewrite(text, page=SimpleNamespace(file=SimpleNamespace(src_uri=page))) == expected
+
+
 @needs_tools
 def test_a_formula_that_cannot_be_converted_stops_the_build() -> None:
     from mkdocs.exceptions import PluginError
 
-    spec = importlib.util.spec_from_file_location("formulas", ROOT / "docs" / "hooks" / "formulas.py")
-    assert spec is not None
-    assert spec.loader is not None
-    hook = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hook)
+    hook = hook_of("formulas")
     assert "<mfrac><mn>1</mn><mi>n</mi></mfrac>" in hook.to_mathml(r"\frac1n")
     for wrong in (r"\nosuchcommand{x}", r"\frac{1}"):
         with pytest.raises(PluginError, match="formula"):
