@@ -174,11 +174,13 @@ def test_env_and_version(capsys) -> None:
     assert said.strip() == f"decondense {decondense.__version__}"
 
 
-def test_a_dry_run_shows_the_cells_and_runs_nothing(capsys, tmp_path, monkeypatch) -> None:
+def test_a_dry_run_shows_the_plan_and_runs_nothing(capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     status, said, _ = run(capsys, "study", "demo", "--dry-run", "--seeds", 2)
     assert status == 0
-    assert said.count("cell: arm") == 4
+    assert "4 runs; " in said
+    assert "decondense study demo --scale tiny" not in said
+    assert "decondense study demo --seeds 2 --out decondense-demo-tiny" in said
     assert not list(tmp_path.iterdir())
 
 

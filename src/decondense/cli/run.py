@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -179,6 +180,9 @@ def study(
     as_yaml: Annotated[
         bool, typer.Option("--yaml", help="With --dry-run: print the study with every default spelled out.")
     ] = False,
+    slurm: Annotated[
+        Path | None, typer.Option("--slurm", help="Write a Slurm job array to this file; run nothing.", metavar="FILE")
+    ] = None,
     listed: Annotated[bool, typer.Option("--list", help="List the shipped studies.")] = False,
     text: Text = None,
     tokenizer: Tokenizer = None,
@@ -197,17 +201,75 @@ def study(
         return
     asked = _Asked(name, scale, seeds, text, tokenizer, start, tasks, data_dir, limit, tuple(assignments or ()))
     chosen = asked.study()
-    if dry_run:
-        from decondense.studies.runner import plan
+    folder = out or Path(f"decondense-{chosen.name}-{chosen.scale}")
+    if as_yaml and not dry_run:
+        raise typer.BadParameter("it belongs to --dry-run, which runs nothing.", param_hint="--yaml")
+    if slurm is not None:
+        _write_slurm(chosen, asked.words(), folder, slurm)
+    if as_yaml:
+        typer.echo(chosen.to_yaml(), nl=False)
+    elif dry_run:
+        _show_plan(chosen, asked.words(), folder, workers)
+    elif slurm is None:
+        _run(chosen, folder, workers, resume, retry_failed)
 
-        if as_yaml:
-            typer.echo(chosen.to_yaml(), nl=False)
-            return
-        typer.echo(chosen.to_yaml())
-        for arm, seed in plan(chosen):
-            typer.echo(f"cell: arm {arm}, seed {seed}: {chosen.train.steps} steps")
-        return
-    _run(chosen, out or Path(f"decondense-{chosen.name}-{chosen.scale}"), workers, resume, retry_failed)
+
+def _show_plan(chosen: StudyConfig, words: list[str], folder: Path, workers: int | None) -> None:
+    """What ``--dry-run`` prints: what the study is, what it costs, how it is started."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from decondense.studies.estimate import cost_of, count, plan_of, time_of, totals
+    from decondense.studies.launch import launches
+
+    console = Console(highlight=False)
+    console = Console(highlight=False, width=min(console.width, 100))
+    console.print(f"[bold]{escape(chosen.title)}[/]")
+    console.print(escape(chosen.question.strip()))
+    with console.status("counting and timing"):
+        plan = plan_of(chosen, workers=workers)
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    shown.add_column("arm", overflow="fold")
+    shown.add_column("what it is", overflow="fold")
+    for name in ("runs", "size", "tokens", "FLOPs", "time"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for line in plan.lines:
+        name = {"prepared": f"prepared:{line.name}"}.get(line.kind, line.name)
+        shown.add_row(
+            escape(name),
+            escape(line.what),
+            str(line.runs),
+            count(line.size.total),
+            count(line.tokens),
+            cost_of(line.flops),
+            time_of(line),
+        )
+    console.print()
+    console.print(shown)
+    for text in totals(plan):
+        console.print(escape(text))
+    for launch in launches(chosen, words, folder):
+        # not through the table's console: a command is copied, so its lines are never broken elsewhere
+        console.print(f"\n[bold]{escape(launch.title)}:[/]")
+        typer.echo("\n".join(launch.lines))
+
+
+def _write_slurm(chosen: StudyConfig, words: list[str], folder: Path, path: Path) -> None:
+    from decondense.config import ConfigError
+    from decondense.studies.launch import slurm_script
+
+    if chosen.launch == "torchtitan":
+        raise ConfigError(
+            f"--slurm: the study {chosen.name!r} (scale {chosen.scale}) runs under torchtitan; --dry-run prints its "
+            "commands."
+        )
+    if path.exists():
+        raise ConfigError(f"--slurm {path}: the file exists; choose another name or remove it.")
+    path.write_text("\n".join(slurm_script(chosen, words, folder)) + "\n", encoding="utf-8")
+    path.chmod(path.stat().st_mode | 0o111)
+    typer.echo(f"wrote {path}: sbatch {shlex.quote(str(path))}", err=True)
 
 
 def _list() -> None:
@@ -294,8 +356,21 @@ def _run(chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retr
     from rich.console import Console
 
     from decondense.cli.evidence import present
+    from decondense.config import ConfigError, StudyConfig
     from decondense.studies import run_study
+    from decondense.studies.estimate import short_form
+    from decondense.studies.launch import launches
 
+    if chosen.launch == "torchtitan":
+        (launch,) = launches(chosen, [], out)
+        raise ConfigError(
+            f"the study {chosen.name!r} (scale {chosen.scale}) is too large for the study's own runner; run it under "
+            "torchtitan:\n" + "\n".join(launch.lines)
+        )
+    there = out / "study.yaml"
+    planned = StudyConfig.from_yaml(there) if resume and there.is_file() else chosen
+    for line in short_form(planned, workers=workers):
+        typer.echo(line, err=True)
     console = Console()
     with _Display(console) as display:
         rows = run_study(chosen, out, workers=workers, resume=resume, retry_failed=retry_failed, watcher=display)

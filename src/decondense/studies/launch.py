@@ -1,0 +1,250 @@
+"""How a study is started elsewhere: the exact commands for one machine, several GPUs, a Slurm cluster, torchtitan."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from decondense.config import ArmConfig, DispersionConfig, StudyConfig
+
+_WIDTH = 80
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way to start a study, or a part of one."""
+
+    title: str
+    lines: list[str]
+    """Text of a shell script."""
+
+
+def launches(study: StudyConfig, words: list[str], out: Path) -> list[Launch]:
+    """The ways to start ``study``.
+
+    Args:
+        study: what is started.
+        words: the arguments of ``decondense study`` that say so: the name and the changes.
+        out: the study's directory.
+    """
+    if study.launch == "torchtitan":
+        return [Launch("With torchtitan, one run after the other", torchtitan(study, out))]
+    found = [
+        Launch("On one machine, all of its GPUs or cores", command(["decondense", "study", *words, "--out", str(out)]))
+    ]
+    if study.measure is not None:
+        found.append(Launch("Or model by model, with figures", measuring(study, out)))
+    else:
+        found += list(_torchrun(study, words, out))
+    found.append(Launch("On a Slurm cluster (--slurm FILE writes this script)", slurm_script(study, words, out)))
+    return found
+
+
+def command(words: list[str]) -> list[str]:
+    """A shell command, broken where a line would be too long, never between an option and its value."""
+    parts: list[str] = []
+    for word in words:
+        quoted = shlex.quote(word)
+        if parts and parts[-1].startswith("-") and " " not in parts[-1] and not word.startswith("-"):
+            parts[-1] += f" {quoted}"
+        else:
+            parts.append(quoted)
+    lines, line = [], ""
+    for part in parts:
+        if line and len(line) + len(part) + 3 > _WIDTH:
+            lines.append(line + " \\")
+            line = f"    {part}"
+        else:
+            line = f"{line} {part}" if line else part
+    return [*lines, line]
+
+
+def _torchrun(study: StudyConfig, words: list[str], out: Path) -> Iterator[Launch]:
+    trained = [arm for arm in study.arms if not arm.untrained]
+    if not trained:
+        return
+    arm = next((arm for arm in trained if arm.name != study.baseline), trained[0])
+    batch = study.train.batch_sequences
+    cell = ["train", *words, "--arm", arm.name, "--seed", str(study.seeds[0]), "--out", str(out)]
+    processes = max((number for number in (8, 4, 2) if _shared(study, number)), default=1)
+    needs = []
+    if study.prepared or study.sweep is not None:
+        what = " and ".join(
+            name for name, there in (("prepared models", study.prepared), ("trials", study.sweep is not None)) if there
+        )
+        needs = [f"# after the {what}, which `decondense study` trains first"]
+    if processes > 1:
+        yield Launch(
+            f"One run on {processes} GPUs",
+            [*needs, *command(["torchrun", "--nproc-per-node", str(processes), "-m", "decondense", *cell])],
+        )
+    nodes = max((number for number in (4, 2) if processes > 1 and _shared(study, number * processes)), default=1)
+    if nodes > 1:
+        first = ["torchrun", "--nnodes", str(nodes), "--nproc-per-node", str(processes), "--rdzv-backend", "c10d"]
+        yield Launch(
+            f"One run on {nodes} machines with {processes} GPUs each: this on every one of them",
+            [
+                "HOST=first-machine  # the name of one of them",
+                *needs,
+                *_unquoted(command([*first, "--rdzv-endpoint", "HOST:29500", "-m", "decondense", *cell])),
+            ],
+        )
+    if processes == 1 and batch > 1:
+        yield Launch("One run", [*needs, *command(["decondense", *cell])])
+
+
+def _unquoted(lines: list[str]) -> list[str]:
+    return [line.replace("HOST:29500", '"$HOST:29500"') for line in lines]
+
+
+def _shared(study: StudyConfig, processes: int) -> bool:
+    """Whether a batch can be divided among so many processes."""
+    each, rest = divmod(study.train.batch_sequences, processes)
+    micro = min(study.train.micro_batch_sequences or each, each)
+    return not rest and each > 0 and not each % micro
+
+
+def slurm_script(study: StudyConfig, words: list[str], out: Path) -> list[str]:
+    """A job array in which every task runs the whole command and takes whatever run is free.
+
+    Prepared models and trials come first by themselves: a task waits for the runs that it needs.
+    """
+    cells = len(study.seeds) * len(study.arms)
+    large = study.scale in ("gpu", "paper")
+    resources = ["#SBATCH --gpus-per-task=1", "#SBATCH --cpus-per-task=8"] if large else []
+    if not large:
+        resources = [f"#SBATCH --cpus-per-task={study.train.threads or 4}"]
+    return [
+        "#!/bin/bash",
+        f"#SBATCH --job-name=decondense-{study.name}",
+        f"#SBATCH --array=0-{cells - 1}",
+        "#SBATCH --ntasks=1",
+        *resources,
+        "#SBATCH --time=24:00:00  # your limit; submit again to go on",
+        f"#SBATCH --output=decondense-{study.name}-%A_%a.log",
+        "# Every task of the array takes the next run that is free, so fewer tasks",
+        "# do as well. Runs are claimed by flock locks: the file system that holds",
+        f"# {out} must support flock for all nodes.",
+        *command(["decondense", "study", *words, "--out", str(out), "--workers", "1"]),
+    ]
+
+
+def measuring(study: StudyConfig, out: Path) -> list[str]:
+    """The commands that measure each arm's model alone."""
+    assert study.measure is not None
+    settings, lines = study.measure, []
+    for arm in study.arms:
+        model = study.model_of(arm)
+        if model.start is None or model.prepared is not None:
+            continue
+        source = model.start if model.revision is None else f"{model.start}@{model.revision}"
+        words = ["decondense", "measure", source, "--dataset", settings.dataset]
+        words += ["--passages", str(settings.passages), "--tokens", str(settings.tokens)]
+        words += ["--words", *map(str, settings.passage_words), "--seed", str(study.seeds[0])]
+        words += ["--bins", str(settings.bins)]
+        if settings.metrics:
+            words += ["--metrics", ",".join(settings.metrics)]
+        if settings.logits:
+            words.append("--logits")
+        if settings.batch_size is not None:
+            words += ["--batch-size", str(settings.batch_size)]
+        lines += command([*words, "--out", str(out.with_name(f"{out.name}-{arm.name}"))])
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# torchtitan
+# --------------------------------------------------------------------------------------------------------------------
+
+_ASSETS = "assets/hf/Qwen3-0.6B"
+
+
+def torchtitan(study: StudyConfig, out: Path) -> list[str]:
+    """The commands of a study that torchtitan trains: tokenizer, runs, conversion, benchmarks."""
+    files = ["tokenizer.json", "tokenizer_config.json"]
+    lines = [
+        "# needs: pip install 'decondense[titan]', and the tokenizer:",
+        *command(["hf", "download", "Qwen/Qwen3-0.6B", *files, "--local-dir", _ASSETS]),
+    ]
+    for arm in study.arms:
+        missing = _not_in_torchtitan(arm)
+        if missing:
+            lines += ["", f"# {arm.name} is left out: torchtitan has no {missing} of the study's"]
+            continue
+        lines += [
+            "",
+            f"# {arm.name}",
+            f"for seed in {' '.join(map(str, study.seeds))}; do",
+            f"folder={shlex.quote(str(out / 'cells' / arm.name))}/seed-$seed",
+            *_in_loop(_titan_run(study, arm)),
+            "python -c 'import sys",
+            "from decondense.training.titan import to_huggingface",
+            "to_huggingface(*sys.argv[1:3], tokenizer=sys.argv[3])' \\",
+            f'    "$folder/checkpoint/step-{study.train.steps}" "$folder/final" {_ASSETS}',
+            *_in_loop(_evaluation(study)),
+            "done",
+        ]
+    return lines
+
+
+def _in_loop(words: list[str]) -> list[str]:
+    return [line.replace("SEED", '"$seed"').replace("FOLDER", '"$folder"') for line in command(words)]
+
+
+def _not_in_torchtitan(arm: ArmConfig) -> str | None:
+    for name in ("noisy_embedding", "active_forgetting", "distillation", "learning_rate", "model"):
+        if getattr(arm, name) is not None:
+            return name
+    return "untrained" if arm.untrained else None
+
+
+def _titan_run(study: StudyConfig, arm: ArmConfig) -> list[str]:
+    train = study.train
+    config = "qwen3_0_6b_cross_entropy" if arm.dispersion is None else "qwen3_0_6b_dispersion"
+    words = ["torchrun", "--nproc-per-node", "8", "-m", "torchtitan.train"]
+    words += ["--module", "decondense.training.titan", "--config", config]
+    if arm.dispersion is not None:
+        words += _titan_dispersion(arm.dispersion, train.steps)
+    words += ["--training.steps", str(train.steps), "--training.seq-len", str(train.sequence_tokens)]
+    words += ["--training.global-batch-size", str(train.batch_sequences)]
+    words += ["--training.max-norm", f"{train.gradient_clip:g}"]
+    words += ["--lr-scheduler.warmup-steps", str(round(train.warmup * train.steps))]
+    words += ["--dataloader.dataset", "c4", "--hf-assets-path", _ASSETS]
+    return [*words, "--debug.seed", "SEED", "--dump-folder", "FOLDER"]
+
+
+def _titan_dispersion(dispersion: DispersionConfig, steps: int) -> list[str]:
+    layers, loss, schedule = dispersion.layers, dispersion.loss, dispersion.schedule
+    words = ["--dispersion.weight", f"{dispersion.weight:g}"]
+    # with "=", because a list of block numbers may begin with a minus
+    words.append(f"--dispersion.layers={layers if isinstance(layers, str) else ','.join(map(str, layers))}")
+    plain = DispersionConfig()
+    for name in ("form", "tau", "impl", "pairs"):
+        if getattr(loss, name) != getattr(plain.loss, name):
+            words += [f"--dispersion.{name}", str(getattr(loss, name))]
+    if dispersion.seed != plain.seed:
+        words += ["--dispersion.seed", str(dispersion.seed)]
+    warmup = schedule.warmup if schedule.warmup_steps is None else schedule.warmup_steps / steps
+    until = schedule.until if schedule.until_step is None else min(1.0, schedule.until_step / steps)
+    for name, value, usual in (
+        ("schedule", schedule.kind, plain.schedule.kind),
+        ("warmup", warmup, plain.schedule.warmup),
+        ("until", until, plain.schedule.until),
+        ("final", schedule.final, plain.schedule.final),
+    ):
+        if value != usual:
+            words += [f"--dispersion.{name}", value if isinstance(value, str) else f"{value:g}"]
+    return words
+
+
+def _evaluation(study: StudyConfig) -> list[str]:
+    settings = study.evaluate
+    words = ["decondense", "evaluate", "FOLDER/final", "--tasks", ",".join(settings.tasks or ("paper",))]
+    words += ["--shots", str(settings.shots)]
+    if settings.limit is not None:
+        words += ["--limit", str(settings.limit)]
+    if settings.data_dir is not None:
+        words += ["--data-dir", settings.data_dir]
+    return [*words, "--out", "FOLDER/benchmarks"]
