@@ -127,10 +127,20 @@ class HubRows:
     revision: str
     count: int | None
     """Rows of the split; None: a stream that does not say."""
+    label: str
 
     def __iter__(self) -> Iterator[str]:
-        for batch in self.data.iter(batch_size=_BATCH):
-            for value in batch[self.column]:
+        read = 0
+        batches = iter(self.data.iter(batch_size=_BATCH))
+        while True:
+            try:
+                values = next(batches)[self.column]
+            except StopIteration:
+                return
+            except Exception as error:  # the network, a damaged file, rows of other types
+                raise PassageError(f"{self.label} cannot be read after row {read}: {_reason(error)}.") from error
+            read += len(values)
+            for value in values:
                 yield value or ""
 
 
@@ -178,7 +188,10 @@ def open_rows(source: HubSource, field: str | None, *, streaming: bool = False, 
     data = _from_disk(source) if source.local and _saved(Path(source.name)) else _load(source, streaming)
     features = data.features
     if features is None:  # a stream whose files declare no types: the first row tells
-        first = next(iter(data), None)
+        try:
+            first = next(iter(data), None)
+        except Exception as error:
+            raise PassageError(f"{source.label} cannot be read: {_reason(error)}.") from error
         if first is None:
             raise PassageError(f"{source.label} has no rows in its split {source.split!r}.")
         kinds = {name: type(value).__name__ for name, value in first.items()}
@@ -194,7 +207,7 @@ def open_rows(source: HubSource, field: str | None, *, streaming: bool = False, 
     count = getattr(data, "num_rows", None)
     if count is None and (known := (data.info.splits or {}).get(source.split)) is not None:
         count = known.num_examples or None
-    return HubRows(data.select_columns([column]), column, source.revision or _fingerprint(data), count)
+    return HubRows(data.select_columns([column]), column, source.revision or _fingerprint(data), count, source.label)
 
 
 def _fingerprint(data: Any) -> str:
