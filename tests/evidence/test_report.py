@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -210,13 +211,22 @@ def test_one_seed_is_said_to_prove_nothing() -> None:
 def test_a_difference_that_is_lost_to_the_correction_is_no_difference() -> None:
     many = {"cross-entropy": 0.0, **{f"arm{k}": 0.0 for k in range(6)}, "dispersion": -0.05}
     found = compare(study(many, seed_sd=0.012))
+    few = compare(study({"cross-entropy": 0.0, "dispersion": -0.05, "arm0": 0.0}, seed_sd=0.012))
     assert found.validation is not None
     d = found.validation.difference("dispersion")
     assert d is not None
     assert d.p is not None
     assert d.p_holm is not None
     assert d.p < 0.05 < d.p_holm
-    assert "dispersion shows no detectable difference, after correction for several arms" in summary(found)
+    text = summary(found)
+    assert "dispersion" in text.split("no detectable difference: ")[1].split("of which")[0]
+    assert "of which dispersion would differ without the correction for several arms" in text.replace("arm1 and ", "")
+    # with few arms each has a clause
+    assert few.validation is not None
+    replaced = tuple(dataclasses.replace(d, p=0.03, p_holm=0.06) for d in few.validation.differences)
+    changed = dataclasses.replace(few.tasks[0], differences=replaced)
+    text = summary(dataclasses.replace(few, tasks=(changed,)))
+    assert "dispersion shows no detectable difference, after correction for several arms" in text
 
 
 def test_several_arms_and_tasks() -> None:

@@ -221,7 +221,7 @@ def family_figure(
         _trend(axes, sizes, ordered)
         axes.set_xscale("log")
         axes.set_xlim(sizes[0] / _margin(sizes), sizes[-1] * _margin(sizes))
-        axes.set_xticks(_apart(sizes), [count_label(size) for size in _apart(sizes)])
+        axes.set_xticks(spread_ticks(sizes), [count_label(size) for size in spread_ticks(sizes)])
         axes.minorticks_off()
         axes.set_xlabel("parameters")
         axes.set_title(family, loc="center")
@@ -232,8 +232,8 @@ def _margin(sizes: Sequence[float]) -> float:
     return float((sizes[-1] / sizes[0]) ** 0.08) if sizes[-1] > 1.2 * sizes[0] else 1.5
 
 
-def _apart(sizes: Sequence[float]) -> list[float]:
-    """Sizes that are far enough from each other for their labels to stand side by side."""
+def spread_ticks(sizes: Sequence[float]) -> list[float]:
+    """Sizes that are far enough from each other on a logarithmic axis for their labels to stand side by side."""
     factor = max(1.02, (max(sizes) / min(sizes)) ** 0.24)
     kept: list[float] = []
     for size in sorted(set(sizes)):
