@@ -366,6 +366,28 @@ def test_the_runs_are_those_of_the_runner(tmp_path: Path) -> None:
     assert mine == theirs
 
 
+def test_runs_are_described_by_what_differs() -> None:
+    arms = [
+        {"name": "plain"},
+        {"name": "a", "dispersion": {"weight": 1.0, "layers": "deep"}},
+        {"name": "b", "dispersion": {"layers": [0, -1], "loss": {"form": "hinge", "tau": 0.5, "pairs": "subset"}}},
+        {"name": "c", "dispersion": {"layers": "last", "schedule": {"kind": "cosine", "until": 0.3}}},
+        {"name": "d", "model": {"overrides": {"n_inner": 64}}, "noisy_embedding": {}},
+        {"name": "e", "model": {"lora": {"rank": 4}}},
+        {"name": "f", "model": {"start": "a/b", "revision": "step10"}, "untrained": True},
+    ]
+    study = load_study("demo", "quick", arms=arms, baseline="plain")
+    assert [estimate.describe(run, study) for run in estimate.runs_of(study)[: len(arms)]] == [
+        "cross-entropy",
+        "dispersion 1, deep layers",
+        "hinge dispersion 0.1, layers 0 -1, tau 0.5, 256 tokens",
+        "dispersion 0.1, last layer, cosine decay",
+        "noise 1, n_inner 64",
+        "cross-entropy, LoRA 4",
+        "start as it is, a/b@step10",
+    ]
+
+
 def test_large_steps_are_estimated_and_unknown_models_are_said_to_be() -> None:
     study = load_study("demo", laid_over=assigned(["train.batch_sequences=4096", "train.precision=bf16"]))
     plan = estimate.plan_of(study)

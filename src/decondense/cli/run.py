@@ -201,7 +201,7 @@ def study(
         return
     asked = _Asked(name, scale, seeds, text, tokenizer, start, tasks, data_dir, limit, tuple(assignments or ()))
     chosen = asked.study()
-    folder = out or Path(f"decondense-{chosen.name}-{chosen.scale}")
+    folder = out or Path(f"decondense-{chosen.name}-{scale or chosen.scale}")
     if as_yaml and not dry_run:
         raise typer.BadParameter("it belongs to --dry-run, which runs nothing.", param_hint="--yaml")
     if slurm is not None:
@@ -320,7 +320,7 @@ def train(
 
     asked = _Asked(name, scale, seeds, text, tokenizer, start, tasks, data_dir, limit, tuple(assignments or ()))
     chosen = asked.study()
-    folder = out or Path(f"decondense-{chosen.name}-{chosen.scale}")
+    folder = out or Path(f"decondense-{chosen.name}-{scale or chosen.scale}")
     chosen.arm(arm)
     if seed not in chosen.seeds:
         raise ConfigError(f"seed {seed} is not one of the study's seeds {list(chosen.seeds)}; see --seeds.")

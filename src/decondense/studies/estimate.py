@@ -239,7 +239,8 @@ class _Models:
                 )
             return size_of_module(built, model)
         if model.parameters is not None:
-            note = f"{model.start}: {count(model.parameters)} parameters, as the study says; attention is not counted"
+            said = f"{model.start}: {count(model.parameters)} parameters, as the study says"
+            note = f"{said}; attention and the pairs of the dispersion loss are not counted"
             return Size(model.parameters, None, model.parameters, note=note)
         return Size(None, None, None, note=f"{model.start} is not on this machine: size and cost unknown")
 
@@ -539,12 +540,7 @@ def describe(run: Run, study: StudyConfig) -> str:
     elif arm is not None and not arm.untrained:
         treatments = []
         if arm.dispersion is not None:
-            form = "" if arm.dispersion.loss.form == LossConfig().form else f"{arm.dispersion.loss.form} "
-            layers = arm.dispersion.layers
-            where = (
-                f"{layers} layer{'s' if layers != 'last' else ''}" if isinstance(layers, str) else f"layers {layers}"
-            )
-            treatments.append(f"{form}dispersion {arm.dispersion.weight:g}, {where}")
+            treatments.append(_describe_dispersion(arm.dispersion))
         if arm.noisy_embedding is not None:
             treatments.append(f"noise {arm.noisy_embedding.alpha:g}")
         if arm.active_forgetting is not None:
@@ -554,8 +550,35 @@ def describe(run: Run, study: StudyConfig) -> str:
         words.append(" + ".join(treatments) or "cross-entropy")
     if arm is not None and arm.model is not None and (own := arm.model.start or arm.model.architecture):
         words.append(own if run.model.revision is None else f"{own}@{run.model.revision}")
+    elif arm is not None and arm.model is not None and arm.model.overrides:
+        changed = [f"{key} {value}" for key, value in arm.model.overrides.items()]
+        words.append(", ".join(changed[:2]) + (", ..." if len(changed) > 2 else ""))
     if run.model.lora is not None:
         words.append(f"LoRA {run.model.lora.rank}")
+    return ", ".join(words)
+
+
+def _describe_dispersion(dispersion: DispersionConfig) -> str:
+    """Weight and layers, and what else differs from the paper's loss."""
+    loss, usual, layers = dispersion.loss, LossConfig(), dispersion.layers
+    form = "" if loss.form == usual.form else f"{loss.form} "
+    where = "last layer" if layers == "last" else f"{layers} layers"
+    if not isinstance(layers, str):
+        where = f"layers {' '.join(map(str, layers))}"
+    words = [f"{form}dispersion {dispersion.weight:g}", where]
+    if loss.tau != usual.tau:
+        words.append(f"tau {loss.tau:g}")
+    if loss.pairs == "grouped":
+        words.append(f"groups of {loss.group_size}")
+    elif loss.pairs == "subset":
+        words.append(f"{loss.subset_size} tokens")
+    if loss.within != usual.within:
+        words.append(f"within the {loss.within}")
+    if loss.compat is not None:
+        words.append("authors' code")
+    if not dispersion.schedule.is_constant:
+        kind = dispersion.schedule.kind
+        words.append("switched off" if kind == "constant" else f"{kind} decay")
     return ", ".join(words)
 
 
