@@ -551,6 +551,10 @@ def test_a_slurm_script_is_written_once_and_is_valid_shell(capsys, tmp_path: Pat
     assert "#SBATCH --array=0-3\n" in text
     (words,) = commands_of(text)
     assert accepts(words)["workers"] == 1
+    assert "--gpus" not in text
+    for scale in ("gpu", "paper", "paper-qwen3"):
+        study = load_study("table2", scale)
+        assert "#SBATCH --gpus-per-task=1" in launches(study, ["table2", "--scale", scale], Path("out"))[-1].lines
     status, _, err = run(capsys, "study", "demo", "--slurm", "run.sh")
     assert status == 2
     assert "exists" in err

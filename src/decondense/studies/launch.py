@@ -112,7 +112,7 @@ def slurm_script(study: StudyConfig, words: list[str], out: Path) -> list[str]:
     Prepared models and trials come first by themselves: a task waits for the runs that it needs.
     """
     cells = len(study.seeds) * len(study.arms)
-    large = study.scale in ("gpu", "paper")
+    large = study.scale not in ("quick", "tiny")
     resources = ["#SBATCH --gpus-per-task=1", "#SBATCH --cpus-per-task=8"] if large else []
     if not large:
         resources = [f"#SBATCH --cpus-per-task={study.train.threads or 4}"]
