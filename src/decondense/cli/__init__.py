@@ -52,12 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = os.environ.get("DECONDENSE_DEBUG", "") not in ("", "0")
     try:
         result = app(args=None if arguments is None else list(arguments), standalone_mode=False)
-        return int(result) if isinstance(result, int) else 0
-    except KeyboardInterrupt:
-        _complain("interrupted. Rows written so far are valid; the same command goes on from the last checkpoints.")
-        return 130
-    except typer.Abort:
-        return 130
+        status = int(result) if isinstance(result, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
     except BrokenPipeError:  # `decondense ... | head`
         sys.stderr.close()
         return 0
@@ -70,6 +67,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _complain(_say(error))
         return 1 if isinstance(error, RuntimeError) else 2
+    # of Ctrl-C some releases of typer make an exit status, others an exception
+    if status == 130:
+        _complain(_interrupted(sys.argv[1:] if arguments is None else arguments))
+    return status
+
+
+def _interrupted(arguments: Sequence[str]) -> str:
+    """What is left of an interrupted command."""
+    verb = next((word for word in arguments if not word.startswith("-")), "")
+    kept = {
+        "demo": "rows written so far are valid; the same command goes on from the last checkpoints.",
+        "evaluate": "finished tasks are kept; the same command goes on with the next one.",
+        "measure": "models that were measured before are kept; the same command starts over.",
+    }
+    kept |= dict.fromkeys(("study", "train"), kept["demo"])
+    return f"interrupted: {kept[verb]}" if verb in kept else "interrupted."
 
 
 def _say(error: Exception) -> str:
@@ -79,7 +92,13 @@ def _say(error: Exception) -> str:
 
         where = f"{error.filename}: " if error.filename else ""
         remedy = {
-            errno.ENOSPC: " Rows written so far are valid: free some space and run the same command again.",
+            **dict.fromkeys(
+                (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+                " Rows written so far are valid: free some space and run the same command again.",
+            ),
+            **dict.fromkeys(
+                (errno.EEXIST, errno.ENOTDIR), " A file is where a directory is needed: choose another one (--out)."
+            ),
             errno.EACCES: " Choose a directory you may write to (--out, DECONDENSE_CACHE).",
             errno.EROFS: " Choose a directory you may write to (--out, DECONDENSE_CACHE).",
         }.get(error.errno, "")

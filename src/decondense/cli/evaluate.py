@@ -99,7 +99,7 @@ def evaluate_command(
             progress=display,
         )
     _show(console, found)
-    console.print(f"results: {folder}", highlight=False)
+    console.print(f"results: {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _slug(model: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -167,6 +169,7 @@ def measure_command(
     from rich.console import Console
 
     from decondense.config import MeasureConfig, one_of
+    from decondense.measuring.loading import check_source
     from decondense.measuring.metrics import resolve_metrics
     from decondense.measuring.running import MeasureError
 
@@ -180,6 +183,12 @@ def measure_command(
     names = _names(models or [], checkpoints, revisions, pairs)
     if text is not None and dataset is not None:
         raise MeasureError("give either --dataset or --text, not both.")
+    labels = _labels([source for source, _ in names])
+    folder = out or Path(f"decondense-measure-{_slug(family or _short(checkpoints or names[0][0]))}")
+    # everything that can be known to fail fails before texts are read and models loaded
+    for source, _ in names:
+        check_source(source)
+    _check_folder(folder)
 
     console = Console()
     texts = _texts(
@@ -207,9 +216,7 @@ def measure_command(
         "blocks": blocks,
         "batch_size": batch_size,
     }
-    folder = out or Path(f"decondense-measure-{_slug(family or _short(checkpoints or names[0][0]))}")
     done: list[tuple[str, int | None, Profile]] = []
-    labels = _labels([source for source, _ in names])
     for (source, step), short in zip(names, labels, strict=True):
         label = short if step is None else f"step {step:,}"
         profile = _measure(console, source, label, texts, loading, measuring).at(final)  # type: ignore[arg-type]
@@ -222,7 +229,7 @@ def measure_command(
         _show(console, label, profile, place, bins, heat_map, palette)
     if len(done) > 1:
         _compare(console, done, folder, family, pairs, bins, heat_map, palette)
-    console.print(f"results: {folder}", highlight=False)
+    console.print(f"results: {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -309,6 +316,26 @@ def _texts(
     return sample_passages(source, count=passages, words=words, seed=seed, split=split, field=field)
 
 
+def _check_folder(folder: Path) -> None:
+    """Refuse a directory of results that cannot be written to, and leave nothing behind."""
+    from decondense.measuring.running import MeasureError
+
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise MeasureError(
+            f"{folder} cannot hold the results ({error.strerror or error}); choose a directory that you may write to: "
+            "--out."
+        ) from error
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
 def _short(source: str) -> str:
     name, at, revision = str(source).rstrip("/").rpartition("@")
     return f"{Path(name).name}@{revision}" if at and name else Path(str(source)).resolve().name
@@ -347,6 +374,7 @@ def _measure(
     console: Console, source: str, label: str, texts: list[str], loading: dict[str, Any], measuring: dict[str, Any]
 ) -> Profile:
     import torch
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from transformers.utils import logging
 
@@ -355,7 +383,7 @@ def _measure(
     from decondense.measuring.running import MeasureError
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    with console.status(f"loading {source}"):
+    with console.status(f"loading {escape(source)}"):
         model, tokenizer = load_model(source, **loading)
     if tokenizer is None:
         raise MeasureError(f"{source} comes without a tokenizer; name the right one: --tokenizer DIRECTORY_OR_HUB_ID.")
@@ -363,7 +391,7 @@ def _measure(
         model = model.to("cuda")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(f"measuring {label}", total=len(texts))
+        task = bar.add_task(f"measuring {escape(label)}", total=len(texts))
         return measure(
             model,
             tokenizer,
@@ -385,9 +413,9 @@ def _show(console: Console, label: str, profile: Profile, place: Path, bins: int
         _print(console, tables.columns(table, ["layer", *profile.metrics]), "side metrics")
     for name in ("spearman", "kendall"):
         low, high = profile.interval(name)
+        known = f"95 % interval over passages {low:+.2f}..{high:+.2f}" if low == low else "one passage has no interval"
         console.print(
-            f"{name.capitalize()} of mean cosine and depth: {getattr(profile, name):+.2f} "
-            f"(95 % interval over passages {low:+.2f}..{high:+.2f})",
+            f"{name.capitalize()} of mean cosine and depth: {getattr(profile, name):+.2f} ({known})",
             highlight=False,
             soft_wrap=True,
         )
@@ -464,15 +492,16 @@ def _mapping(profile: Profile, label: str, bins: int) -> dict[str, Any]:
 
 def _print(console: Console, table: tuple[list[str], list[list[Any]]], title: str) -> None:
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     from decondense.measuring.tables import format_cell
 
-    shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     shown.collapse_padding = True
     for number, name in enumerate(table[0]):
         # spaces, so that a long name of a metric breaks where words end
         shown.add_column(name.replace("_", " "), justify="left" if number == 0 else "right", no_wrap=number == 0)
     for line in table[1]:
-        shown.add_row(*(format_cell(cell) for cell in line))
+        shown.add_row(*(escape(format_cell(cell)) for cell in line))
     console.print(shown)

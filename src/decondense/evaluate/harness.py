@@ -451,12 +451,19 @@ def _claimed(folder: Path) -> Iterator[int]:
 def _open_directory(folder: Path, label: str, settings: Mapping[str, Any]) -> None:
     path = folder / "evaluation.json"
     if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        if there["settings"] != dict(settings):
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+            same = there["settings"] == dict(settings)
+        except (ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(f"{path} cannot be read ({error}); choose another directory with --out.") from error
+        # where nothing was scored, for want of a model that loads, there is nothing to keep apart
+        if not same and any((folder / "tasks").glob("*.json")):
             raise EvaluationError(
                 f"{folder} holds the results of {there['model']} ({_say(there['settings'])}; asked for: {label}, "
                 f"{_say(settings)}). Choose another directory with --out."
             )
+        if not same:
+            atomic_write(path, json.dumps({"model": label, "settings": settings}, indent=1))
         return
     foreign = [item.name for item in folder.iterdir() if not item.name.startswith(".")]
     if foreign:

@@ -18,7 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import huggingface_hub.constants
@@ -29,8 +29,12 @@ from lm_eval.api.group import Group
 from lm_eval.models.huggingface import HFLM
 
 from decondense.config import suggest
+from decondense.corpora.hub import commit_of
+from decondense.corpora.passages import PassageError
 from decondense.evaluate.catalogue import TASKS, EvaluationError, spread
 from decondense.evaluate.local import read_rows
+from decondense.measuring.loading import check_complete, why_not
+from decondense.measuring.running import MeasureError
 from decondense.records import append_rows, atomic_write, provenance
 
 _REPORT_SECONDS = 0.5
@@ -73,6 +77,12 @@ class _Model(HFLM):  # type: ignore[misc]
     windowed = 0
     answered = 0
     rolling = False
+
+    def _create_model(self, pretrained: str, **settings: Any) -> None:
+        super()._create_model(pretrained, output_loading_info=True, **settings)
+        model, found = self.__dict__.pop("_model")
+        check_complete(pretrained, model, found["missing_keys"], head=True)
+        self._model = model
 
     def begin(self, task: str) -> None:
         self.task = task
@@ -511,22 +521,15 @@ def _load_model(request: dict[str, Any], events: _Events) -> _Model:
             batch_size=request["batch_size"],
             trust_remote_code=code,
         )
-    except EvaluationError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        if Path(name).is_dir():
-            hint = ""
-            if "trust_remote_code" in str(error):
-                hint = " It comes with code of its own: --trust-remote-code runs it, if you trust it."
-            elif "okenizer" in str(error):
-                hint = " If its tokenizer is elsewhere: --tokenizer DIRECTORY_OR_HUB_ID."
-            raise EvaluationError(f"the model in {name} cannot be loaded: {said}.{hint}") from error
-        raise EvaluationError(
-            f"no model {source!r}: there is no such directory, and the hub cannot be reached or does not have it "
-            f"({said}). Without network, give the path of a downloaded model, or fill the cache where there is one (hf "
-            f"download {name}) and set HF_HOME to it."
-        ) from error
+    except (EvaluationError, MeasureError) as error:
+        raise EvaluationError(str(error)) from error
+    except Exception as error:  # a broken file shows as whatever the first thing that trips over it raises
+        hint = ""
+        if "trust_remote_code" in str(error):
+            hint = " --trust-remote-code runs it, if you trust it."
+        elif "okenizer" in str(error):
+            hint = " If its tokenizer is elsewhere: --tokenizer DIRECTORY_OR_HUB_ID."
+        raise EvaluationError(why_not(name, revision or None, error) + hint) from error
     model.events = events
     return model
 
@@ -542,9 +545,27 @@ def _no_data(name: str, error: Exception) -> dict[str, str]:
 
 
 def _stay_offline() -> None:
-    """After one vain attempt, which takes half a minute, the other data sets are only looked for in the cache."""
+    """The data sets are only looked for in the cache: each vain attempt takes half a minute."""
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = True
+
+
+def _is_out_of_reach(request: dict[str, Any]) -> bool:
+    """Whether the hub is needed and does not answer."""
+    asked: list[tuple[str, Literal["dataset", "model"]]] = [
+        (str(name).partition("@")[0], "model")
+        for name in (request["model"], request["settings"]["tokenizer"])
+        if name is not None and not Path(name).expanduser().exists()
+    ]
+    asked += [
+        (TASKS[task["name"]].source, "dataset")
+        for task in request["tasks"]
+        if task["local"] is None and task["name"] in TASKS
+    ]
+    try:
+        return bool(asked) and commit_of(*asked[0])[1] is not None
+    except PassageError:  # it answers that it has no such thing; the libraries say it in their way
+        return False
 
 
 _HUB_ERRORS = ("datasets", "huggingface_hub", "requests", "httpx", "urllib3", "fsspec")
@@ -558,6 +579,8 @@ def main(folder: Path) -> int:
     # of the harness's warnings only what a reader of the log can use
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     events.tell("loading")
+    if _is_out_of_reach(request):
+        _stay_offline()
     try:
         source = _Tasks([task["name"] for task in request["tasks"]])
         lm = _load_model(request, events)

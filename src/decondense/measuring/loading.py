@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from decondense.config import one_of
+from decondense.corpora.hub import commit_of, offline
 from decondense.measuring.running import MeasureError
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ def load_model(
         eight_bit: 8-bit weights (needs ``bitsandbytes``).
 
     Raises:
-        ValueError: no such directory, no model in it, an unreachable hub, weights that do not load.
+        ValueError: no such directory, no model in it, an unreachable hub, weights that do not load or are not
+            complete.
     """
     import torch
     import transformers
@@ -63,32 +66,94 @@ def load_model(
             raise MeasureError("8-bit weights need bitsandbytes: pip install bitsandbytes, or leave --8bit out.")
         quantised: Any = transformers.BitsAndBytesConfig
         options["quantization_config"] = quantised(load_in_8bit=True)
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, revision=revision)
-        loader = _loader(config)
-        model = loader.from_pretrained(name, revision=revision, config=config, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise MeasureError(_why(name, revision, error)) from error
-    model.eval()
-    return model, load_tokenizer(tokenizer or name, revision=None if tokenizer else revision, required=bool(tokenizer))
+    with _asked_once(name, tokenizer):
+        try:
+            config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+            loader = _loader(config)
+            model, found = loader.from_pretrained(
+                name, revision=revision, config=config, output_loading_info=True, **options
+            )
+        except Exception as error:  # a broken file shows as whatever the first thing that trips over it raises
+            raise MeasureError(why_not(name, revision, error)) from error
+        check_complete(name, model, found["missing_keys"])
+        model.eval()
+        where, at = (name, revision) if tokenizer is None else (tokenizer, None)
+        return model, _tokenizer(where, revision=at, required=tokenizer is not None)
+
+
+def check_complete(name: str, model: Any, missing: Iterable[str], *, head: bool = False) -> None:
+    """Refuse weights that lack a part of what is used: transformers draws it at random, with a warning only.
+
+    Poolers, which come and go between tasks, are never used, and heads are not when states are measured.
+
+    Args:
+        name: what the message calls the model.
+        model: a transformers model.
+        missing: names of its parameters that were not in the weights.
+        head: the head is used too.
+
+    Raises:
+        ValueError: parameters that are used are missing.
+    """
+    inside = "" if head or model.base_model is model else f"{model.base_model_prefix}."
+    lacking = sorted(key for key in missing if key.startswith(inside) and "pooler" not in key.split("."))
+    if lacking:
+        first = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        raise MeasureError(
+            f"the model in {name} cannot be used: its weights lack {len(lacking):,} of the tensors that its "
+            f"config.json asks for ({first}). They would be random: give config.json and weights that belong together."
+        )
+
+
+@contextmanager
+def _asked_once(*names: str | Path | None) -> Iterator[None]:
+    """In the block the hub is not asked again when one of ``names`` is not here and it does not answer now.
+
+    The libraries try for half a minute, for every file anew.
+    """
+    remote = [str(name) for name in names if name is not None and not Path(name).expanduser().exists()]
+    away = any(commit_of(name, "model")[1] is not None for name in remote)
+    with offline() if away else nullcontext():
+        yield
+
+
+def check_source(source: str | Path) -> None:
+    """Refuse at once what can be neither a model directory nor a hub id; nothing is loaded.
+
+    Raises:
+        ValueError: no such directory, no ``config.json`` in it, no form of a hub id.
+    """
+    _where(source, None)
 
 
 def load_tokenizer(
     source: str | Path, *, revision: str | None = None, required: bool = True
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a directory or hub model; None when there is none and it is not ``required``."""
+    """The tokenizer of a directory or hub model; None when there is none and it is not ``required``.
+
+    Raises:
+        ValueError: there is none and it is ``required``; the directory has a tokenizer's files, but they do not load.
+    """
+    with _asked_once(source):
+        return _tokenizer(source, revision=revision, required=required)
+
+
+def _tokenizer(source: str | Path, *, revision: str | None, required: bool) -> PreTrainedTokenizerBase | None:
     import transformers
 
+    remedy = "Name the directory or the hub id of the right one: --tokenizer."
     try:
         loaded: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(str(source), revision=revision)
     except Exception as error:  # a missing tokenizer shows as half a dozen types
-        if required:
-            raise MeasureError(f"no tokenizer at {source}: {_first_line(error)}.") from error
+        broken = (Path(source).expanduser() / "tokenizer.json").is_file()
+        if required or broken:
+            what = f"the tokenizer in {source} cannot be loaded" if broken else f"no tokenizer at {source}"
+            raise MeasureError(f"{what}: {_first_line(error)}. {remedy}") from error
         return None
     # without tokenizer files transformers may build an empty tokenizer, which turns every text into nothing
     if not loaded("A text of five words.")["input_ids"]:
         if required:
-            raise MeasureError(f"no tokenizer at {source}: it has no vocabulary.")
+            raise MeasureError(f"no tokenizer at {source}: it has no vocabulary. {remedy}")
         return None
     return loaded
 
@@ -127,13 +192,26 @@ def _loader(config: Any) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """The first line that says something: not a heading that ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return said.rstrip(".:!")
 
 
-def _why(name: str, revision: str | None, error: Exception) -> str:
+def why_not(name: str, revision: str | None, error: Exception) -> str:
+    """What to tell a user whose model, a directory or a hub id, could not be loaded because of ``error``."""
     at = f" (revision {revision})" if revision else ""
     if Path(name).is_dir():
-        return f"the model in {name} cannot be loaded: {_first_line(error)}."
+        said = _first_line(error)
+        if "ignore_mismatched_sizes" in said:
+            said = "the weights have other sizes than its config.json says"
+        elif isinstance(error, ValueError) and hasattr(error, "lineno"):  # of the json module
+            said = f"one of its JSON files is cut off or damaged ({said})"
+        elif "safetensor" in type(error).__name__.lower():
+            said = f"its weights are damaged ({said}); copy or download them again"
+        elif "trust_remote_code" in str(error):
+            said = "it comes with code of its own, which is not run here"
+        return f"the model in {name} cannot be loaded: {said}."
     return (
         f"no model {name!r}{at}: there is no such directory, and the hub cannot be reached or does not have it "
         f"({_first_line(error)}). Without network, give the path of a downloaded model, or fill the cache where there "
