@@ -298,3 +298,15 @@ def test_measured_starts_are_measured_with_their_own_tokenizers(staged, tmp_path
 def test_what_makes_no_sense_is_refused_by_name(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         small_study(**changes)
+
+
+def test_one_cell_brings_what_it_needs(staged, tmp_path) -> None:
+    from decondense.cli import main
+
+    (tmp_path / "study.yaml").write_text(staged_study().to_yaml())
+    out = tmp_path / "study"
+    command = ["train", str(tmp_path / "study.yaml"), "--arm", "dispersion", "--seed", "0", "--out", str(out)]
+    assert main(command) == 0
+    assert not prepared_folder(out, "teacher").exists(), "only what this arm needs"
+    rows = [row for row in read_rows(out / "rows.jsonl") if row["arm"] == "dispersion"]
+    assert stables(rows) == stables([row for row in staged[1] if row["arm"] == "dispersion"])

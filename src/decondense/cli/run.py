@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from decondense.config import StudyConfig
     from decondense.studies import CellState
+    from decondense.studies.runner import Task
 
 Out = Annotated[Path | None, typer.Option("--out", help="Directory of the study. Default: decondense-NAME.")]
 Seeds = Annotated[int | None, typer.Option("--seeds", min=1, help="Number of seeds, 0 to N-1. Default: the study's.")]
@@ -310,6 +311,7 @@ def train(
 ) -> None:
     """Run one cell of a study (one arm, one seed) in this process, also under torchrun or accelerate launch.
 
+    Models and learning rates that the cell needs are trained and tried first, once for all cells of the directory.
     Cells trained into the same --out make up the study: compare and report read them once all are done.
     """
     from rich.console import Console
@@ -326,30 +328,31 @@ def train(
         raise ConfigError(f"seed {seed} is not one of the study's seeds {list(chosen.seeds)}; see --seeds.")
     console = Console(stderr=True)
     chosen = open_directory(chosen, folder, resume=resume)
-    with _Display(console) as display:
-        corpus = study_corpus(chosen, folder, display)
-    from decondense.training.hf import is_main_process, run_cell
+    if chosen.measure is None:
+        with _Display(console) as display:
+            study_corpus(chosen, folder, display)
+    from decondense.studies.worker import run_one
+    from decondense.training.hf import is_main_process
 
-    rows_path = cell_folder(folder, arm, seed) / "rows.jsonl"
+    shown: dict[Path, int] = {}
 
-    shown = 0
-
-    def watch() -> None:
-        nonlocal shown
-        if not is_main_process() or not rows_path.exists():
+    def watch(task: Task) -> None:
+        path = task.folder / "rows.jsonl"
+        if not is_main_process() or not path.exists():
             return
-        steps = [row for row in read_rows(rows_path, check=False) if row["kind"] == "step" and row["step"] > shown]
-        for row in steps:
-            shown = row["step"]
-            console.print(f"{arm} seed {seed}: step {shown}/{chosen.train.steps}, loss {row['loss']:.4f}")
+        seen = shown.get(path, 0)
+        for row in read_rows(path, check=False):
+            if row["kind"] == "step" and row["step"] > seen:
+                shown[path] = row["step"]
+                console.print(f"{task.name} seed {task.seed}: step {row['step']}/{task.steps}, loss {row['loss']:.4f}")
 
-    ended = run_cell(chosen, chosen.arm(arm), seed, corpus, rows_path.parent, retry_failed=retry_failed, watch=watch)
+    ended = run_one(chosen, arm, seed, folder, retry_failed=retry_failed, watch=watch)
     if is_main_process():
         write_rows(folder / "rows.jsonl", collect(chosen, folder))
     if ended["status"] == "failed":
         raise RuntimeError(f"{arm} seed {seed} failed: {ended['error']}")
     if is_main_process():
-        console.print(f"finished: {rows_path.parent / 'final'}")
+        console.print(f"finished: {cell_folder(folder, arm, seed)}")
 
 
 def _run(chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retry_failed: bool) -> None:

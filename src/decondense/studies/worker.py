@@ -55,6 +55,56 @@ def run_task(
     )
 
 
+def run_one(
+    study: StudyConfig,
+    arm: str,
+    seed: int,
+    out: Path,
+    *,
+    retry_failed: bool = False,
+    watch: Callable[[Task], None] | None = None,
+) -> Row:
+    """Train one cell of a study, and before it the models and trials that it needs; also on several ranks.
+
+    Args:
+        study: the study in ``out``.
+        arm: one of its arms.
+        seed: one of its seeds.
+        out: its directory.
+        retry_failed: start a failed cell again.
+        watch: called with the task at hand whenever rows are written.
+
+    Returns:
+        The cell's terminal row.
+
+    Raises:
+        CellBusy: another process holds the cell, or, on several ranks, something that it needs.
+    """
+    from decondense.training.hf import CellBusy, world_size
+
+    everything = tasks(study, out)
+    (cell,) = [task for task in everything if (task.kind, task.arm, task.seed) == ("cell", arm, seed)]
+    trials = [task for task in everything if task.folder in cell.needs]
+    wanted = {folder for task in [cell, *trials] for folder in task.needs}
+    corpus = None if study.measure is not None else opened_corpus(out)
+    row: Row = {}
+    for task in [task for task in everything if task.folder in wanted] + [cell]:
+
+        def tell(task: Task = task) -> None:
+            if watch is not None:
+                watch(task)
+
+        while True:
+            try:
+                row = run_task(study, task, corpus, out, retry_failed=retry_failed and task is cell, watch=tell)
+                break
+            except CellBusy:
+                if task is cell or world_size() > 1:
+                    raise
+                time.sleep(1.0)  # another cell of the study is having the same thing done
+    return row
+
+
 def _cannot_start(task: Task, reason: str) -> Row:
     """A failure is a row: the other arms go on."""
     row = make_row(
