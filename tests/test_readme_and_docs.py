@@ -98,15 +98,16 @@ def test_documentation_speaks_of_the_project_alone() -> None:
         assert not re.search(r"(?<![\w.])/(work|tmp|root|home)/", path.read_text(encoding="utf-8")), path
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_study_files_of_the_docs_are_valid(number: int) -> None:
+def test_study_files_of_the_docs_are_valid() -> None:
     import yaml
 
     from decondense.config import StudyConfig
 
     texts = [text for language, text in BLOCK.findall((ROOT / "docs" / "studies.md").read_text()) if language == "yaml"]
-    assert len(texts) == 3
-    data = yaml.safe_load(texts[number])
-    if number == 1:
-        data.update(yaml.safe_load(texts[2]))  # the part about benchmarks, in a whole study
-    StudyConfig.parse(data, where="docs/studies.md")
+    found = [yaml.safe_load(text) for text in texts]
+    whole = [data for data in found if "name" in data]
+    parts = [data for data in found if "name" not in data]
+    assert len(whole) == 2
+    assert [set(part) for part in parts] == [{"corpus"}, {"corpus"}, {"evaluate"}]
+    for data in (*whole, *({**study, **part} for part in parts for study in whole)):
+        StudyConfig.parse(data, where="docs/studies.md")
