@@ -4,14 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
+OLDEST := .venv-oldest
+# torch 2.6 brings gigabytes of CUDA packages: `make test-oldest OLDEST_TORCH=2.13.0` takes another build
+OLDEST_TORCH ?= 2.6.0
 
-.PHONY: help setup demo test test-all check format bench figures docs docs-serve build clean
+.PHONY: help setup demo test test-all test-oldest check format bench figures docs docs-serve build clean
 
 help:
 	@echo "make demo      train with and without dispersion loss, compare, report (4 to 6 minutes on 2 cores)"
 	@echo "make test      the default tests"
 	@echo "make check     ruff, mypy, import contracts"
 	@echo "make test-all  the default and the slow tests"
+	@echo "make test-oldest  a handful of tests and the quick demo with the oldest supported versions, in .venv-oldest"
 	@echo "make bench     the benchmarks; rows go to benchmarks/results/"
 	@echo "make figures   the README's figure and every generated table, from committed rows"
 	@echo "make docs      the documentation, into site/ (docs-serve: on a local port, rebuilt on every change)"
@@ -35,6 +39,19 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not gpu and not hub"
+
+# an environment of its own, installed as a user installs it
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet torch==$(OLDEST_TORCH) numpy==1.26.*
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt . pyarrow pandas pytest hypothesis
+	$(OLDEST)/bin/python -m pip check
+	$(OLDEST)/bin/python -m pytest -q -m "not slow and not gpu and not hub and not titan" tests/floor tests/losses/test_api.py \
+		tests/attach/test_attach.py tests/measure/test_measure.py tests/studies/test_baselines.py
+	$(OLDEST)/bin/decondense demo --quick --out $(OLDEST)/demo
+	$(OLDEST)/bin/decondense compare $(OLDEST)/demo
+	$(OLDEST)/bin/decondense measure $(OLDEST)/demo/cells/dispersion/seed-0/final --out $(OLDEST)/measured --passages 8
 
 check: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks docs/hooks
