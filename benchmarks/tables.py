@@ -22,6 +22,8 @@ from decondense.records import Row, read_rows
 from decondense.report import headline, layer_table, sentences
 from loss_tables import TABLES as LOSS_TABLES
 from measure_tables import TABLES as MEASURE_TABLES
+from result_tables import TABLES as RESULT_TABLES
+from result_tables import figures as result_figures
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -53,7 +55,7 @@ def demo() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, **LOSS_TABLES, **ATTACH_TABLES, **MEASURE_TABLES}
+TABLES: dict[str, Callable[[], str]] = {"demo": demo, **LOSS_TABLES, **ATTACH_TABLES, **MEASURE_TABLES, **RESULT_TABLES}
 
 
 def documents() -> list[Path]:
@@ -88,6 +90,9 @@ def main() -> int:
                 path.write_text(made, encoding="utf-8")
     if not check and (rows := rows_of("demo")):
         export(overview(Study.from_rows(rows)), ROOT / "docs" / "images" / "demo", ("png",), dpi=200)
+    if not check:
+        (ROOT / "docs" / "images" / "results").mkdir(exist_ok=True)
+        result_figures(ROOT / "docs" / "images" / "results")
     for path in stale:
         print(f"{'out of date' if check else 'written'}: {path}")
     return 1 if check and stale else 0

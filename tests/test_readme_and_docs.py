@@ -107,7 +107,7 @@ def test_study_files_of_the_docs_are_valid() -> None:
     found = [yaml.safe_load(text) for text in texts]
     whole = [data for data in found if "name" in data]
     parts = [data for data in found if "name" not in data]
-    assert len(whole) == 2
+    assert len(whole) == 3
     assert [set(part) for part in parts] == [{"corpus"}, {"corpus"}, {"evaluate"}]
     for data in (*whole, *({**study, **part} for part in parts for study in whole)):
         StudyConfig.parse(data, where="docs/studies.md")
