@@ -464,6 +464,8 @@ def test_a_stream_that_breaks_says_where(monkeypatch: pytest.MonkeyPatch, tmp_pa
 ASK = """
 import json, sys, time
 from pathlib import Path
+import datasets, transformers  # before the clock starts: what is timed is the waiting, not a busy machine's imports
+from transformers import AutoTokenizer
 from decondense.config import CorpusConfig
 from decondense.corpora.packed import prepare
 for request in json.loads(sys.argv[1]):

@@ -22,7 +22,7 @@ import yaml
 from decondense.config import suggest
 from decondense.corpora.passages import PassageError, choose_column
 
-TIMEOUT = 10.0
+TIMEOUT = 8.0
 """Seconds after which a hub that does not answer counts as out of reach."""
 _HEAD = 1000
 """Rows looked at to tell documents from the lines of documents."""
