@@ -345,7 +345,7 @@ class Table:
     def repeats(self) -> list[bool]:
         """Whether a row begins like the one before it, so that a page need not say it again."""
         heads = [row[0] for row in self.text()]
-        return [self.words > 1 and n > 0 and head == heads[n - 1] for n, head in enumerate(heads)]
+        return [n > 0 and head == heads[n - 1] for n, head in enumerate(heads)]
 
     def text(self) -> list[list[str]]:
         """The cells as shown."""
@@ -439,7 +439,7 @@ def _names(found: Comparison) -> dict[str, str]:
     for mean in found.means:
         count = sum((task, mean.metric) in odd for task in mean.tasks)
         if count:
-            names[mean.measure.name] = f"{mean.measure.name} ({count} not on the official number of items)"
+            names[mean.measure.name] = f"{mean.measure.name} ({count} not official)"
     return names
 
 
@@ -1218,25 +1218,34 @@ def _pictures(study: Study, found: Comparison | None, out: Path) -> tuple[dict[s
     panels: list[draw.Panel] = []
     many = len(study.arms) > draw.MOST_BANDS
     band = "" if many else "; the band spans the seeds"
-    if any(cell.steps for cell in finished):
-        caption = f"Training loss, mean over seeds{band}."
-        show("loss", "training-loss", caption, draw.loss_curves(study, ["training"]))
-        panels.append("training")
     trained = [cell for cell in finished if not cell.untrained]
+    lines = "mean over seeds" if many else "thin lines are seeds"
+    captions: dict[draw.Panel, str] = {
+        "training": f"Training loss, mean over seeds{band}.",
+        "validation": f"Validation loss at the evaluated checkpoints, mean over seeds{band}.",
+        "difference": f"Paired difference of the validation loss to {base}: {lines}, below zero is better.",
+    }
+    if any(cell.steps for cell in trained):
+        panels.append("training")
     if any(VALIDATION in cell.scores for cell in trained):
-        caption = f"Validation loss at the evaluated checkpoints, mean over seeds{band}."
-        show("loss", "validation-loss", caption, draw.loss_curves(study, ["validation"]))
         panels.append("validation")
-        if found is not None and found.validation is not None and found.speed:
-            lines = "mean over seeds" if many else "thin lines are seeds"
-            caption = f"Paired difference of the validation loss to {base}: {lines}, below zero is better."
-            show("loss", "validation-difference", caption, draw.loss_curves(study, ["difference"]))
+        if found is not None and found.speed:
             panels.append("difference")
+    if panels and many:  # one legend of many arms is enough
+        caption = " ".join(captions[panel] for panel in panels)
+        show("loss", "loss", caption, draw.loss_curves(study, panels), wide=True)
+    else:
+        for panel in panels:
+            name = "training-loss" if panel == "training" else f"validation-{panel}".replace("-validation", "-loss")
+            show("loss", name, captions[panel], draw.loss_curves(study, [panel]))
     if panels:
         write("loss_curves", draw.loss_curves(study, panels))
     steps = draw.times(study)
-    for step in steps:
-        caption = f"Mean cosine by layer, {draw.when(study, step)}{band or '; mean over seeds'}."
+    if steps and many:
+        caption = "Mean cosine by layer, mean over seeds."
+        show("profiles", "profiles", caption, draw.profiles(study, steps), wide=True)
+    for step in [] if many else steps:
+        caption = f"Mean cosine by layer, {draw.when(study, step)}{band}."
         show("profiles", f"profile-{step}", caption, draw.profiles(study, [step]))
     if steps:
         write("mean_cosine_by_layer", draw.profiles(study, steps))

@@ -313,15 +313,20 @@ def measured_study(
     *,
     change: Callable[[Row], Row | None] | None = None,
 ) -> list[Row]:
-    """Rows of a study that trains nothing: hub ids with their numbers of parameters; larger is less condensed."""
+    """Rows of a study that trains nothing: hub ids with their numbers of parameters; later ones are less condensed.
+
+    An arm is called as the part of its id after the slash.
+    """
+    starts = {start.rsplit("/", 1)[-1]: start for start in models}
     configuration = config(
-        list(models), seeds, baseline=next(iter(models)), title="Models that were never loaded", measure={"tokens": 512}
+        list(starts), seeds, baseline=next(iter(starts)), title="Models that were never loaded", measure={"tokens": 512}
     )
     configuration["arms"] = [
-        {"name": name, "label": None, "untrained": True, "model": {"start": name}} for name in models
+        {"name": name, "label": None, "untrained": True, "model": {"start": start}} for name, start in starts.items()
     ]
     rows: list[Row] = []
-    for place, (name, parameters) in enumerate(models.items()):
+    for place, (name, start) in enumerate(starts.items()):
+        parameters = models[start]
         for seed in seeds:
             common = {"study": "synthetic", "study_fingerprint": "f" * 16, "arm": name, "seed": seed}
             rng = np.random.default_rng([place, seed])

@@ -435,3 +435,38 @@ def test_simulated_null_studies_from_rows_to_verdict() -> None:
         assert found.validation is not None
         detected += found.validation.differences[0].detected
     assert detected <= stats.binom.ppf(1 - 1e-4, 400, 0.05)
+
+
+def test_task_means_and_ranks_weigh_a_cut_task_and_mmlu_like_any_other() -> None:
+    """MMLU is one row, however many subjects and items it has; a task with a limit has fewer. Each counts once."""
+    scores = {  # task -> arm -> score in every seed
+        "mmlu": {"cross-entropy": 0.30, "dispersion": 0.28, "noisy": 0.26},
+        "arc_easy": {"cross-entropy": 0.40, "dispersion": 0.46, "noisy": 0.46},
+        "piqa": {"cross-entropy": 0.60, "dispersion": 0.62, "noisy": 0.66},
+    }
+    items = {"mmlu": 14_042, "arc_easy": 200, "piqa": 1838}
+    official = {"mmlu": 14_042, "arc_easy": 2376, "piqa": 1838}
+    tasks = {arm: dict.fromkeys(scores, 0.5) for arm in ("cross-entropy", "dispersion", "noisy")}
+
+    def told(row: Row) -> Row | None:
+        task = row.get("task")
+        if task not in scores:
+            return row
+        if row["kind"] == "eval_item":
+            return None
+        return {**row, "value": scores[task][row["arm"]], "items": items[task], "official_items": official[task],
+                "limit": 200 if task == "arc_easy" else None}  # fmt: skip
+
+    found = compare(study(dict.fromkeys(tasks, 0.0), tasks=tasks, change=told, task_items=3, documents=3))
+    (mean,) = found.means
+    for arm in tasks:
+        values = mean.measure.of(arm)
+        assert values is not None
+        assert values.mean == pytest.approx(np.mean([scores[task][arm] for task in scores]))
+        # ties share the mean of their ranks
+        ranks = [stats.rankdata([-by_arm[a] for a in tasks])[list(tasks).index(arm)] for by_arm in scores.values()]
+        assert mean.mean_rank[arm] == pytest.approx(np.mean(ranks))
+    assert {task.task: task.deviation for task in found.tasks} == {
+        "validation": "", "mmlu": "", "piqa": "", "arc_easy": "200 of 2,376 items",
+    }  # fmt: skip
+    assert found.task_notes == ("not scored on the official number of items: arc_easy 200 of 2,376 items",)

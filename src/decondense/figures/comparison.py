@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -528,7 +529,7 @@ def family(study: Study, comparison: Comparison, name: str) -> Figure | None:
         found.append(
             {
                 **maps[max(maps)],
-                "label": looks_of(study).tick(point.arm),
+                "label": textwrap.fill(study.labels[point.arm], 14, max_lines=2, placeholder="…"),
                 "parameters": point.parameters,
                 "spearman": point.spearman,
                 "kendall": point.kendall,
