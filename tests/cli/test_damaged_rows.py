@@ -1,0 +1,68 @@
+"""Rows that were changed by hand or by another version: the file and the line, and no traceback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from decondense.cli import main
+
+DEMO = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "demo.jsonl"
+Row = dict[str, Any]
+
+
+def changed(folder: Path, change: Callable[[Row], Row]) -> Path:
+    rows = [change(json.loads(line)) for line in DEMO.read_text(encoding="utf-8").splitlines()]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def complaint(capsys: pytest.CaptureFixture[str], status: int, *arguments: object) -> str:
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == status
+    return "".join(capsys.readouterr().err.split())
+
+
+def test_reasons_and_titles_with_brackets_are_shown_as_they_are(tmp_path: Path, capsys) -> None:
+    def fail(row: Row) -> Row:
+        if row["kind"] == "run":
+            row["config"]["title"] = "A [/red] title"
+            if row["status"] == "finished":
+                row |= {"status": "failed", "error": "out of [memory] [/foo]" if row["seed"] else None}
+        return row
+
+    said = complaint(capsys, 1, "report", changed(tmp_path, fail), "--out", tmp_path / "report")
+    assert "outof[memory][/foo]" in said
+    assert "noreasonrecorded" in said
+
+
+def test_values_that_are_no_numbers_are_named_with_their_line(tmp_path: Path, capsys) -> None:
+    path = changed(tmp_path, lambda row: {**row, "value": float("nan")} if row["kind"] == "eval" else row)
+    assert f"{path},line" in complaint(capsys, 2, "compare", path)
+
+
+LATER = "rows are checked field by field, not against each other or against the version of their schema"
+ODD: dict[str, Callable[[Row], Row]] = {
+    "another schema": lambda row: {**row, "schema_version": row["schema_version"] + 1},
+    "layers without values": lambda row: {**row, "mean_cosine": row["mean_cosine"][:2]} if "layers" in row else row,
+    "no layers": lambda row: {**row, "layers": [], "mean_cosine": []} if "layers" in row else row,
+}
+
+
+@pytest.mark.xfail(strict=True, reason=LATER)
+@pytest.mark.parametrize("what", ODD)
+def test_rows_that_do_not_fit_together_are_named(what: str, tmp_path: Path, capsys) -> None:
+    path = changed(tmp_path, ODD[what])
+    assert f"{path},line" in complaint(capsys, 2, "compare", path)
+
+
+@pytest.mark.xfail(strict=True, reason="a RecursionError of the json module is not caught")
+def test_a_line_nested_too_deep_is_named(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("[" * 100_000 + "\n\n")
+    assert f"{path},line1" in complaint(capsys, 2, "compare", path)
