@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from decondense.config import StudyConfig
+from decondense.records import Row, stable
 from decondense.studies import load_study
 
 SMALL = {
@@ -18,6 +20,27 @@ SMALL = {
 def small_study(**changes: object) -> StudyConfig:
     """The demo, small enough to train in a second; dropout stays at GPT-2's 0.1, so the random state matters."""
     return load_study("demo", "quick", **{**SMALL, "seeds": [0], **changes})
+
+
+def stable_rows(rows: list[Row]) -> list[Row]:
+    return [stable(row) for row in rows]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def stop_after(count: int) -> Callable[[], None]:
+    """A watch that lets rows be written ``count`` times and then stops the run."""
+    written = 0
+
+    def watch() -> None:
+        nonlocal written
+        written += 1
+        if written > count:
+            raise Interrupted
+
+    return watch
 
 
 @pytest.fixture(autouse=True)

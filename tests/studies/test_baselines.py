@@ -7,10 +7,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerControl, TrainerState, TrainingArguments
 
 from decondense.config import ActiveForgettingConfig, NoisyEmbeddingConfig
-from decondense.records import stable
 from decondense.studies import run_study
 from decondense.training.baselines import ActiveForgetting, NoisyEmbedding, own_group
-from studies.conftest import small_study
+from studies.conftest import Interrupted, small_study, stable_rows, stop_after
 
 
 @pytest.fixture
@@ -113,21 +112,10 @@ def test_baselines_are_arms_that_pair_and_resume(tmp_path) -> None:
     out = tmp_path / "resumed"
     open_directory(study, out)
     study_corpus(study, out)
-    written = 0
-
-    class Interrupted(Exception):
-        pass
-
-    def stop() -> None:
-        nonlocal written
-        written += 1
-        if written > 5:
-            raise Interrupted
-
     with pytest.raises(Interrupted):
-        run_cell(study, study.arm("all"), 0, opened_corpus(out), cell_folder(out, "all", 0), watch=stop)
+        run_cell(study, study.arm("all"), 0, opened_corpus(out), cell_folder(out, "all", 0), watch=stop_after(5))
     again = run_study(study, out, workers=0)
-    assert [stable(row) for row in again] == [stable(row) for row in rows]
+    assert stable_rows(again) == stable_rows(rows)
 
 
 def test_distillation_is_the_papers_formula_however_the_batch_is_cut(tmp_path) -> None:

@@ -12,14 +12,10 @@ from pathlib import Path
 import pytest
 
 from decondense.config import ConfigError, StudyConfig
-from decondense.records import Row, append_rows, read_rows, stable
+from decondense.records import Row, append_rows, read_rows
 from decondense.studies import CellState, StudyFailed, run_study
 from decondense.studies.runner import cell_folder, default_workers, open_directory, plan, states
-from studies.conftest import SMALL, small_study
-
-
-def stable_rows(rows: list[Row]) -> list[Row]:
-    return [stable(row) for row in rows]
+from studies.conftest import SMALL, Interrupted, small_study, stable_rows, stop_after
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +91,6 @@ def test_micro_batches_give_the_same_training(tmp_path, uninterrupted) -> None:
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
-class Interrupted(Exception):
-    pass
-
-
 # a cell writes eight times: evaluation 0, steps 2, evaluation and steps 4, steps 6, evaluation and steps 8, the end
 @pytest.mark.parametrize(("after", "resumed_from"), [(2, []), (4, [4]), (5, [4]), (7, [8])])
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path, uninterrupted, after: int, resumed_from: list[int]) -> None:
@@ -109,16 +101,15 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, uninterrupted, after
     study, out = small_study(), tmp_path / "study"
     open_directory(study, out)
     study_corpus(study, out)
-    written = 0
-
-    def stop() -> None:
-        nonlocal written
-        written += 1
-        if written > after:
-            raise Interrupted
-
     with pytest.raises(Interrupted):
-        run_cell(study, study.arm("dispersion"), 0, opened_corpus(out), cell_folder(out, "dispersion", 0), watch=stop)
+        run_cell(
+            study,
+            study.arm("dispersion"),
+            0,
+            opened_corpus(out),
+            cell_folder(out, "dispersion", 0),
+            watch=stop_after(after),
+        )
     rows = run_study(study, out, workers=0)
     assert stable_rows(rows) == stable_rows(uninterrupted[1])
     (end,) = [

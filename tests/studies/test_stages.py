@@ -19,7 +19,7 @@ from decondense.compare import compare
 from decondense.config import ConfigError, StudyConfig
 from decondense.corpora.packed import prepare
 from decondense.corpora.passages import sample_passages
-from decondense.records import Row, read_rows, stable
+from decondense.records import Row, read_rows
 from decondense.seeding import hash_parameters
 from decondense.studies import run_study
 from decondense.studies.runner import (
@@ -31,7 +31,7 @@ from decondense.studies.runner import (
     tasks,
     trial_folder,
 )
-from studies.conftest import SMALL, small_study
+from studies.conftest import SMALL, Interrupted, small_study, stable_rows, stop_after
 
 BASE = {"model": SMALL["model"], "train": {**SMALL["train"], "learning_rate": 0.01}, "seed": 5}
 STAGED = {
@@ -50,10 +50,6 @@ STAGED = {
 
 def staged_study(**changes: object) -> StudyConfig:
     return small_study(**{**STAGED, **changes})
-
-
-def stables(rows: list[Row]) -> list[Row]:
-    return [stable(row) for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +150,7 @@ def test_killed_in_a_stage_the_study_ends_the_same(staged, tmp_path) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     rows = run_study(study, out, workers=2)
-    assert stables(rows) == stables(staged[1])
+    assert stable_rows(rows) == stable_rows(staged[1])
 
 
 def test_what_cannot_start_is_a_row_and_the_rest_goes_on(tmp_path) -> None:
@@ -221,17 +217,6 @@ def test_adapters_train_alone_and_resume(tmp_path) -> None:
     out = tmp_path / "resumed"
     open_directory(study, out)
     study_corpus(study, out)
-    written = 0
-
-    class Interrupted(Exception):
-        pass
-
-    def stop() -> None:
-        nonlocal written
-        written += 1
-        if written > 5:
-            raise Interrupted
-
     (first, *_, last) = tasks(study, out)
     run_cell(first.study, first.study.arms[0], first.seed, opened_corpus(out), first.folder)
     with pytest.raises(Interrupted):
@@ -241,10 +226,10 @@ def test_adapters_train_alone_and_resume(tmp_path) -> None:
             0,
             opened_corpus(out),
             last.folder,
-            watch=stop,
+            watch=stop_after(5),
             prepared={"base": first.folder / "final"},
         )
-    assert stables(run_study(study, out, workers=0)) == stables(rows)
+    assert stable_rows(run_study(study, out, workers=0)) == stable_rows(rows)
 
     wrong = {"start": "prepared:base", "lora": {"targets": ["nothing"]}}
     missing = small_study(prepared={"base": BASE}, model=wrong)
@@ -309,4 +294,4 @@ def test_one_cell_brings_what_it_needs(staged, tmp_path) -> None:
     assert main(command) == 0
     assert not prepared_folder(out, "teacher").exists(), "only what this arm needs"
     rows = [row for row in read_rows(out / "rows.jsonl") if row["arm"] == "dispersion"]
-    assert stables(rows) == stables([row for row in staged[1] if row["arm"] == "dispersion"])
+    assert stable_rows(rows) == stable_rows([row for row in staged[1] if row["arm"] == "dispersion"])
