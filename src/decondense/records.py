@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 SCHEMA_VERSION = 1
 VOLATILE = ("timing", "provenance")
@@ -39,6 +39,13 @@ class _Base(BaseModel):
     model_config = ConfigDict(extra="forbid")
     kind: str
     schema_version: int = SCHEMA_VERSION
+
+    @field_validator("schema_version")
+    @classmethod
+    def _readable(cls, version: int) -> int:
+        if version > SCHEMA_VERSION:
+            raise ValueError(f"written by a newer decondense (schema {version}, this one reads up to {SCHEMA_VERSION})")
+        return version
 
 
 class _CellRow(_Base):
@@ -123,6 +130,16 @@ class ProfileRow(_CellRow):
     """Pooled pair counts, one list a layer, equal bins on [-1, 1]."""
     timing: dict[str, Any] = {}
 
+    @model_validator(mode="after")
+    def _one_value_a_layer(self) -> ProfileRow:
+        if not self.layers:
+            raise ValueError("a profile has at least one layer")
+        for name in ("mean_cosine", "norms", "histogram"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.layers):
+                raise ValueError(f"{name} has {len(values)} values for {len(self.layers)} layers")
+        return self
+
 
 class EvalRow(_CellRow):
     """One score of a checkpoint."""
@@ -204,8 +221,10 @@ def make_row(kind: str, **fields: Any) -> Row:
         return _KINDS[kind].model_validate({"kind": kind, **_plain(fields)}).model_dump(mode="json")
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise RecordError(f"{kind} row: {place}: {first['msg']} (got {first['input']!r}).") from error
+        place = "".join(f"{part}: " for part in first["loc"])
+        # our own messages say what they need of the value, which may be the whole row
+        got = "" if first["type"] == "value_error" else f" (got {first['input']!r})"
+        raise RecordError(f"{kind} row: {place}{first['msg'].removeprefix('Value error, ')}{got}.") from error
 
 
 def check_row(row: Mapping[str, Any], *, where: str = "row") -> Row:
@@ -327,7 +346,7 @@ def read_rows(path: str | Path, *, check: bool = True) -> list[Row]:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError("a row is a JSON object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise RecordError(f"{path}, line {number}: is no row ({error}).") from error
