@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from decondense.cli import main
 from decondense.config import ConfigError, DispersionConfig, LoraConfig, ModelConfig, StudyConfig
@@ -659,3 +660,15 @@ def test_measured_studies_offer_measure_commands() -> None:
     plan = estimate.plan_of(study)
     assert plan.tokens == 2 * 3 * 7 * 512
     assert plan.lines[1].flops == pytest.approx(3 * 2 * 1e9 * 7 * 512)
+
+
+def test_local_text_takes_the_place_of_a_data_set_of_the_hub(tmp_path: Path, capsys) -> None:
+    (tmp_path / "text.txt").write_text("a text")
+    words = ["study", "fig3", "--scale", "gpu", "--text", str(tmp_path / "text.txt"), "--tokenizer", str(tmp_path)]
+    assert main([*words, "--dry-run", "--yaml"]) == 0
+    corpus = yaml.safe_load(capsys.readouterr().out)["corpus"]
+    assert corpus["source"] == str(tmp_path / "text.txt")
+    assert (corpus["subset"], corpus["split"], corpus["streaming"]) == (None, "train", False)
+    assert corpus["tokenizer"] == str(tmp_path)
+    assert main([*words, "--set", "corpus.text_field=body", "--dry-run", "--yaml"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["corpus"]["text_field"] == "body"

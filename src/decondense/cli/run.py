@@ -74,7 +74,7 @@ class _Asked:
 
     def study(self) -> StudyConfig:
         """The study with everything changed that the command line changes; ``--set`` has the last word."""
-        from decondense.config import ConfigError
+        from decondense.config import ConfigError, CorpusConfig
         from decondense.studies import load_study
         from decondense.studies.catalogue import assigned, merged
 
@@ -105,6 +105,9 @@ class _Asked:
             if base.measure is not None:
                 laid_over["measure"] = {"dataset": self.text}
             else:
+                # what the file says of its own source has no meaning for another one; --set can say it anew
+                nothing = CorpusConfig.model_fields
+                corpus.update({key: nothing[key].default for key in ("subset", "split", "text_field", "streaming")})
                 corpus["source"] = self.text
         if self.tokenizer is not None:
             corpus["tokenizer"] = self.tokenizer
