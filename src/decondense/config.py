@@ -40,6 +40,30 @@ def one_of(what: str, name: str, choices: Iterable[str]) -> str:
     raise ConfigError(f"unknown {what} {name!r}.{suggest(name, known)} Known: {', '.join(known)}.")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML as the safe loader reads it, but a key that is given twice is refused: the first would go unnoticed."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            inside = node.start_mark.index <= key.start_mark.index < node.end_mark.index  # not merged in with <<
+            if isinstance(key, yaml.ScalarNode) and inside:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is given twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The data of a YAML text; what cannot be read raises :class:`ConfigError` naming ``where``."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeys)
+    except Exception as error:  # numbers, dates and tags that cannot be constructed raise half a dozen other types
+        raise ConfigError(f"{where}: is no valid YAML ({error}).") from error
+
+
 class Config(BaseModel):
     """Base of all configurations: frozen, keyword-only, no unknown keys."""
 
@@ -92,11 +116,7 @@ class Config(BaseModel):
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: cannot be read ({error}).") from error
-        try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: is no valid YAML ({error}).") from error
-        return cls.parse(data, where=str(path))
+        return cls.parse(parse_yaml(text, str(path)), where=str(path))
 
 
 # --------------------------------------------------------------------------------------------------------------------

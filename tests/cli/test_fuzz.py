@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from decondense.cli import main
-from decondense.config import ConfigError, StudyConfig
+from decondense.config import ConfigError, StudyConfig, parse_yaml
 from decondense.studies import load_study
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -194,7 +194,6 @@ def test_a_file_that_is_no_study_is_named(what: str, tmp_path: Path, capsys) -> 
         assert str(path) in complaint(capsys, *arguments)
 
 
-@pytest.mark.xfail(strict=True, reason="load_study and Config.from_yaml catch yaml.YAMLError alone")
 @pytest.mark.parametrize("what", NOT_CONSTRUCTED)
 def test_a_value_that_yaml_cannot_construct_is_named_with_its_file(what: str, tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
@@ -223,3 +222,16 @@ def test_directories_and_devices_in_the_place_of_files(tmp_path: Path, capsys) -
     assert str(tmp_path) in complaint(capsys, "compare", tmp_path)
     assert str(tmp_path) in complaint(capsys, "report", tmp_path)
     assert str(tmp_path) in complaint(capsys, "study", f"{tmp_path}/", "--dry-run")
+
+
+def test_a_key_that_is_given_twice_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("name: a\ntrain: {steps: 1, steps: 2}\n")
+    for read in (load_study, StudyConfig.from_yaml):
+        with pytest.raises(ConfigError, match=r"the key 'steps' is given twice"):
+            read(path)
+
+
+def test_merged_keys_may_be_given_again() -> None:
+    text = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: *b, x: 4}\n"
+    assert parse_yaml(text, "here") == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": {"x": 4, "y": 3}}

@@ -8,9 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from decondense.config import ConfigError, StudyConfig, one_of, suggest
+from decondense.config import ConfigError, StudyConfig, one_of, parse_yaml, suggest
 
 
 def shipped_studies() -> list[str]:
@@ -65,10 +63,9 @@ def assigned(assignments: Iterable[str]) -> dict[str, Any]:
         if not equals or not keys or not re.fullmatch(r'("[^"]+"|[^."]+)(\.("[^"]+"|[^."]+))*', path.strip()):
             raise ConfigError(f"--set {entry!r}: expected KEY.PATH=VALUE, for example train.steps=100.")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"--set {entry!r}: the value of {path.strip()} is no valid YAML ({reason}).") from error
+            value = parse_yaml(text, f"--set {entry!r}: the value of {path.strip()}")
+        except ConfigError as error:
+            raise ConfigError(" ".join(str(error).replace(": is no valid", " is no valid").split())) from error
         # YAML takes 1e-4, without a point, for text
         if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
             value = float(value)
@@ -82,10 +79,7 @@ def assigned(assignments: Iterable[str]) -> dict[str, Any]:
 def _file(name: str) -> tuple[dict[str, Any], dict[str, Any] | None, str]:
     """The base of a study file, its scales if it has any, and how messages call it."""
     text, where = _read(name)
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: is no valid YAML ({error}).") from error
+    data = parse_yaml(text, where)
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected a mapping of keys to values, got {type(data).__name__}.")
     scales = data.pop("scales", None)
