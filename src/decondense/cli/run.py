@@ -347,7 +347,10 @@ def train(
         for row in read_rows(path, check=False):
             if row["kind"] == "step" and row["step"] > seen:
                 shown[path] = row["step"]
-                console.print(f"{task.name} seed {task.seed}: step {row['step']}/{task.steps}, loss {row['loss']:.4f}")
+                console.print(
+                    f"{task.name} seed {task.seed}: step {row['step']}/{task.steps}, loss {row['loss']:.4f}",
+                    markup=False,
+                )
 
     ended = run_one(chosen, arm, seed, folder, retry_failed=retry_failed, watch=watch)
     if is_main_process():
@@ -355,7 +358,7 @@ def train(
     if ended["status"] == "failed":
         raise RuntimeError(f"{arm} seed {seed} failed: {ended['error']}")
     if is_main_process():
-        console.print(f"finished: {cell_folder(folder, arm, seed)}")
+        console.print(f"finished: {cell_folder(folder, arm, seed)}", markup=False)
 
 
 def _run(chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retry_failed: bool) -> None:
@@ -418,7 +421,9 @@ class _Display:
             if state.status == "failed":
                 note = "failed"
             started = state.status != "waiting"
-            self._task(key, f"{state.arm}, seed {state.seed}", state.steps, state.step, note, begin=started)
+            # a start that is evaluated as it is has no steps: it is one thing, done or not
+            total, done = (state.steps, state.step) if state.steps else (1, int(state.status == "finished"))
+            self._task(key, f"{state.arm}, seed {state.seed}", total, done, note, begin=started)
 
     def _task(self, key: object, name: str, total: int, done: int, note: str, begin: bool = True) -> None:
         if key not in self.tasks:
@@ -431,4 +436,4 @@ class _Display:
         if done >= total and key not in self.told:
             self.told.add(key)
             if not self.console.is_terminal:  # a log gets a line at the end of each thing instead of bars
-                self.console.print(f"{name}: {note}")
+                self.console.print(f"{name}: {note}", markup=False)
