@@ -403,7 +403,7 @@ def test_large_steps_are_estimated_and_unknown_models_are_said_to_be() -> None:
     study = StudyConfig.parse({**STARTS, "model": {"start": "own/model"}}, where="test")
     plan = estimate.plan_of(study)
     assert all(line.size.total is None for line in plan.lines)
-    assert "own/model is not on this machine" in " ".join(estimate.totals(plan))
+    assert "own/model: not on this machine" in " ".join(estimate.totals(plan))
     plan = estimate.plan_of(StudyConfig.parse(STARTS, where="test"))
     assert plan.lines[0].size.total == 1e8
     trained, evaluated = 20 * 16 * 128, 5 * (32_768 + 32 * 128)

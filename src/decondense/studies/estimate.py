@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -239,10 +239,12 @@ class _Models:
                 )
             return size_of_module(built, model)
         if model.parameters is not None:
-            said = f"{model.start}: {count(model.parameters)} parameters, as the study says"
-            note = f"{said}; attention and the pairs of the dispersion loss are not counted"
+            note = (
+                f"{model.start}: parameters as the study says; attention and the pairs of the dispersion loss are not "
+                "counted"
+            )
             return Size(model.parameters, None, model.parameters, note=note)
-        return Size(None, None, None, note=f"{model.start} is not on this machine: size and cost unknown")
+        return Size(None, None, None, note=f"{model.start}: not on this machine, size and cost unknown")
 
     def build(self, model: ModelConfig, positions: int) -> nn.Module | None:
         """The model with random weights on the current default device; None: nothing here says what it looks like."""
@@ -430,6 +432,15 @@ class Plan:
         return max(sum(line.seconds or 0.0 for line in timed) / self.workers, longest)
 
 
+def _together(notes: Iterable[str]) -> list[str]:
+    """Notes ``NAME: what is said of it``, one for all names of which the same is said."""
+    said: dict[str, list[str]] = {}
+    for note in dict.fromkeys(note for note in notes if note):
+        name, _, words = note.partition(": ")
+        said.setdefault(words, []).append(name)
+    return [f"{', '.join(names)}: {words}" if words else ", ".join(names) for words, names in said.items()]
+
+
 def plan_of(study: StudyConfig, *, workers: int | None = None, budget: float = 3.0) -> Plan:
     """Everything that a study will do, counted, and timed where a step is small.
 
@@ -451,7 +462,7 @@ def plan_of(study: StudyConfig, *, workers: int | None = None, budget: float = 3
         timer = _Timer(models, budget)
         runs = runs_of(study)
         lines = [_line(study, models, timer, group) for group in _grouped(runs)]
-    notes = [note for note in dict.fromkeys([*models.notes, *(line.size.note for line in lines)]) if note]
+    notes = [*dict.fromkeys(models.notes), *_together(line.size.note for line in lines)]
     if study.evaluate.tasks:
         notes.append(f"Not included: the benchmarks of the final checkpoints ({', '.join(study.evaluate.tasks)}).")
     trained = [line for line in lines if line.steps]
