@@ -24,7 +24,7 @@ from decondense.compare import VALIDATION, Cell, Comparison, Difference, Study, 
 from decondense.figures import comparison as draw
 from decondense.figures.style import export
 from decondense.records import read_rows
-from decondense.report import cost_table, interval, number
+from decondense.report import interval, number, probability
 
 FOLDER = Path(__file__).resolve().parent / "results" / "studies"
 SCALES = ("tiny", "gpu", "paper")
@@ -184,7 +184,7 @@ def losses(f: Found, arms: Sequence[str] | None = None) -> str:
                 f"{number(values.mean)} ± {number(values.sd)}",
                 "" if d is None else number(d.mean, sign=True),
                 "" if d is None else interval(d.interval),
-                "" if d is None or d.p_holm is None else number(d.p_holm),
+                "" if d is None else probability(d.p_holm),
                 "baseline" if d is None else d.judgement if d.detected else d.verdict,
                 number(float(np.mean(cosine))),
                 number(float(np.mean([last(cell) for cell in f.cells(arm)]))),
@@ -694,7 +694,7 @@ def pretrained() -> str:
     parts.append(
         table(("mean over benchmarks", "arm", "score", "difference, 95 % interval", "in words", "mean rank"), lines)
     )
-    parts += [f"- {note}." for note in f.comparison.task_notes]
+    parts.append("\n".join(f"- {note}." for note in f.comparison.task_notes))
     config = f.study.config["evaluate"]
     parts.append(
         f"At most {config['limit']} items a task: a task's own standard error is about "
@@ -708,15 +708,6 @@ def pretrained() -> str:
 
 def _percent(d: Difference) -> str:
     return interval(None if d.interval is None else (100 * d.interval[0], 100 * d.interval[1]), 2)
-
-
-def costs(name: str) -> Callable[[], str]:
-    def made() -> str:
-        f = found(name)
-        made_ = None if f is None else cost_table(f.comparison)
-        return "Not run yet." if made_ is None else made_.to_markdown()
-
-    return made
 
 
 TABLES: dict[str, Callable[[], str]] = {
