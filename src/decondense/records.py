@@ -395,6 +395,18 @@ def _without_folders(word: str) -> str:
     return Path(word).name if Path(word).is_absolute() else word
 
 
+COMMAND = "DECONDENSE_COMMAND"
+"""Environment variable in which a process that starts workers tells them what was asked for."""
+
+
+def command_line() -> str | None:
+    """The command that this process was started with, without the folders of this machine."""
+    words = [_without_folders(word) for word in sys.argv]
+    if words and words[0] == "__main__.py":  # python -m decondense
+        words[0] = "decondense"
+    return " ".join(words) or None
+
+
 def provenance(**extra: Any) -> dict[str, Any]:
     """What made a row: versions, commit, processor, time (UTC). ``extra`` adds, for example, the device."""
     versions = {}
@@ -409,6 +421,6 @@ def provenance(**extra: Any) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "versions": versions,
         "commit": _git_commit(),
-        "command": " ".join(map(_without_folders, sys.argv)) or None,
+        "command": os.environ.get(COMMAND) or command_line(),
         **extra,
     }

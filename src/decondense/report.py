@@ -1168,11 +1168,13 @@ def _provenance(study: Study) -> list[tuple[str, str]]:
 
 
 def _command(study: Study) -> str:
+    """What made the runs, as a user types it."""
     for cell in study.cells.values():
-        command = cell.started.get("provenance", {}).get("command")
-        if command:
-            return str(command)
-    return "decondense demo"
+        command = str(cell.started.get("provenance", {}).get("command") or "")
+        if command.startswith("decondense "):
+            return command
+    # started from Python, or by a worker of an older version: the file says it all
+    return f"decondense study {study.name}.yaml --out {study.name}  # {study.name}.yaml: the configuration below"
 
 
 def _cells(study: Study) -> list[dict[str, str]]:

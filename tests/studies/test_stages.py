@@ -151,6 +151,9 @@ def test_killed_in_a_stage_the_study_ends_the_same(staged, tmp_path) -> None:
         process.communicate()
     rows = run_study(study, out, workers=2)
     assert stable_rows(rows) == stable_rows(staged[1])
+    (first, *_) = [row for row in rows if row["kind"] == "run"]
+    said = first["provenance"]["command"]
+    assert said.startswith("decondense study study.yaml --out study"), "what was typed, not how a worker is started"
 
 
 def test_what_cannot_start_is_a_row_and_the_rest_goes_on(tmp_path) -> None:

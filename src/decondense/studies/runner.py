@@ -29,7 +29,17 @@ from typing import Literal, Protocol
 from decondense.config import ArmConfig, ConfigError, StudyConfig
 from decondense.corpora.packed import PackedCorpus, load, prepare
 from decondense.evaluate import check_benchmarks
-from decondense.records import RecordError, Row, atomic_write, make_row, read_rows, terminal_row, write_rows
+from decondense.records import (
+    COMMAND,
+    RecordError,
+    Row,
+    atomic_write,
+    command_line,
+    make_row,
+    read_rows,
+    terminal_row,
+    write_rows,
+)
 
 _POLL_SECONDS = 0.5
 
@@ -451,9 +461,10 @@ def _start(out: Path, index: int, retry_failed: bool) -> subprocess.Popen[bytes]
     keep = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
     gpus = visible_gpus()
     own = {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
+    asked = {COMMAND: os.environ.get(COMMAND) or command_line() or ""}
     with log.open("ab") as handle:
         return subprocess.Popen(
-            command, stdout=handle, stderr=handle, stdin=subprocess.DEVNULL, env={**keep, **os.environ, **own}
+            command, stdout=handle, stderr=handle, stdin=subprocess.DEVNULL, env={**keep, **os.environ, **own, **asked}
         )
 
 
