@@ -133,15 +133,23 @@ def loss_difference(f: Found, arm: str, baseline: str | None = None) -> Differen
     return d
 
 
-def size_correlation(f: Found, arms: Sequence[str], of: Callable[[Cell], float]) -> Difference:
-    """Spearman's correlation of size and condensation over the arms, seed by seed."""
-    values = []
+def size_correlation(f: Found, arms: Sequence[str], of: Callable[[Cell], float]) -> tuple[Difference | None, int]:
+    """Spearman's correlation of size and condensation over the arms, seed by seed.
+
+    Returns:
+        The estimate over the seeds in which condensation varies at all (None below two), and the number of the others.
+    """
+    values, flat = [], 0
     for seed in f.study.seeds:
         cells = [f.study.cells[arm, seed] for arm in arms]
-        if all(cell.status == "finished" for cell in cells):
-            sizes = [cell.run["parameters"] for cell in cells]
-            values.append(float(stats.spearmanr(sizes, [of(cell) for cell in cells]).statistic))
-    return estimate(values)
+        if not all(cell.status == "finished" for cell in cells):
+            continue
+        found_ = [of(cell) for cell in cells]
+        if len(set(found_)) == 1:
+            flat += 1
+        else:
+            values.append(float(stats.spearmanr([cell.run["parameters"] for cell in cells], found_).statistic))
+    return (estimate(values) if len(values) > 1 else None), flat
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -232,13 +240,13 @@ def by_size(what: str, of: Callable[[Cell], float]) -> Callable[[Found], tuple[s
     def judged(f: Found) -> tuple[str, Verdict]:
         parts, verdicts = [], []
         for family, arms in families(f).items():
-            d = size_correlation(f, arms, of)
+            d, flat = size_correlation(f, arms, of)
             ends = [number(float(np.mean([of(cell) for cell in f.cells(arm)])), 2) for arm in (arms[0], arms[-1])]
-            parts.append(
-                f"{family}, {len(arms)} sizes: {what} {ends[0]} (smallest) and {ends[1]} (largest); rank correlation "
-                f"with size {shown(d, 2)}"
-            )
-            verdicts.append(judge(d, "below"))
+            said = "" if d is None else f"rank correlation with size {shown(d, 2)}"
+            if flat:
+                said += f"{'; ' if said else ''}the same at every size in {flat} of {len(f.study.seeds)} seeds"
+            parts.append(f"{family}, {len(arms)} sizes: {what} {ends[0]} (smallest) and {ends[1]} (largest); {said}")
+            verdicts.append("inconclusive" if d is None or flat else judge(d, "below"))
         return "; ".join(parts), joint(verdicts)
 
     return judged

@@ -37,6 +37,16 @@ def test_parts_make_one_verdict() -> None:
     assert tables.joint([]) == "not run"
 
 
+def test_a_measure_that_does_not_vary_with_size_decides_nothing() -> None:
+    f = tables.found("fig3")
+    if f is None:
+        pytest.skip("no rows of fig3")
+    assert tables.size_correlation(f, f.study.arms, lambda cell: 1.0) == (None, len(f.study.seeds))
+    d, flat = tables.size_correlation(f, f.study.arms, lambda cell: -cell.run["parameters"])
+    assert d is not None
+    assert (d.mean, flat) == (-1.0, 0)
+
+
 def test_numbers_are_shown_with_interval_and_n() -> None:
     assert tables.shown(tables.estimate([-0.5, -0.5])) == "−0.500 [−0.500, −0.500], n = 2"
 
