@@ -656,7 +656,11 @@ def recommendation() -> str:
         each = "; ".join(f"{f.label(d.arm)} {shown(d)}" for d in fades)
         if up:
             best = min(up, key=lambda d: d.mean)
-            said.append(f"- **Schedule: {f.label(best.arm)}.** Held-out loss less that of a constant weight: {each}.")
+            said.append(
+                f"- **Schedule: {f.label(best.arm)}**, for pre-training; it is detectably better than a constant weight. "
+                f"Held-out loss less that of a constant weight: {each}. The code's default is constant all the same, "
+                "because a loop that does not tell its length cannot fade."
+            )
         else:
             said.append(
                 "- **Schedule: constant**, which stays the default, because no fading weight is detectably better. "
