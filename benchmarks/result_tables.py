@@ -657,7 +657,7 @@ def recommendation() -> str:
         if up:
             best = min(up, key=lambda d: d.mean)
             said.append(
-                f"- **Schedule: {f.label(best.arm)}**, for pre-training; it is detectably better than a constant weight. "
+                f"- **Schedule: {f.label(best.arm)}**, for pre-training; it is detectably better than a constant one. "
                 f"Held-out loss less that of a constant weight: {each}. The code's default is constant all the same, "
                 "because a loop that does not tell its length cannot fade."
             )
