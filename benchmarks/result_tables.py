@@ -470,7 +470,8 @@ def table4_grid(scale: str) -> str:
     f = found("table4", scale)
     if f is None:
         return f"Not run yet: `decondense study table4 --scale {scale}`."
-    taus, weights = ("0.1", "0.3", "1"), ("0.1", "0.3", "1", "3")
+    weights = ("0.1", "0.3", "1", "3")
+    taus = [tau for tau in ("0.1", "0.3", "1") if f"l{weights[0]}-t{tau}" in f.study.arms]
     lines = []
     for tau in taus:
         line = [f"τ = {tau}"]
@@ -483,7 +484,7 @@ def table4_grid(scale: str) -> str:
     return (
         table(("", *(f"λ = {weight}" for weight in weights)), lines, right=range(1, 5))
         + f"\n\nHeld-out loss less that of cross-entropy, width {width}; ✓ better and ✗ worse after Holm's correction "
-        f"over the twelve settings. {base(f)}."
+        f"over the {len(f.comparison.treated)} settings. {base(f)}."
     )
 
 
@@ -494,7 +495,7 @@ def best_weight() -> str:
         if f is None:
             continue
         best: dict[int, tuple[float, str]] = {}
-        for arm in f.comparison.treated:
+        for arm in [arm for arm in f.comparison.treated if arm.endswith("-t1")]:
             for cell in f.cells(arm):
                 score = cell.final_score(VALIDATION)
                 if score is not None and (cell.seed not in best or score < best[cell.seed][0]):
