@@ -500,9 +500,7 @@ def best_weight() -> str:
                 score = cell.final_score(VALIDATION)
                 if score is not None and (cell.seed not in best or score < best[cell.seed][0]):
                     best[cell.seed] = (score, f.label(arm))
-        means = (
-            {values.arm: values.mean for values in f.comparison.validation.values} if f.comparison.validation else {}
-        )
+        means = {arm: loss_difference(f, arm).mean for arm in f.comparison.treated if arm.endswith("-t1")}
         top = min(means, key=means.__getitem__)
         width = f.study.config["model"]["overrides"]["n_embd"]
         seeds = "; ".join(f"seed {seed}: {arm}" for seed, (_, arm) in sorted(best.items()))
