@@ -163,6 +163,8 @@ def in_a_process(home: Path, cwd: Path, *arguments: object, **changes: str) -> s
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a test run in the background has Ctrl-C ignored, and its children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

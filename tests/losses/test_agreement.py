@@ -28,6 +28,20 @@ def make_input() -> Tensor:
     return z
 
 
+def tied(gradient: Tensor, form: str) -> Tensor:
+    """The gradient with the two equal tokens taken together where only the nearest token is pushed.
+
+    Which of two equal tokens is nearest to a third one is decided by the rounding of the processor's matrix product;
+    both choices are subgradients, and agree in all but the place.
+    """
+    if form != "koleo":
+        return gradient
+    gradient = gradient.clone()
+    gradient[:, 5] += gradient[:, 9]
+    gradient[:, 9] = 0
+    return gradient
+
+
 def make_mask() -> Tensor:
     mask = torch.rand(B, T, generator=torch.Generator().manual_seed(3)) > 0.3
     mask[1] = False
@@ -71,7 +85,8 @@ def test_reference_and_chunked_agree(small_tiles: None, form: str, scope: str) -
         torch.testing.assert_close(actual[0], expected[0], rtol=1e-9, atol=1e-11)
         scale = expected[1].norm().clamp(min=1e-3)
         # at the small tau one duplicate pair has all the weight; its force is rounding over delta^2
-        torch.testing.assert_close(actual[1] / scale, expected[1] / scale, rtol=1e-7, atol=1e-10 / tau)
+        a, b = tied(actual[1], form) / scale, tied(expected[1], form) / scale
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10 / tau)
         if "mask_BT" in keywords:
             assert (actual[1][~keywords["mask_BT"]] == 0).all()
 
