@@ -242,7 +242,10 @@ def by_size(what: str, of: Callable[[Cell], float]) -> Callable[[Found], tuple[s
         for family, arms in families(f).items():
             d, flat = size_correlation(f, arms, of)
             ends = [number(float(np.mean([of(cell) for cell in f.cells(arm)])), 2) for arm in (arms[0], arms[-1])]
-            said = "" if d is None else f"rank correlation with size {shown(d, 2)}"
+            said = ""
+            if d is not None and d.interval is not None:
+                within = (max(-1.0, d.interval[0]), min(1.0, d.interval[1]))  # Student's knows no bounds
+                said = f"rank correlation with size {number(d.mean, 2, sign=True)} {interval(within, 2)}, n = {d.n}"
             if flat:
                 said += f"{'; ' if said else ''}the same at every size in {flat} of {len(f.study.seeds)} seeds"
             parts.append(f"{family}, {len(arms)} sizes: {what} {ends[0]} (smallest) and {ends[1]} (largest); {said}")
