@@ -507,7 +507,8 @@ def best_weight() -> str:
         top = min(means, key=means.__getitem__)
         width = f.study.config["model"]["overrides"]["n_embd"]
         seeds = "; ".join(f"seed {seed}: {arm}" for seed, (_, arm) in sorted(best.items()))
-        lines.append(f"- `{scale}`, width {width}: the least mean loss is at {f.label(top)}; by seed: {seeds}.")
+        edge = " (the largest tried: the best may lie beyond)" if top.startswith("l3-") else ""
+        lines.append(f"- `{scale}`, width {width}: the least mean loss is at {f.label(top)}{edge}; by seed: {seeds}.")
     return "\n".join(lines) or "Not run yet."
 
 
