@@ -774,7 +774,7 @@ def _spread(f: Found) -> list[int]:
 def _forest(f: Found) -> Figure:
     assert f.comparison.validation is not None
     return draw.forest(
-        [f.comparison.validation], f.comparison, xlabel="held-out loss less that of cross-entropy, nats/token"
+        [f.comparison.validation], f.comparison, xlabel="Δ held-out loss, nats/token"
     )
 
 
