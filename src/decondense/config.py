@@ -662,9 +662,8 @@ class StudyConfig(Config):
                     f"arm {arm.name!r}: model.overrides have no effect on the start {model.start!r}; name an "
                     "architecture."
                 )
-            for wanted in (model.prepared, arm.distillation.prepared if arm.distillation else None):
-                if wanted is not None:
-                    one_of("prepared model", wanted, self.prepared)
+            for wanted in self.prepared_of(arm):
+                one_of("prepared model", wanted, self.prepared)
             if self.measure is not None and not (arm.untrained and model.start):
                 raise ValueError(
                     f"the study measures starts and trains nothing, but arm {arm.name!r} is not untrained: true with a "
@@ -700,6 +699,11 @@ class StudyConfig(Config):
     def model_of(self, arm: ArmConfig) -> ModelConfig:
         """The model that an arm starts from."""
         return self.model if arm.model is None else arm.model.over(self.model)
+
+    def prepared_of(self, arm: ArmConfig) -> list[str]:
+        """Names of the prepared models that an arm needs: its start, its teacher."""
+        wanted = [self.model_of(arm).prepared, arm.distillation.prepared if arm.distillation else None]
+        return [name for name in wanted if name is not None]
 
     def swept(self, arm: ArmConfig) -> bool:
         """Whether the sweep chooses the arm's learning rate."""

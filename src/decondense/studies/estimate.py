@@ -36,6 +36,7 @@ from decondense.config import (
     StudyConfig,
     TrainConfig,
 )
+from decondense.studies.runner import tasks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,29 +82,20 @@ class Run:
 
 
 def runs_of(study: StudyConfig) -> list[Run]:
-    """Prepared models, then the sweep's trials, then the cells. Needs no torch."""
-    if study.measure is not None:
-        return [
-            Run("measured", arm.name, seed, study.model_of(arm), study.train, 0, 0, arm)
-            for seed in study.seeds
-            for arm in study.arms
-        ]
+    """The tasks of the runner, as far as their cost goes. Needs no torch."""
     found = []
-    for name, entry in study.prepared.items():
-        points = len(study.evaluate.steps(entry.train.steps))
-        found.append(Run("prepared", name, entry.seed, entry.model, entry.train, entry.train.steps, points))
-    for arm in study.arms:
-        if study.sweep is not None and study.swept(arm):
-            steps = study.sweep.steps or study.train.steps
-            found += [
-                Run("trial", arm.name, study.sweep.seed, study.model_of(arm), study.train, steps, 1, arm, rate)
-                for rate in study.sweep.learning_rates
-            ]
-    for seed in study.seeds:
-        for arm in study.arms:
-            steps = 0 if arm.untrained else study.train.steps
-            points = len(study.evaluate.steps(steps))
-            found.append(Run("cell", arm.name, seed, study.model_of(arm), study.train, steps, points, arm))
+    for task in tasks(study, Path()):
+        arm = None if task.kind == "prepared" else study.arm(task.arm)
+        own, model = task.study, task.study.model if arm is None else study.model_of(arm)
+        if study.measure is not None:
+            found.append(Run("measured", task.arm, task.seed, model, own.train, 0, 0, arm))
+            continue
+        name = task.folder.name if arm is None else arm.name
+        rate = own.train.learning_rate if task.kind == "trial" else None
+        points = len(own.evaluate.steps(task.steps))
+        # a trial differs from the study's runs in its steps and rate alone, which are said beside it
+        train = own.train if arm is None else study.train
+        found.append(Run(task.kind, name, task.seed, model, train, task.steps, points, arm, rate))
     return found
 
 

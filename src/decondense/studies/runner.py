@@ -168,7 +168,7 @@ def tasks(study: StudyConfig, out: Path) -> list[Task]:
         found.append(
             Task("prepared", f"prepared {name}", own, "cross-entropy", own.seeds[0], prepared_folder(out, name))
         )
-    needs = {arm.name: [prepared_folder(out, name) for name in _prepared_of(study, arm)] for arm in study.arms}
+    needs = {arm.name: [prepared_folder(out, name) for name in study.prepared_of(arm)] for arm in study.arms}
     for arm in study.arms:
         if study.sweep is not None and study.swept(arm):
             for rate in study.sweep.learning_rates:
@@ -182,11 +182,6 @@ def tasks(study: StudyConfig, out: Path) -> list[Task]:
     for name, seed in plan(study):
         found.append(Task("cell", name, study, name, seed, cell_folder(out, name, seed), tuple(needs[name])))
     return found
-
-
-def _prepared_of(study: StudyConfig, arm: ArmConfig) -> list[str]:
-    wanted = [study.model_of(arm).prepared, arm.distillation.prepared if arm.distillation else None]
-    return [name for name in wanted if name is not None]
 
 
 def prepared_models(study: StudyConfig, out: Path) -> dict[str, Path]:
@@ -321,31 +316,24 @@ def collect(study: StudyConfig, out: Path) -> list[Row]:
     return rows
 
 
-def states(
-    study: StudyConfig, out: Path, seen: dict[Path, tuple[tuple[int, int], CellState]] | None = None
-) -> list[CellState]:
-    """Where every task is, read from its rows.
+def states(study: StudyConfig, out: Path) -> list[CellState]:
+    """Where every task is, read from its rows."""
+    return _states(tasks(study, out), {})
 
-    Args:
-        study: the study.
-        out: its directory.
-        seen: what an earlier call found, by file; a file that has not changed is not read again.
-    """
+
+def _states(listed: Iterable[Task], seen: dict[Path, tuple[tuple[int, int], CellState]]) -> list[CellState]:
+    """The same for a list of tasks; a file that has not changed since it was ``seen`` is not read again."""
     found = []
-    for task in tasks(study, out):
+    for task in listed:
         path = task.folder / "rows.jsonl"
         try:
             status = path.stat()
             mark = (status.st_mtime_ns, status.st_size)
         except OSError:
             mark = (0, 0)
-        if seen is not None and path in seen and seen[path][0] == mark:
-            found.append(seen[path][1])
-            continue
-        state = _state(task, path)
-        if seen is not None:
-            seen[path] = (mark, state)
-        found.append(state)
+        if path not in seen or seen[path][0] != mark:
+            seen[path] = (mark, _state(task, path))
+        found.append(seen[path][1])
     return found
 
 
@@ -471,10 +459,11 @@ def _start(out: Path, index: int, retry_failed: bool) -> subprocess.Popen[bytes]
 def _watch(study: StudyConfig, out: Path, processes: Iterable[subprocess.Popen[bytes]], watcher: Watcher) -> None:
     ended = -1
     alive = list(processes)
+    listed = tasks(study, out)
     seen: dict[Path, tuple[tuple[int, int], CellState]] = {}
     while alive:
         alive = [process for process in alive if process.poll() is None]
-        now = states(study, out, seen)
+        now = _states(listed, seen)
         watcher.cells(now)
         finished = sum(state.status in ("finished", "failed") for state in now)
         if finished != ended:
