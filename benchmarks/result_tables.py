@@ -773,9 +773,7 @@ def _spread(f: Found) -> list[int]:
 
 def _forest(f: Found) -> Figure:
     assert f.comparison.validation is not None
-    return draw.forest(
-        [f.comparison.validation], f.comparison, xlabel="Δ held-out loss, nats/token"
-    )
+    return draw.forest([f.comparison.validation], f.comparison, xlabel="Δ held-out loss, nats/token")
 
 
 def figures(folder: Path) -> None:
