@@ -1,0 +1,44 @@
+"""Every knob of the project: one frozen, validated class per concern, and the only home of each default.
+
+Public functions read their keyword defaults from these classes; the command line and the study files are parsed into
+them. A configuration is data: it goes to YAML and back unchanged, and :meth:`Config.fingerprint` names it.
+No torch here: the evidence side reads configurations too.
+"""
+
+from decondense.config.attach import DispersionConfig, WeightSchedule
+from decondense.config.base import Config, ConfigError, one_of, parse_yaml, suggest
+from decondense.config.loss import COMPAT_NAMES, FORM_NAMES, LossConfig
+from decondense.config.measure import MeasureConfig
+from decondense.config.model import PREPARED, ArmModelConfig, LoraConfig, ModelConfig, Overrides
+from decondense.config.study import ArmConfig, PreparedConfig, StudyConfig, SweepConfig
+from decondense.config.train import CorpusConfig, EvaluateConfig, TrainConfig
+from decondense.config.treatments import ActiveForgettingConfig, DistillationConfig, NoisyEmbeddingConfig
+
+__all__ = [
+    "COMPAT_NAMES",
+    "FORM_NAMES",
+    "PREPARED",
+    "ActiveForgettingConfig",
+    "ArmConfig",
+    "ArmModelConfig",
+    "Config",
+    "ConfigError",
+    "CorpusConfig",
+    "DispersionConfig",
+    "DistillationConfig",
+    "EvaluateConfig",
+    "LoraConfig",
+    "LossConfig",
+    "MeasureConfig",
+    "ModelConfig",
+    "NoisyEmbeddingConfig",
+    "Overrides",
+    "PreparedConfig",
+    "StudyConfig",
+    "SweepConfig",
+    "TrainConfig",
+    "WeightSchedule",
+    "one_of",
+    "parse_yaml",
+    "suggest",
+]

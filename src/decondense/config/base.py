@@ -1,0 +1,112 @@
+"""The base of every configuration: frozen, validated, named by a fingerprint; YAML in and out."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+C = TypeVar("C", bound="Config")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the place, the value and the remedy."""
+
+
+def suggest(name: str, choices: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the closest of ``choices``, or an empty string when none is close."""
+    close = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def one_of(what: str, name: str, choices: Iterable[str]) -> str:
+    """Return ``name`` if it is one of ``choices``, else raise a ValueError that lists them."""
+    known = list(choices)
+    if name in known:
+        return name
+    raise ConfigError(f"unknown {what} {name!r}.{suggest(name, known)} Known: {', '.join(known)}.")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML as the safe loader reads it, but a key that is given twice is refused: the first would go unnoticed."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            inside = node.start_mark.index <= key.start_mark.index < node.end_mark.index  # not merged in with <<
+            if isinstance(key, yaml.ScalarNode) and inside:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is given twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The data of a YAML text; what cannot be read raises :class:`ConfigError` naming ``where``."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeys)
+    except Exception as error:  # numbers, dates and tags that cannot be constructed raise half a dozen other types
+        raise ConfigError(f"{where}: is no valid YAML ({error}).") from error
+
+
+class Config(BaseModel):
+    """Base of all configurations: frozen, keyword-only, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, data: Any) -> Any:
+        # pydantic's own message for an extra key does not say which key may have been meant
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise ValueError(
+                        f"unknown key {key!r} in {cls.__name__}.{suggest(key, cls.model_fields)} "
+                        f"Known: {', '.join(cls.model_fields)}."
+                    )
+        return data
+
+    def fingerprint(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 of the canonical JSON of this configuration."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML, every default spelled out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def parse(cls: type[C], data: Any, *, where: str) -> C:
+        """Validate plain data; a :class:`ConfigError` names ``where``, the key and the remedy."""
+        if not isinstance(data, dict):
+            raise ConfigError(f"{where}: expected a mapping of keys to values, got {type(data).__name__}.")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            lines = []
+            for item in error.errors():
+                place = ".".join(str(part) for part in item["loc"])
+                message = item["msg"].removeprefix("Value error, ")
+                shown = ""
+                if item["type"] != "value_error" and item["type"] != "missing":
+                    shown = f" (got {item['input']!r})"
+                lines.append(f"{where}: {place + ': ' if place else ''}{message}{shown}")
+            raise ConfigError("\n".join(lines)) from None
+
+    @classmethod
+    def from_yaml(cls: type[C], path: str | Path) -> C:
+        """Read a YAML file; unreadable or malformed files raise :class:`ConfigError` naming the file."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error}).") from error
+        return cls.parse(parse_yaml(text, str(path)), where=str(path))

@@ -1,0 +1,52 @@
+"""How condensation is measured."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from decondense.config.base import Config
+
+
+class MeasureConfig(Config):
+    """How condensation is measured (:func:`decondense.measure`)."""
+
+    tokens: int = Field(default=512, ge=2)
+    """Length in tokens to which a passage is truncated. Paper: 512."""
+    bins: int = Field(default=128, ge=2, le=2048)
+    """Bins of the cosine histogram on [-1, 1], a power of two. Paper: 128."""
+    histograms: tuple[Literal["pooled", "averaged"], ...] = ("pooled", "averaged")
+    """``pooled``: all pairs of all passages. ``averaged``: of the matrix averaged over passages, as in the paper."""
+    metrics: tuple[str, ...] = ()
+    """Side metrics by name (``decondense.measuring.METRICS``), or ``("all",)``; they cost more than the means."""
+    logits: bool = False
+    """Measure the logits as one more state. The authors offer it too."""
+    dataset: str = "embedded"
+    """Source of the passages: ``embedded``, ``wikitext``, ``pubmed_qa``, ``imdb``, ``squad``, or a hub id."""
+    passages: int = Field(default=100, ge=1)
+    """Number of passages. Paper: 100."""
+    passage_words: tuple[int, int] = (1024, 1280)
+    """Fewest and most words of a passage, before truncation to ``tokens``. Paper: 1024 to 1280."""
+    passage_seed: int = 0
+    """Seed of the choice of passages."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Passages of one forward pass; None: from the memory that is free. Results do not depend on it."""
+    resamples: int = Field(default=2000, ge=100)
+    """Bootstrap resamples of the passages."""
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    """Coverage of the intervals."""
+
+    @field_validator("bins")
+    @classmethod
+    def _power_of_two(cls, bins: int) -> int:
+        if bins & (bins - 1):
+            raise ValueError(f"bins must be a power of two from 2 to 2048, got {bins}; the paper uses 128.")
+        return bins
+
+    @field_validator("passage_words")
+    @classmethod
+    def _ordered_words(cls, words: tuple[int, int]) -> tuple[int, int]:
+        if not 2 <= words[0] <= words[1]:
+            raise ValueError(f"passage_words are (fewest, most) with 2 <= fewest <= most, got {words}.")
+        return words

@@ -1,0 +1,116 @@
+"""The text, one training run, and what is evaluated."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from decondense.config.base import Config
+
+
+class CorpusConfig(Config):
+    """The text that is trained on and held out."""
+
+    source: str = "python_docs"
+    """``python_docs`` (embedded default), the path of a text file or of a directory of text files, or the hub id of a
+    data set (``OWNER/NAME``)."""
+    subset: str | None = None
+    """Hub only: configuration of the data set."""
+    split: str = "train"
+    """Hub only: split that is read; documents are held out of it."""
+    text_field: str | None = None
+    """Field that holds the text; None: ``text``, or the only field of strings."""
+    streaming: bool = False
+    """Hub only: read the rows one by one over the network instead of downloading the data set first."""
+    most_characters: int | None = Field(default=None, ge=1)
+    """Characters of text at most, taken in the order of the source; None: all of it."""
+    documents: Literal["standard_library", "scientific", "all"] = "all"
+    """``python_docs`` only: the documentation of the standard library alone, with numpy, scipy and matplotlib, or of
+    every dependency too."""
+    tokenizer: str | None = None
+    """Directory or hub id of a tokenizer to use; None: a byte-level BPE is trained on the training split."""
+    vocabulary: int = Field(default=4096, ge=300, le=65_536)
+    """Entries of the BPE that is trained; not used when ``tokenizer`` is given."""
+    held_out: float = Field(default=0.05, gt=0, lt=0.5)
+    """Share of the documents held out, chosen by the hash of their text."""
+
+
+class TrainConfig(Config):
+    """One training run. Defaults are the embedded study's; the paper's values are named where they differ."""
+
+    steps: int = Field(default=300, ge=1)
+    batch_sequences: int = Field(default=16, ge=1)
+    """Sequences of one optimizer step (over all ranks and accumulation steps)."""
+    micro_batch_sequences: int | None = Field(default=None, ge=1)
+    """Sequences of one forward pass on one rank; None: as many as the step has."""
+    sequence_tokens: int = Field(default=128, ge=2)
+    learning_rate: float = Field(default=3e-3, gt=0)
+    """Peak learning rate of AdamW. Paper: 5e-5 in mid-training."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.1, ge=0)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    """Largest global L2 norm of the gradient."""
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    """Fraction of the steps over which the learning rate rises linearly. Paper: 0.2."""
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    fsdp: bool = False
+    """Shard parameters, gradients and optimizer state over the ranks (FSDP2) instead of copying them (DDP). Without
+    effect on a single process."""
+    threads: int | None = Field(default=1, ge=1)
+    """CPU threads of a run; fixed, because the number changes the last bits. None: what torch chooses."""
+    log_every: int = Field(default=10, ge=1)
+    """Optimizer steps between two logged rows."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Optimizer steps between two checkpoints a killed run can go on from."""
+
+    @model_validator(mode="after")
+    def _aligned(self) -> TrainConfig:
+        if self.checkpoint_every % self.log_every:
+            # a logged row averages since the previous one; a run that goes on between two could not know the first half
+            raise ValueError(
+                f"checkpoint_every {self.checkpoint_every} must be a multiple of log_every {self.log_every}."
+            )
+        if self.micro_batch_sequences is not None and self.batch_sequences % self.micro_batch_sequences:
+            raise ValueError(
+                f"batch_sequences {self.batch_sequences} must be a multiple of micro_batch_sequences "
+                f"{self.micro_batch_sequences}."
+            )
+        return self
+
+
+class EvaluateConfig(Config):
+    """What is evaluated, and when. The final checkpoint is the one that counts, fixed in advance."""
+
+    points: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 1.0)
+    """Fractions of training at which condensation and held-out loss are measured; 0 and 1 always are."""
+    validation_tokens: int = Field(default=32_768, ge=1)
+    """Held-out tokens at most, taken as whole documents in a fixed order."""
+    passages: int = Field(default=32, ge=1)
+    """Held-out passages on which condensation is measured."""
+    passage_tokens: int = Field(default=128, ge=2)
+    held_out_part: Literal["validation", "tuning"] = "validation"
+    """Which held-out documents are scored: the first ones, or others at the end, on which learning rates are chosen."""
+    tasks: tuple[str, ...] = ()
+    """Benchmarks of the final checkpoint (:func:`decondense.evaluate.evaluate`): ``paper``, ``ten``, harness tasks."""
+    shots: Literal["gpt2", "qwen3"] | int = "gpt2"
+    """Examples in the prompts: the paper's for GPT2 or Qwen3, or one number for every task that takes some."""
+    limit: int | None = Field(default=None, ge=1)
+    """Items of each benchmark at most; None: all. Paper: 500 (GPT2), 200 (Qwen3)."""
+    data_dir: str | None = None
+    """Folder with the benchmarks in local files; None: the hub."""
+    task_batch: int = Field(default=16, ge=1)
+    """Benchmark requests of one forward pass."""
+
+    @field_validator("points")
+    @classmethod
+    def _fractions(cls, points: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 <= point <= 1 for point in points):
+            raise ValueError(f"evaluation points are fractions of training between 0 and 1, got {points}.")
+        return tuple(sorted({0.0, 1.0, *points}))
+
+    def steps(self, total: int) -> list[int]:
+        """The optimizer steps after which an evaluation is due, ascending and without repeats."""
+        return sorted({round(point * total) for point in self.points})
