@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -144,6 +145,24 @@ def new_figure(width: float, height: float, panels: int = 1, **keywords: Any) ->
 def grid(axes: Axes, which: Literal["x", "y", "both"] = "y") -> None:
     """Faint lines behind the data."""
     axes.grid(True, axis=which)
+
+
+def legend_above(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend above all panels, where it hides no data, in as many rows as it needs."""
+    found: dict[str, Any] = {}
+    for place in axes:
+        for handle, label in zip(*place.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if not found:
+        return
+    room = 16 * figure.get_figwidth()  # characters that fit a row
+    columns = len(found)
+    while columns > 1 and sum(sorted(len(label) + 7 for label in found)[-columns:]) > room:
+        columns -= 1
+    rows = math.ceil(len(found) / columns)
+    if rows > 2:  # a high legend must not eat the panels
+        figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 2))
+    figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=columns, columnspacing=1.4)
 
 
 _METADATA: dict[str, dict[str, Any]] = {
