@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-import yaml
 from matplotlib.figure import Figure
 
 from decondense import __version__
 from decondense.compare import (
     FEWEST_MODELS,
+    QUANTITIES,
     SIZE_QUANTITIES,
     VALIDATION,
     CompareError,
@@ -251,7 +251,7 @@ def _condensation_alone(found: Comparison) -> list[str]:
 def _size_clause(c: SizeCorrelation) -> str:
     name = SIZE_QUANTITIES[c.quantity]
     if c.rho is None:
-        return f"the {name} does not vary with size" if c.quantity == "last_layer" else f"{name} does not vary"
+        return f"the {name} does not vary with size" if c.quantity == "mean_cosine.last" else f"{name} does not vary"
     if c.p is None:
         return f"{_signed(c.rho)} with {name}"
     if c.p > 0.05:
@@ -303,7 +303,7 @@ def sentences(found: Comparison) -> list[str]:
         elif measure.differences:
             clauses = [_score_clause(d, label[d.arm]) for d in measure.differences]
             lines.append(f"{lead}: " + "; ".join(clauses) + ".")
-    blocks = next((m for m in found.condensation if m.name == "mean cosine, all blocks"), None)
+    blocks = found.measure("mean_cosine.blocks")
     if blocks is not None and blocks.differences and many:
         told = _grouped_scores(blocks.differences, label)
         lines.append(f"Condensation, as the mean cosine over the blocks ({_many(blocks.differences)}): {told}.")
@@ -434,12 +434,13 @@ def _main_measures(found: Comparison) -> list[Measure]:
 
 def _names(found: Comparison) -> dict[str, str]:
     """How tables call a measure: a benchmark of which other items were scored than it officially has says so."""
-    names = {task.name: f"{task.name} ({task.deviation})" for task in found.tasks if task.deviation}
+    names = {measure.quantity: measure.title for measure in _measures(found)}
+    names |= {task.quantity: f"{task.title} ({task.deviation})" for task in found.tasks if task.deviation}
     odd = {(task.task, task.metric) for task in found.tasks if task.deviation}
     for mean in found.means:
         count = sum((task, mean.metric) in odd for task in mean.tasks)
         if count:
-            names[mean.measure.name] = f"{mean.measure.name} ({count} not official)"
+            names[mean.measure.quantity] = f"{mean.measure.title} ({count} not official)"
     return names
 
 
@@ -455,7 +456,7 @@ def headline(found: Comparison) -> Table:
     names = _names(found)
     for measure in _main_measures(found):
         unit = f" ({measure.unit})" if measure.unit and measure.unit != "cosine" else ""
-        shown = names.get(measure.name, measure.name) + unit
+        shown = names[measure.quantity] + unit
         theirs = _mean_and_sd(measure, found.baseline)
         if many and measure.differences:  # the baseline has a row of its own instead of the same column in every row
             count = measure.of(found.baseline)
@@ -792,7 +793,7 @@ def selection_table(found: Comparison) -> Table | None:
     names = _names(found)
     rows = tuple(
         (
-            names.get(s.quantity, s.quantity),
+            names[s.quantity],
             found.labels[s.arm],
             (number(s.final, 4), s.final),
             (number(s.best, 4), s.best),
@@ -843,7 +844,7 @@ def task_table(found: Comparison) -> Table | None:
     for task in tasks:
         add(_task_head(task), task)
     for mean in found.means:
-        add(names.get(mean.measure.name, mean.measure.name), mean.measure)
+        add(names[mean.measure.quantity], mean.measure)
         ranks: list[Entry] = [(number(mean.mean_rank.get(arm), 2), mean.mean_rank.get(arm)) for arm in found.arms]
         rows.append((f"mean rank ({mean.metric})", NONE, *ranks, *[NONE] * (3 * len(found.treated))))
     columns = ["task", "items", *(found.labels[arm] for arm in found.arms)]
@@ -867,7 +868,7 @@ def _tasks_by_arm(found: Comparison, tasks: Sequence[TaskMeasure]) -> Table:
     names = _names(found)
     measures: list[tuple[str, Measure | None, dict[str, float]]] = [(_task_head(task), task, {}) for task in tasks]
     for mean in found.means:
-        measures.append((names.get(mean.measure.name, mean.measure.name), mean.measure, {}))
+        measures.append((names[mean.measure.quantity], mean.measure, {}))
         measures.append((f"mean rank ({mean.metric})", None, mean.mean_rank))
     rows: list[tuple[Entry, ...]] = []
     for arm in found.arms:
@@ -891,10 +892,11 @@ def _tasks_by_arm(found: Comparison, tasks: Sequence[TaskMeasure]) -> Table:
 def difference_table(found: Comparison) -> Table | None:
     """Every paired difference with both intervals and both tests."""
     names = _names(found)
-    layers = [d for entries in found.layers.differences.values() for d in entries] if found.layers else []
+    if found.layers is not None:
+        names |= {f"mean_cosine.state.{n}": f"mean cosine, {label}" for n, label in enumerate(found.layers.labels)}
     rows = tuple(
         (
-            names.get(d.quantity, d.quantity),
+            names[d.quantity],
             found.labels[d.arm],
             (number(d.mean, 4, sign=True), d.mean),
             _bounds(d.interval_over_seeds, 4),
@@ -909,7 +911,7 @@ def difference_table(found: Comparison) -> Table | None:
             (NONE if d.items is None else str(d.items), d.items),
             d.verdict,
         )
-        for d in [*(d for measure in _measures(found) for d in measure.differences), *layers]
+        for d in found.differences()
     )
     if not rows:
         return None
@@ -922,14 +924,6 @@ def difference_table(found: Comparison) -> Table | None:
         "and the exact sign-flip p."
     )
     return Table("differences", _qualified(caption, found), columns, rows, 2)
-
-
-_SHORT = {
-    "mean cosine, all blocks": "cosine, blocks",
-    "mean cosine, last layer": None,  # the last of the layers below
-    "Spearman of mean cosine with depth": "Spearman (depth)",
-    "Kendall of mean cosine with depth": "Kendall (depth)",
-}
 
 
 def _fitting(value: float | None, *, sign: bool = False, among: Sequence[float] = ()) -> str:
@@ -989,12 +983,11 @@ def terminal_table(found: Comparison) -> tuple[list[str], list[list[str]]]:
     layered = found.layers is not None and not many
     # the mean over benchmarks speaks for them where every one would have a row for each of many arms
     for measure in _main_measures(found) if many and found.means else _measures(found):
-        name = _SHORT.get(measure.name, measure.name)
-        if name is None and not layered:
-            name = "cosine, last layer"
+        if layered and measure.quantity == "mean_cosine.last":
+            continue  # the last of the layers below
+        name = QUANTITIES[measure.quantity].short_title if measure.quantity in QUANTITIES else measure.title
         for d in measure.differences:
-            if name is not None:
-                add_difference(name, d)
+            add_difference(name, d)
     if found.layers is not None and layered:
         labels = found.layers.labels
         stride = math.ceil(len(labels) / 16)
@@ -1192,9 +1185,9 @@ def _cells(study: Study) -> list[dict[str, str]]:
                 "arm": study.labels[cell.arm],
                 "seed": str(cell.seed),
                 "status": cell.status,
-                "init": str(cell.said("init_hash") or NONE),
-                "order": str(cell.said("order_hash") or NONE),
-                "corpus": str(cell.said("corpus_hash") or NONE),
+                "init": str(cell.recorded("init_hash") or NONE),
+                "order": str(cell.recorded("order_hash") or NONE),
+                "corpus": str(cell.recorded("corpus_hash") or NONE),
                 "final": str(cell.run.get("final_hash") or NONE),
                 "note": note,
             }
@@ -1381,9 +1374,9 @@ def build_report(rows: Iterable[Row] | Study, out_dir: str | Path, *, baseline: 
     problems: list[str] = []
     try:
         found = compare(study, baseline, incomplete="omit")
-        problems = list(found.omitted)
+        problems = [str(fault) for fault in found.omitted]
     except CompareError as error:
-        problems = [line.strip(" -") for line in str(error).splitlines()]
+        problems = [error.reason, *map(str, error.faults)]
     pictures, files = _pictures(study, found, out)
     tables = _tables(found)
     written = _write_tables(tables, out / "tables")
@@ -1399,7 +1392,7 @@ def build_report(rows: Iterable[Row] | Study, out_dir: str | Path, *, baseline: 
         limits=_limits(study, found),
         provenance=_provenance(study),
         command=_command(study),
-        configuration=yaml.safe_dump(study.config, sort_keys=False, allow_unicode=True) if study.config else "",
+        configuration=study.config.to_yaml() if study.config else "",
         version=__version__,
         count=_count,
     )

@@ -35,6 +35,8 @@ from decondense.compare.notes import item_notes, task_notes
 from decondense.compare.notes import notes as all_notes
 from decondense.compare.pairing import faults_of, pairings, unpaired
 from decondense.compare.quality import selections, task, task_means
+from decondense.compare.quantities import QUANTITIES
+from decondense.compare.quantity import Quantity
 from decondense.compare.rates import learning_rates, sweeps
 from decondense.compare.results import (
     FEWEST_MODELS,
@@ -68,15 +70,16 @@ from decondense.compare.statistics import (
     smallest_sign_flip_p,
     two_level_bootstrap,
 )
-from decondense.compare.study import VALIDATION, Cell, CompareError, Key, Study
+from decondense.compare.study import VALIDATION, Cell, CellId, CompareError, Fault, Key, Study
 from decondense.config import one_of
 from decondense.records import Row
 
 __all__ = [
-    "CONFIDENCE", "FEWEST_MODELS", "RESAMPLES", "SIZE_QUANTITIES", "VALIDATION", "ArmCondensation", "Cell",
-    "CompareError", "Comparison", "Cost", "Difference", "Interval", "Items", "Key", "Layers", "Measure", "Pairing",
-    "Selection", "SizeCorrelation", "SizePoint", "SizeTrend", "Speed", "Study", "Sweep", "TaskMean", "TaskMeasure",
-    "Trial", "Values", "compare", "family_of", "holm", "paired_difference", "sign_flip_p", "smallest_sign_flip_p",
+    "CONFIDENCE", "FEWEST_MODELS", "QUANTITIES", "RESAMPLES", "SIZE_QUANTITIES", "VALIDATION",
+    "ArmCondensation", "Cell", "CellId", "CompareError", "Comparison", "Cost", "Difference", "Fault",
+    "Interval", "Items", "Key", "Layers", "Measure", "Pairing", "Quantity", "Selection", "SizeCorrelation",
+    "SizePoint", "SizeTrend", "Speed", "Study", "Sweep", "TaskMean", "TaskMeasure", "Trial", "Values",
+    "compare", "family_of", "holm", "paired_difference", "sign_flip_p", "smallest_sign_flip_p",
     "tokens_to_reach", "two_level_bootstrap",
 ]  # fmt: skip
 
@@ -106,7 +109,7 @@ def compare(
         raise CompareError(f"the rows name no baseline; choose one of the arms: {', '.join(study.arms)}.")
     base = one_of("baseline arm", str(baseline or study.baseline), study.arms)
 
-    faults: list[str] = []
+    faults: list[Fault] = []
     good: dict[tuple[str, int], Cell] = {}
     for place, cell in study.cells.items():
         found = faults_of(cell, measured=study.measured)
@@ -118,16 +121,16 @@ def compare(
         found = unpaired(cells, base, study)
         faults += found
         for cell in cells:
-            if any(fault.startswith(cell.name) for fault in found):
+            if any(fault.cell == cell.id for fault in found):
                 del good[cell.arm, seed]
     if faults and incomplete == "refuse":
         raise CompareError(
-            f"study {study.name} cannot be compared:\n  - "
-            + "\n  - ".join(faults)
-            + "\nFinish or repeat these runs. The report, and compare(..., incomplete='omit'), compare what is left."
+            f"study {study.name} cannot be compared",
+            faults,
+            "Finish or repeat these runs. The report, and compare(..., incomplete='omit'), compare what is left.",
         )
     if not good:
-        raise CompareError(f"study {study.name} has no finished run:\n  - " + "\n  - ".join(faults))
+        raise CompareError(f"study {study.name} has no finished run", faults)
     # an arm is compared over the seeds that it shares with the baseline
     pairs = {arm: [seed for seed in study.seeds if (arm, seed) in good and (base, seed) in good] for arm in study.arms}
     arms = [base, *(arm for arm in study.arms if arm != base and any((arm, seed) in good for seed in study.seeds))]
@@ -149,7 +152,7 @@ def compare(
         seeds=tuple(seeds),
         steps=common(row.get("steps") for row in final),
         tokens=common(row.get("tokens") for row in final),
-        parameters=common(cell.said("parameters") for cell in good.values()),
+        parameters=common(cell.recorded("parameters") for cell in good.values()),
         tasks=tasks,
         condensation=measures(context),
         layers=layers(context),
@@ -163,6 +166,7 @@ def compare(
         task_notes=(*item_notes(tasks), *task_notes(context)),
         measured=study.measured,
         untrained=tuple(arm for arm in arms if context.untrained(arm)),
+        dispersed=tuple(arm for arm in study.dispersed if arm in arms),
         other_starts=tuple(context.other_starts()),
         condensation_by_arm=by_arm(context),
         size=size_trend(context),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from decondense.compare.quantity import Quantity
 from decondense.compare.results import Measure, Values
 from decondense.compare.statistics import Difference, Items, holm_over_arms, paired_difference
 from decondense.compare.study import Cell, Key, Study
@@ -24,6 +25,10 @@ def weights_of(items: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     return {name: weight for name, (_, weight) in items.items()}
 
 
+PairedItems = Callable[[str, Sequence[int]], tuple[list[Items] | None, str]]
+"""Arm and seeds -> per-item differences, one entry a task, or None and why there are none."""
+
+
 @dataclass(frozen=True)
 class Context:
     """The runs of one comparison: ``cells`` take part, ``pairs`` are an arm's seeds that the baseline has too."""
@@ -36,53 +41,44 @@ class Context:
     pairs: dict[str, list[int]]
     resamples: int
 
-    def measure(
-        self,
-        name: str,
-        of: Any,
-        *,
-        unit: str = "",
-        higher_is_better: bool | None = None,
-        items: Any = None,
-    ) -> Measure:
-        """``of(cell)`` -> value or None; ``items(arm, seeds)`` -> (tasks or None, why not)."""
+    def measure(self, quantity: Quantity, items: PairedItems | None = None) -> Measure:
+        """The values of a quantity by arm, and every arm's paired difference to the baseline."""
+        known = {place: value for place, cell in self.cells.items() if (value := quantity.of(cell)) is not None}
         values: list[Values] = []
         differences: list[Difference] = []
         for arm in self.arms:
-            found = [
-                (seed, of(self.cells[arm, seed]))
-                for seed in self.seeds
-                if (arm, seed) in self.cells and of(self.cells[arm, seed]) is not None
-            ]
-            if found:
-                values.append(Values.of(arm, found))
-            if arm == self.base:
-                continue
-            seeds = [
-                seed
-                for seed in self.pairs[arm]
-                if of(self.cells[arm, seed]) is not None and of(self.cells[self.base, seed]) is not None
-            ]
-            if not seeds:
+            own = [(seed, known[arm, seed]) for seed in self.seeds if (arm, seed) in known]
+            if own:
+                values.append(Values.of(arm, own))
+            seeds = [seed for seed in self.pairs[arm] if (arm, seed) in known and (self.base, seed) in known]
+            if arm == self.base or not seeds:
                 continue
             per_item, why = items(arm, seeds) if items else (None, "a run has one value")
             differences.append(
                 paired_difference(
-                    [of(self.cells[self.base, seed]) for seed in seeds],
-                    [of(self.cells[arm, seed]) for seed in seeds],
-                    quantity=name,
-                    unit=unit,
+                    [known[self.base, seed] for seed in seeds],
+                    [known[arm, seed] for seed in seeds],
+                    quantity=quantity.id,
+                    unit=quantity.unit,
                     arm=arm,
                     baseline=self.base,
                     seeds=seeds,
-                    higher_is_better=higher_is_better,
+                    higher_is_better=quantity.higher_is_better,
                     items=per_item,
                     no_items=why,
                     resamples=self.resamples,
                 )
             )
         count = next((d.items for d in differences if d.items), None)
-        return Measure(name, unit, higher_is_better, tuple(values), tuple(holm_over_arms(differences)), count)
+        return Measure(
+            quantity.id,
+            quantity.title,
+            quantity.unit,
+            quantity.higher_is_better,
+            tuple(values),
+            tuple(holm_over_arms(differences)),
+            count,
+        )
 
     def per_item(self, key: Key, arm: str, seeds: Sequence[int]) -> Items | None:
         """Differences item by item, or None unless every run of both arms has the same items."""

@@ -64,7 +64,7 @@ def start_notes(context: Context) -> list[str]:
 def rate_notes(context: Context) -> list[str]:
     """How the learning rates came about, and what is doubtful about them."""
     rates, tried = learning_rates(context), {sweep.arm: sweep for sweep in sweeps(context)}
-    swept = context.study.config.get("sweep") is not None
+    swept = context.study.config is not None and context.study.config.sweep is not None
     found = []
     for arm, several in rates.items():
         if len(several) > 1:

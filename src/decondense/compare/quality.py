@@ -9,36 +9,29 @@ import numpy as np
 from scipy import stats
 
 from decondense.compare.context import Context
+from decondense.compare.quantity import Quantity, task_id, task_quantity
 from decondense.compare.results import Measure, Selection, TaskMean, TaskMeasure
 from decondense.compare.statistics import Items
 from decondense.compare.study import VALIDATION, Cell, Key
 
 _NO_ITEMS = "without the same per-item scores in every run it holds for these items only"
-_UNITS = {"loss": "nats/token", "mean_cosine": "cosine"}
 
 
 def task(context: Context, key: Key) -> TaskMeasure:
     """One task's final scores, paired by seed and by item."""
-    task, metric = key
 
     def items(arm: str, seeds: Sequence[int]) -> tuple[list[Items] | None, str]:
         found = context.per_item(key, arm, seeds)
         return (None, _NO_ITEMS) if found is None else ([found], "")
 
-    measure = context.measure(
-        f"{task} {metric}",
-        lambda cell: cell.final_score(key),
-        unit=_UNITS.get(metric, ""),
-        higher_is_better=context.direction(key),
-        items=items,
-    )
+    measure = context.measure(task_quantity(key, higher_is_better=context.direction(key)), items)
     fields = {f.name: getattr(measure, f.name) for f in dataclasses.fields(Measure)}
     rows = [cell.scores.get(key, {}).get(-1 if cell.final_step is None else cell.final_step)
             for cell in context.cells.values()]  # fmt: skip
     scored = sorted({int(row["items"]) for row in rows if row})
     official = {int(row["official_items"]) for row in rows if row and row["official_items"] is not None}
     return TaskMeasure(
-        **fields, task=task, metric=metric, scored=tuple(scored), official=max(official) if official else None
+        **fields, task=key[0], metric=key[1], scored=tuple(scored), official=max(official) if official else None
     )
 
 
@@ -63,7 +56,10 @@ def task_mean(context: Context, metric: str, keys: list[Key], higher_is_better: 
         whole = [entry for entry in found if entry is not None]
         return (whole, "") if len(whole) == len(found) else (None, _NO_ITEMS)
 
-    measure = context.measure(f"mean {metric} of {len(keys)} tasks", of, higher_is_better=higher_is_better, items=items)
+    mean = Quantity(
+        id=f"mean.{metric}", title=f"mean {metric} of {len(keys)} tasks", of=of, higher_is_better=higher_is_better
+    )
+    measure = context.measure(mean, items)
     ranks: dict[str, list[float]] = {arm: [] for arm in context.arms}
     for seed in context.seeds:
         for key in keys:
@@ -103,7 +99,7 @@ def selections(context: Context, keys: Sequence[Key]) -> tuple[Selection, ...]:
             found.append(
                 Selection(
                     arm=arm,
-                    quantity=f"{key[0]} {key[1]}",
+                    quantity=task_id(key),
                     checkpoints=count,
                     final=mean_final,
                     best=mean_best,

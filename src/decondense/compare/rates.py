@@ -31,7 +31,7 @@ def sweeps(context: Context) -> list[Sweep]:
 def learning_rates(context: Context) -> dict[str, tuple[float, ...]]:
     """The peak learning rates of each trained arm's runs."""
     swept = {sweep.arm for sweep in sweeps(context)}
-    common = context.study.config.get("train", {}).get("learning_rate")
+    config = context.study.config
     found: dict[str, tuple[float, ...]] = {}
     for arm in context.arms:
         rates: dict[float, None] = {}
@@ -39,9 +39,11 @@ def learning_rates(context: Context) -> dict[str, tuple[float, ...]]:
             cell = context.cells.get((arm, seed))
             if cell is None or cell.untrained:
                 continue
-            rate = cell.said("learning_rate")
-            if rate is None and arm not in swept:  # rows of older studies leave it to the configuration
-                rate = context.study.entry(arm).get("learning_rate") or common
+            rate = cell.recorded("learning_rate")
+            if rate is None and arm not in swept and config is not None:
+                # the committed rows of the demo leave it to the configuration
+                entry = context.study.arm_config(arm)
+                rate = (entry.learning_rate if entry else None) or config.train.learning_rate
             if rate is not None:
                 rates[float(rate)] = None
         if rates:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from decondense.compare.quantities import shown_in
 from decondense.compare.statistics import Difference
-from decondense.compare.study import VALIDATION
+from decondense.compare.study import VALIDATION, Fault
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,19 @@ class Values:
 class Measure:
     """One quantity of the final checkpoints: every arm's values and its difference to the baseline."""
 
-    name: str
+    quantity: str
+    """Id of the quantity (:class:`decondense.compare.quantity.Quantity`)."""
+    title: str
     unit: str
     higher_is_better: bool | None
     values: tuple[Values, ...]
     differences: tuple[Difference, ...]
     items: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The title."""
+        return self.title
 
     def of(self, arm: str) -> Values | None:
         """The values of an arm."""
@@ -137,6 +145,7 @@ class Selection:
 
     arm: str
     quantity: str
+    """Id of the task's score."""
     checkpoints: int
     final: float
     best: float
@@ -222,25 +231,21 @@ class ArmCondensation:
 
 @dataclass(frozen=True)
 class SizePoint:
-    """An arm in the trend over model size; values are means over seeds."""
+    """An arm in the trend over model size."""
 
     arm: str
     family: str
     parameters: int
-    spearman: float | None
-    kendall: float | None
-    last_layer: float | None
+    values: dict[str, Values]
+    """By id of the quantity (:data:`SIZE_QUANTITIES`)."""
 
     def value(self, quantity: str) -> float | None:
-        """The value of one of :data:`SIZE_QUANTITIES`."""
-        return {"spearman": self.spearman, "kendall": self.kendall}.get(quantity, self.last_layer)
+        """Mean over seeds of one of :data:`SIZE_QUANTITIES`; None where the rows do not have it."""
+        return self.values[quantity].mean if quantity in self.values else None
 
 
-SIZE_QUANTITIES = {
-    "spearman": "Spearman of mean cosine with depth",
-    "kendall": "Kendall of mean cosine with depth",
-    "last_layer": "mean cosine, last layer",
-}
+SIZE_QUANTITIES = {quantity.id: quantity.title for quantity in shown_in("size")}
+"""Titles of the quantities that are set against model size."""
 FEWEST_MODELS = 5
 """Fewer models than that get no p: no order of four of them would have one of 0.05 or less (2 / 4! = 0.083)."""
 
@@ -274,9 +279,13 @@ class SizeTrend:
 
 @dataclass(frozen=True)
 class Layers:
-    """Mean cosine of every layer of the final checkpoints. Intervals are pointwise: not corrected over layers."""
+    """Mean cosine of every state of the final checkpoints. Intervals are pointwise: not corrected over states.
+
+    A state is known by its place: 0 is the embedding, 1 to L are the blocks.
+    """
 
     labels: tuple[str, ...]
+    """Title of each state, as the rows have it."""
     values: dict[str, tuple[Values, ...]]
     differences: dict[str, tuple[Difference, ...]]
 
@@ -304,7 +313,7 @@ class Comparison:
     cost: tuple[Cost, ...]
     selection: tuple[Selection, ...]
     pairing: tuple[Pairing, ...]
-    omitted: tuple[str, ...]
+    omitted: tuple[Fault, ...]
     notes: tuple[str, ...]
     task_notes: tuple[str, ...] = ()
     """What qualifies the scores of benchmarks; every table that shows them says so."""
@@ -312,6 +321,8 @@ class Comparison:
     """Nothing was trained: the arms are models measured as they are, and a seed is a choice of passages."""
     untrained: tuple[str, ...] = ()
     """Arms whose start was evaluated as it is."""
+    dispersed: tuple[str, ...] = ()
+    """Arms that are trained with a dispersion loss."""
     other_starts: tuple[str, ...] = ()
     """Arms with a model of their own: no pair from the same start, but one by the order of the data."""
     condensation_by_arm: tuple[ArmCondensation, ...] = ()
@@ -329,6 +340,19 @@ class Comparison:
     def validation(self) -> TaskMeasure | None:
         """The held-out loss on the study's own text."""
         return next((task for task in self.tasks if (task.task, task.metric) == VALIDATION), None)
+
+    def measures(self) -> tuple[Measure, ...]:
+        """Scores of tasks, their means, and condensation."""
+        return (*self.tasks, *(mean.measure for mean in self.means), *self.condensation)
+
+    def measure(self, quantity: str) -> Measure | None:
+        """The measure of a quantity by its id; None where the rows do not have it."""
+        return next((measure for measure in self.measures() if measure.quantity == quantity), None)
+
+    def differences(self) -> tuple[Difference, ...]:
+        """Every paired difference: of all measures, then of the states of each arm."""
+        layers = self.layers.differences.values() if self.layers else ()
+        return tuple(d for group in (*(m.differences for m in self.measures()), *layers) for d in group)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from decondense.config import ArmConfig, ConfigError, StudyConfig
 from decondense.records import Row, stable
 
 Array = npt.NDArray[np.float64]
@@ -19,8 +20,44 @@ Key = tuple[str, str]
 VALIDATION: Key = ("validation", "loss")
 
 
+class CellId(NamedTuple):
+    """Names one run of a study."""
+
+    arm: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.arm} (seed {self.seed})"
+
+
+FaultKind = Literal[
+    "missing", "failed", "unfinished", "conflict", "repeated", "no profile", "no score", "no hash", "other hash",
+    "other items",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why one run cannot be compared."""
+
+    cell: CellId
+    kind: FaultKind
+    text: str
+    """What is wrong, as the rest of a sentence that begins with the name of the cell."""
+
+    def __str__(self) -> str:
+        return f"{self.cell} {self.text}"
+
+
 class CompareError(ValueError):
-    """Runs that must not be compared; the message names every cell at fault and the remedy."""
+    """Runs that must not be compared: ``reason``, the ``faults`` of single runs if any, and the ``remedy``."""
+
+    def __init__(self, reason: str, faults: Iterable[Fault] = (), remedy: str = "") -> None:
+        self.reason = reason
+        self.faults = tuple(faults)
+        self.remedy = remedy
+        listed = "".join(f"\n  - {fault}" for fault in self.faults)
+        super().__init__(f"{reason}{':' if listed else ''}{listed}" + (f"\n{remedy}" if remedy else ""))
 
 
 @dataclass
@@ -43,14 +80,14 @@ class Cell:
     conflicts: list[str] = field(default_factory=list)
 
     @property
-    def name(self) -> str:
-        """How messages call the cell."""
-        return f"{self.arm} (seed {self.seed})"
+    def id(self) -> CellId:
+        """Names the cell."""
+        return CellId(self.arm, self.seed)
 
-    def said(self, what: str) -> Any:
-        """A field of the terminal row, or of the first row where the terminal one is silent."""
-        value = self.run.get(what)
-        return self.started.get(what) if value is None else value
+    def recorded(self, name: str) -> Any:
+        """A field of the terminal row, or of the first row where the terminal one has none."""
+        value = self.run.get(name)
+        return self.started.get(name) if value is None else value
 
     @property
     def untrained(self) -> bool:
@@ -60,9 +97,9 @@ class Cell:
     @property
     def final_step(self) -> int | None:
         """The step of the final checkpoint: what the terminal row says, else the last one evaluated."""
-        said = self.run.get("steps") if self.status == "finished" else None
-        if said is not None:
-            return int(said)
+        steps = self.run.get("steps") if self.status == "finished" else None
+        if steps is not None:
+            return int(steps)
         seen = [step for curve in self.scores.values() for step in curve] + list(self.profiles)
         return max(seen, default=None)
 
@@ -110,7 +147,8 @@ class Study:
     arms: list[str]
     seeds: list[int]
     labels: dict[str, str]
-    config: dict[str, Any]
+    config: StudyConfig | None
+    """None: the rows hold no configuration."""
     cells: dict[tuple[str, int], Cell]
     trials: list[Row] = field(default_factory=list)
     """Learning rates tried before the runs, on a seed that is none of the study's."""
@@ -120,7 +158,7 @@ class Study:
         """Sort rows into cells.
 
         Raises:
-            CompareError: no rows of a run, or rows of more than one study.
+            CompareError: no rows of a run, rows of more than one study, or a configuration that is not valid.
         """
         rows = [row for row in rows if row.get("kind") in ("run", "step", "profile", "eval", "eval_item", "trial")]
         # a trial's seed is none of the study's, so trials never become cells
@@ -132,33 +170,29 @@ class Study:
         if len(studies) > 1:
             listed = "; ".join(f"{name} [{mark}], {n} rows" for (name, mark), n in sorted(studies.items()))
             raise CompareError(f"rows of {len(studies)} different studies: {listed}. Compare one study at a time.")
-        config: dict[str, Any] = next((row["config"] for row in rows if row["kind"] == "run" and row["config"]), {})
-        arms: list[str] = [str(arm["name"]) for arm in config.get("arms", []) if isinstance(arm, dict)]
-        seeds: list[int] = [int(seed) for seed in config.get("seeds", [])]
+        config = _config_of(rows)
+        arms = [arm.name for arm in config.arms] if config else []
+        seeds = list(config.seeds) if config else []
         for row in rows:
             if row["arm"] not in arms:
                 arms.append(row["arm"])
             if row["seed"] not in seeds:
                 seeds.append(row["seed"])
         labels = {arm: arm for arm in arms}
-        for entry in config.get("arms", []):
-            if isinstance(entry, dict) and entry.get("label"):
-                labels[str(entry["name"])] = str(entry["label"])
+        labels |= {arm.name: arm.label for arm in config.arms if arm.label} if config else {}
         cells = {(arm, seed): Cell(arm, seed) for arm in arms for seed in seeds}
         for row in rows:
             _take(cells[row["arm"], row["seed"]], row)
         for cell in cells.values():
             if cell.finishes == 0 and cell.status == "missing" and (cell.steps or cell.scores or cell.profiles):
                 cell.status = "unfinished"
-        baseline = config.get("baseline")
-        if baseline is None and "cross-entropy" in arms:
-            baseline = "cross-entropy"
+        baseline = config.baseline if config else "cross-entropy" if "cross-entropy" in arms else None
         (name, mark) = next(iter(studies))
         return cls(
             name=name,
             fingerprint=mark,
-            title=str(config.get("title") or name),
-            question=str(config.get("question") or ""),
+            title=config.title if config else name,
+            question=config.question if config else "",
             baseline=baseline,
             arms=arms,
             seeds=seeds,
@@ -168,19 +202,24 @@ class Study:
             trials=trials,
         )
 
-    def entry(self, arm: str) -> dict[str, Any]:
-        """The arm's part of the configuration; empty when the rows do not have it."""
-        found = (entry for entry in self.config.get("arms", []) if isinstance(entry, dict) and entry.get("name") == arm)
-        return next(found, {})
+    def arm_config(self, arm: str) -> ArmConfig | None:
+        """The arm's part of the configuration; None when the rows do not have it."""
+        return next((entry for entry in self.config.arms if entry.name == arm), None) if self.config else None
 
     def has_own_model(self, arm: str) -> bool:
         """Whether the arm starts from other weights than the others by design."""
-        return self.entry(arm).get("model") is not None
+        entry = self.arm_config(arm)
+        return entry is not None and entry.model is not None
+
+    @property
+    def dispersed(self) -> tuple[str, ...]:
+        """The arms that are trained with a dispersion loss."""
+        return tuple(arm for arm in self.arms if (entry := self.arm_config(arm)) and entry.dispersion is not None)
 
     @property
     def measured(self) -> bool:
         """Whether nothing is trained: the arms are models that are measured as they are."""
-        return self.config.get("measure") is not None
+        return self.config is not None and self.config.measure is not None
 
     def of_arm(self, arm: str, *, finished: bool = True) -> list[Cell]:
         """The cells of an arm by seed; only finished ones unless told otherwise."""
@@ -191,6 +230,16 @@ class Study:
         """Every task and metric, validation loss first, then in order of appearance."""
         found = {key: None for cell in self.cells.values() for key in cell.scores}
         return sorted(found, key=lambda key: key != VALIDATION)
+
+
+def _config_of(rows: Iterable[Row]) -> StudyConfig | None:
+    data = next((row["config"] for row in rows if row["kind"] == "run" and row["config"]), None)
+    if data is None:
+        return None
+    try:
+        return StudyConfig.parse(data, where="configuration")
+    except ConfigError as error:
+        raise CompareError(f"the study configuration in the rows is not valid: {error}") from error
 
 
 def _take(cell: Cell, row: Row) -> None:

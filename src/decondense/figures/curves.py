@@ -24,7 +24,7 @@ MOST_BANDS = 6
 
 def looks_of(study: Study) -> Looks:
     """Colours and labels of a study's arms."""
-    return Looks(study.arms, study.baseline, study.labels)
+    return Looks(study.arms, study.baseline, study.labels, study.dispersed)
 
 
 def _width(panels: int) -> float:

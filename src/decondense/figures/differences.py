@@ -25,7 +25,7 @@ def forest(
     Several measures of more than three arms get a panel each. An arm whose difference would squeeze all others
     together lies at the edge, with its value beside it.
     """
-    looks = Looks(comparison.arms, comparison.baseline, comparison.labels)
+    looks = Looks(comparison.arms, comparison.baseline, comparison.labels, comparison.dispersed)
     names = list(names or [measure.name for measure in measures])
     grouped = len(measures) > 1
     if grouped and len(comparison.treated) > _MOST_GROUPED:
@@ -146,7 +146,7 @@ def _forest_rows(
 
 def layer_differences(comparison: Comparison) -> Figure:
     """Difference of every layer's mean cosine, arm - baseline, with pointwise 95 % intervals over seeds."""
-    looks = Looks(comparison.arms, comparison.baseline, comparison.labels)
+    looks = Looks(comparison.arms, comparison.baseline, comparison.labels, comparison.dispersed)
     assert comparison.layers is not None
     arms = [arm for arm in comparison.treated if arm in comparison.layers.differences]
     if len(arms) > _MOST_GROUPED:
@@ -212,7 +212,7 @@ def _layer_panels(comparison: Comparison, arms: Sequence[str], looks: Looks) -> 
 
 def cost(comparison: Comparison) -> Figure:
     """Median time of an optimizer step: one dot a run, a bar at the median over seeds, the paired ratio beside it."""
-    looks = Looks(comparison.arms, comparison.baseline, comparison.labels)
+    looks = Looks(comparison.arms, comparison.baseline, comparison.labels, comparison.dispersed)
     entries = [c for c in comparison.cost if any(c.step_wall_ms)]
     with figure_style():
         figure, (axes,) = new_figure(COLUMN, 0.75 + 0.3 * max(1, len(entries)))

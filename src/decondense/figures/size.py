@@ -6,7 +6,9 @@ import textwrap
 
 from matplotlib.figure import Figure
 
-from decondense.compare import SIZE_QUANTITIES, Comparison, Study
+from decondense.compare import Comparison, Study
+from decondense.compare.profiles import KENDALL, SPEARMAN
+from decondense.compare.quantities import shown_in
 from decondense.figures.condensation import count_label, family_figure, spread_ticks
 from decondense.figures.maps import histograms
 from decondense.figures.style import COLUMN, PAGE, Looks, figure_style, grid, legend_above, new_figure
@@ -15,23 +17,21 @@ from decondense.figures.style import COLUMN, PAGE, Looks, figure_style, grid, le
 def size_trend(comparison: Comparison) -> Figure:
     """Condensation against the number of parameters, a panel a measure and a line a family (after figure 2)."""
     assert comparison.size is not None
-    entries = {entry.arm: entry for entry in comparison.condensation_by_arm}
     families = comparison.size.families
     looks = Looks(families, None)
-    spread = {"spearman": lambda e: e.spearman, "kendall": lambda e: e.kendall, "last_layer": lambda e: e.last.get("1")}
     with figure_style():
-        figure, panels = new_figure(PAGE, 2.55, len(SIZE_QUANTITIES))
+        figure, panels = new_figure(PAGE, 2.55, len(shown_in("size")))
         sizes = sorted({float(point.parameters) for point in comparison.size.points})
-        for axes, quantity in zip(panels, SIZE_QUANTITIES, strict=True):
+        for axes, quantity in zip(panels, shown_in("size"), strict=True):
             grid(axes)
             for family in families:
                 points = sorted(
-                    (p for p in comparison.size.points if p.family == family and p.value(quantity) is not None),
+                    (p for p in comparison.size.points if p.family == family and quantity.id in p.values),
                     key=lambda p: p.parameters,
                 )
                 if not points:
                     continue
-                values = [spread[quantity](entries[p.arm]) for p in points]
+                values = [p.values[quantity.id] for p in points]
                 axes.errorbar(
                     [p.parameters for p in points],
                     [value.mean for value in values],
@@ -49,7 +49,7 @@ def size_trend(comparison: Comparison) -> Figure:
             axes.set_xticks(ticks, [count_label(size) for size in ticks])
             axes.minorticks_off()
             axes.set_xlabel("parameters")
-            axes.set_ylabel(SIZE_QUANTITIES[quantity].replace(" of mean cosine with depth", " with depth"))
+            axes.set_ylabel(quantity.short_title)
         legend_above(figure, panels)
     return figure
 
@@ -69,8 +69,8 @@ def family(study: Study, comparison: Comparison, name: str) -> Figure | None:
                 **maps[max(maps)],
                 "label": textwrap.fill(study.labels[point.arm], 14, max_lines=2, placeholder="…"),
                 "parameters": point.parameters,
-                "spearman": point.spearman,
-                "kendall": point.kendall,
+                "spearman": point.value(SPEARMAN.id),
+                "kendall": point.value(KENDALL.id),
             }
         )
     return family_figure(found, family=name, kind="pooled") if len(found) > 1 else None
@@ -78,7 +78,7 @@ def family(study: Study, comparison: Comparison, name: str) -> Figure | None:
 
 def trials(comparison: Comparison) -> Figure:
     """Loss of each trial against its learning rate, a line an arm; the chosen rates are filled, failures crossed."""
-    looks = Looks(comparison.arms, comparison.baseline, comparison.labels)
+    looks = Looks(comparison.arms, comparison.baseline, comparison.labels, comparison.dispersed)
     with figure_style():
         figure, (axes,) = new_figure(COLUMN, 2.4)
         grid(axes)

@@ -94,14 +94,27 @@ def figure_style() -> Iterator[None]:
 
 
 class Looks:
-    """Colour, dash and marker of each arm: the baseline is grey, the first dispersion arm blue."""
+    """Colour, dash and marker of each arm: the baseline is grey, the first arm with a dispersion loss blue.
 
-    def __init__(self, arms: Sequence[str], baseline: str | None, labels: Mapping[str, str] | None = None) -> None:
+    Args:
+        arms: ids of the arms.
+        baseline: id of the baseline; None: there is none.
+        labels: what the arms are called; default: their ids.
+        dispersed: ids of the arms with a dispersion loss. Without any, the first treated arm is blue.
+    """
+
+    def __init__(
+        self,
+        arms: Sequence[str],
+        baseline: str | None,
+        labels: Mapping[str, str] | None = None,
+        dispersed: Sequence[str] = (),
+    ) -> None:
         self.labels = dict(labels or {})
         self._colour: dict[str, str] = {}
         self._number: dict[str, int] = {}
         treated = [arm for arm in arms if arm != baseline]
-        favourite = next((arm for arm in treated if "dispers" in arm.lower()), treated[0] if treated else None)
+        favourite = next((arm for arm in treated if arm in dispersed), treated[0] if treated else None)
         spare = iter(range(10_000))
         for arm in ([baseline] if baseline in arms else []) + treated:
             assert arm is not None
