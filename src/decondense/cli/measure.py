@@ -408,9 +408,10 @@ def _show(console: Console, label: str, profile: Profile, place: Path, bins: int
     from decondense.records import atomic_write
 
     table = tables.layer_table(profile)
-    _print(console, tables.compact(table), f"{label}: {profile.n_passages} passages of up to {profile.tokens} tokens")
+    title = f"{label}: {profile.n_passages} passages of up to {profile.tokens} tokens"
+    console.print(tables.terminal_layers(profile).to_rich(title=title))
     if profile.metrics:
-        _print(console, tables.columns(table, ["layer", *profile.metrics]), "side metrics")
+        console.print(tables.metric_table(profile).to_rich(title="side metrics"))
     for name in ("spearman", "kendall"):
         low, high = profile.interval(name)
         known = f"95 % interval over passages {low:+.2f}..{high:+.2f}" if low == low else "one passage has no interval"
@@ -421,8 +422,8 @@ def _show(console: Console, label: str, profile: Profile, place: Path, bins: int
         )
     if profile.has_final_norm:
         console.print(f"(the last layer of the depth is the state {_last_state(profile)})", highlight=False)
-    atomic_write(place / "layers.md", tables.to_markdown(table))
-    atomic_write(place / "layers.csv", tables.to_csv(table))
+    atomic_write(place / "layers.md", table.to_markdown())
+    atomic_write(place / "layers.csv", table.to_csv())
     data = _mapping(profile, label, bins)
     if data[kind] is None:
         console.print(f"[yellow]note:[/] {profile.no_averaged} Drawing the pooled one.", highlight=False)
@@ -452,10 +453,10 @@ def _compare(
 
     table = tables.model_table([(label, profile) for label, _, profile in done])
     by_size = done if done[0][1] is not None or pairs else sorted(done, key=lambda item: item[2].info["parameters"])
-    shown = _summary([(label, profile) for label, _, profile in by_size])
-    _print(console, shown, f"{family or 'models'}: mean cosine, and its rank correlation with depth")
-    atomic_write(folder / "models.md", tables.to_markdown(table))
-    atomic_write(folder / "models.csv", tables.to_csv(table))
+    title = f"{family or 'models'}: mean cosine, and its rank correlation with depth"
+    console.print(tables.terminal_models([(label, profile) for label, _, profile in by_size]).to_rich(title=title))
+    atomic_write(folder / "models.md", table.to_markdown())
+    atomic_write(folder / "models.csv", table.to_csv())
     data = [{**_mapping(profile, label, bins), "step": step} for label, step, profile in done]
     if any(item[kind] is None for item in data):
         kind = "pooled"
@@ -468,40 +469,7 @@ def _compare(
         export(condensation.family_figure(data, family=family or "", **look), folder / "family")
 
 
-def _summary(profiles: list[tuple[str, Profile]]) -> tuple[list[str], list[list[Any]]]:
-    """One line a model, in the width of a terminal."""
-    from decondense.figures.condensation import count_label
-
-    head = ["model", "size", "first", "last", "last half", "Spearman", "95 % interval", "Kendall"]
-    lines: list[list[Any]] = []
-    for label, profile in profiles:
-        mu = profile.mean_cosine
-        low, high = profile.interval("spearman")
-        line: list[Any] = [label, count_label(profile.info["parameters"])]
-        line += [f"{value:.3f}" for value in (mu[0], mu[-1], profile.last())]
-        line += [f"{profile.spearman:+.2f}", f"{low:+.2f}..{high:+.2f}", f"{profile.kendall:+.2f}"]
-        lines.append(line)
-    return head, lines
-
-
 def _mapping(profile: Profile, label: str, bins: int) -> dict[str, Any]:
     from decondense.measuring.profile import as_mapping
 
     return {**as_mapping(profile, bins=bins), "label": label}
-
-
-def _print(console: Console, table: tuple[list[str], list[list[Any]]], title: str) -> None:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    from decondense.measuring.tables import format_cell
-
-    shown = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.collapse_padding = True
-    for number, name in enumerate(table[0]):
-        # spaces, so that a long name of a metric breaks where words end
-        shown.add_column(name.replace("_", " "), justify="left" if number == 0 else "right", no_wrap=number == 0)
-    for line in table[1]:
-        shown.add_row(*(escape(format_cell(cell)) for cell in line))
-    console.print(shown)
