@@ -105,7 +105,8 @@ import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 from decondense.records import append_rows
-row = {"kind": "x", "text": "y" * 900}
+row = {"kind": "step", "schema_version": 1, "study": "y" * 900, "study_fingerprint": "f", "arm": "a", "seed": 0,
+       "step": 1, "tokens": 1, "loss": 1.0, "learning_rate": 0.1}
 try:
     for _ in range(10):
         append_rows(sys.argv[1], [row])
@@ -120,8 +121,7 @@ def test_a_disk_that_fills_up_leaves_whole_rows(tmp_path) -> None:
     path = tmp_path / "r.jsonl"
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True)
     assert "refused" in done.stdout
-    rows = read_rows(path, check=False)
-    assert len(rows) == 4
+    assert 2 <= len(read_rows(path)) <= 4
     assert path.read_bytes().endswith(b"\n")
 
 

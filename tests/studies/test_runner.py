@@ -120,7 +120,8 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, uninterrupted, after
 
 def test_a_half_written_checkpoint_is_not_used(tmp_path, uninterrupted) -> None:
     from decondense.studies.runner import opened_corpus, study_corpus
-    from decondense.training.hf import COMPLETE, run_cell
+    from decondense.training.checkpoints import COMPLETE
+    from decondense.training.hf import run_cell
 
     study, out = small_study(), tmp_path / "study"
     open_directory(study, out)

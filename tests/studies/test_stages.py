@@ -272,7 +272,7 @@ def test_measured_starts_are_measured_with_their_own_tokenizers(staged, tmp_path
     ("changes", "message"),
     [
         ({"sweep": {"learning_rates": [0.1, 0.1]}}, "different positive numbers"),
-        ({"sweep": {"learning_rates": [0.1, 0.2], "seed": 0}}, "rates are chosen on a seed of their own"),
+        ({"sweep": {"learning_rates": [0.1, 0.2], "seed": 0}}, "settings are chosen on a seed of their own"),
         ({"model": {"start": "prepared:bass"}, "prepared": {"base": BASE}}, r"unknown prepared model 'bass'.*'base'"),
         ({"arms": [{"name": "a", "untrained": True, "learning_rate": 0.1}], "baseline": "a"}, "would have no effect"),
         ({"measure": {}}, "measures starts and trains nothing, but arm 'cross-entropy'"),
