@@ -61,26 +61,38 @@ def hold(descriptor: int) -> None:
     threading.Thread(target=_wait, args=(descriptor,), daemon=True).start()
 
 
+class HeldFolder:
+    """A directory that this process works in; :meth:`is_there` tells whether it was removed or replaced meanwhile."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        # kept open, so that no other directory can get its number
+        self._descriptor = os.open(self.path, os.O_RDONLY)
+
+    def is_there(self) -> bool:
+        """Whether the path still leads to the directory that it led to at first."""
+        try:
+            now, first = os.stat(self.path), os.fstat(self._descriptor)
+        except OSError:
+            return False
+        return (now.st_dev, now.st_ino) == (first.st_dev, first.st_ino)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            os.close(self._descriptor)
+
+
 def end_without(folder: str | os.PathLike[str]) -> None:
     """End this process within seconds when ``folder`` is removed or replaced, so that nothing makes it again."""
-    first = os.stat(folder)
+    held = HeldFolder(folder)
 
     def look() -> None:
         pause = threading.Event()
         while not pause.wait(_LOOK_SECONDS):
-            if not is_still(folder, first):
-                _end(f"{os.fspath(folder)} was removed")
+            if not held.is_there():
+                _end(f"{held.path} was removed")
 
     threading.Thread(target=look, daemon=True).start()
-
-
-def is_still(folder: str | os.PathLike[str], first: os.stat_result) -> bool:
-    """Whether ``folder`` is the directory that it was when ``first`` was taken."""
-    try:
-        now = os.stat(folder)
-    except OSError:
-        return False
-    return (now.st_dev, now.st_ino) == (first.st_dev, first.st_ino)
 
 
 def _wait(descriptor: int) -> None:

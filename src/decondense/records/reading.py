@@ -125,7 +125,7 @@ class RowReader:
     read from its start and ``restarted`` is true: what was made of earlier rows no longer holds.
     """
 
-    _TAIL = 64
+    _TAIL = 4096
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

@@ -58,21 +58,24 @@ def atomic_path(path: str | Path, *, exclusive: bool = False) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; an output file is not
-        if exclusive:
-            _claim_name(temporary, path)
-        temporary.replace(path)
+        if not (exclusive and _linked(temporary, path)):
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def _claim_name(temporary: Path, path: Path) -> None:
+def _linked(temporary: Path, path: Path) -> bool:
+    """Give the file a name that nobody has; False: the name is reserved, but the file must still be moved there."""
     try:
         os.link(temporary, path)
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        return False
+    temporary.unlink()
+    return True
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from decondense.config import ConfigError, StudyConfig
 from decondense.evaluate import check_benchmarks
-from decondense.lifeline import Lifeline, is_still
+from decondense.lifeline import HeldFolder, Lifeline
 from decondense.records import COMMAND, Row, command_line, write_rows
 from decondense.stopping import SAVE_FIRST, Stopped, save_requested, stop_on_signals
 from decondense.studies import devices
@@ -176,7 +176,7 @@ class _Run:
         self.study, self.out, self.tasks, self.watcher = study, out, listed, watcher
         self.progress = Progress(listed)
         self.workers: list[_Worker] = []
-        self._first = os.stat(out)
+        self._held = HeldFolder(out)
         self._wrote = (0.0, 0.0)  # when, and how long it took
         self._before = {state_key(state) for state in self.progress.states() if state.status == "finished"}
 
@@ -203,7 +203,7 @@ class _Run:
                 raise Stopped(SAVE_FIRST)
 
     def _check_there(self) -> None:
-        if not is_still(self.out, self._first):
+        if not self._held.is_there():
             raise StudyFailed(f"{self.out} was removed while its study ran; nothing is written there any more.")
 
     def _pass_on(self, number: int) -> None:

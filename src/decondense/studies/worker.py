@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
 import sys
 import time
 import traceback
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from decondense.config import StudyConfig
-from decondense.lifeline import end_without, is_still
+from decondense.lifeline import HeldFolder, end_without
 from decondense.records import Row, make_row, write_rows
 from decondense.stopping import Stopped, stop_if_requested, stop_on_signals
 from decondense.studies.directory import (
@@ -160,10 +159,10 @@ def work(out: Path) -> None:
     """
     from decondense.training.hf import CellBusy
 
-    first = os.stat(out)
+    held = HeldFolder(out)
 
     def watch() -> None:
-        if not is_still(out, first):
+        if not held.is_there():
             raise StudyFailed(f"{out} was removed while its study ran; nothing is written there any more.")
 
     while not (out / CORPUS).exists() and study_of(out).measure is None:  # the runner is still preparing the text

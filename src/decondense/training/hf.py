@@ -343,7 +343,7 @@ class _Recorder(TrainerCallback):
         self._began = (time.perf_counter(), time.process_time())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.cell.watch()
+        self.cell.check_there()
         # on a logged step only: a logged value is a mean since the last one, and a resumed run knows no half of it
         if state.global_step % args.logging_steps == 0 and self._must_save():
             control.should_save = True
@@ -470,8 +470,14 @@ class _Cell:
             for name in ("learning_rate", "warmup", "gradient_clip")
         )
 
+    def check_there(self) -> None:
+        """Raise when the folder was removed: neither rows nor a checkpoint may make it again."""
+        if is_main_process() and not self.folder.is_dir():
+            raise RuntimeError(f"{self.folder} was removed while its run was training; nothing is written there.")
+
     def write(self, *rows: Row) -> None:
         self.watch()
+        self.check_there()
         if is_main_process():
             append_rows(self.rows_path, rows)
 
