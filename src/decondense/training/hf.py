@@ -3,7 +3,7 @@
 The same code runs in one process, under ``torchrun`` and under ``accelerate launch``. A cell owns a folder:
 
     rows.jsonl        what happened so far; the cell is done when its last run row has a terminal status
-    checkpoint-K/     Trainer checkpoints; one counts only when it holds the file COMPLETE
+    checkpoint-K/     Trainer checkpoints; one counts only with its inventory (decondense.training.checkpoints)
     final/            the trained model and its tokenizer (safetensors), written in one move
 
 A killed cell starts again from its newest complete checkpoint: rows of later steps are dropped first, so that a
@@ -52,15 +52,23 @@ from decondense.evaluate import benchmark_rows, held_out_loss
 from decondense.integrations.huggingface import attach_trainer
 from decondense.measuring import measure
 from decondense.measuring.loading import load_model
-from decondense.records import Row, append_rows, make_row, provenance, read_rows, terminal_row, write_rows
+from decondense.records import (
+    RecordError,
+    Row,
+    append_rows,
+    make_row,
+    provenance,
+    read_rows,
+    terminal_row,
+    write_rows,
+)
 from decondense.seeding import hash_parameters, seed_everything
+from decondense.stopping import SAVE_FIRST, Stopped, save_requested, stop_if_requested
+from decondense.training import checkpoints
 from decondense.training.baselines import ActiveForgetting, NoisyEmbedding, Teacher, own_group, split_schedule
 
 if TYPE_CHECKING:
     from decondense.attaching import DispersionHandle
-
-COMPLETE = "COMPLETE"
-"""Name of the file that makes a checkpoint one to go on from."""
 
 
 class CellBusy(RuntimeError):
@@ -133,12 +141,13 @@ def build_model(config: ModelConfig, vocabulary: int, positions: int, end_token:
         for name in ("n_positions", "max_position_embeddings"):
             if name in blank.to_dict() and name not in config.overrides:
                 values[name] = positions
-        settings = AutoConfig.for_model(config.architecture, **{**values, **config.overrides})
         try:
+            settings = AutoConfig.for_model(config.architecture, **{**values, **config.overrides})
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)  # type: ignore[no-untyped-call]
-        except (ValueError, ZeroDivisionError, TypeError) as error:
+        except Exception as error:  # whatever a wrong type or a negative size meets first in the model's own code
             raise ConfigError(
-                f"model: {config.architecture} with {config.overrides} cannot be built: {error}"
+                f"model: {config.architecture} with {config.overrides} cannot be built: "
+                f"{str(error).strip() or type(error).__name__}"
             ) from error
     # GPT-2 declares no loss type; the Trainer then counts the labels before the shift and scales the cross-entropy
     # by (T - 1) / T
@@ -319,6 +328,7 @@ class _Recorder(TrainerCallback):
         self.step_wall: list[float] = []
         self.step_cpu: list[float] = []
         self.since_log = 0
+        self.stopping = False
         self._began = (0.0, 0.0)
 
     def on_train_begin(
@@ -333,6 +343,10 @@ class _Recorder(TrainerCallback):
         self._began = (time.perf_counter(), time.process_time())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.cell.check_there()
+        # on a logged step only: a logged value is a mean since the last one, and a resumed run knows no half of it
+        if state.global_step % args.logging_steps == 0 and self._must_save():
+            control.should_save = True
         self.step_wall.append(time.perf_counter() - self._began[0])
         self.step_cpu.append(time.process_time() - self._began[1])
         self.since_log += 1
@@ -374,6 +388,15 @@ class _Recorder(TrainerCallback):
             )
         )
 
+    def _must_save(self) -> bool:
+        """Whether SIGUSR1 has come, on any rank: all of them save, or none."""
+        if world_size() == 1:
+            return save_requested()
+        asked = torch.tensor(float(save_requested()), device=self.trainer.args.device)
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        self.stopping = bool(asked)
+        return self.stopping
+
     def _mean(self, total: torch.Tensor) -> float:
         """Mean over the ranks and over the steps since the last logged row."""
         if world_size() > 1:
@@ -382,8 +405,16 @@ class _Recorder(TrainerCallback):
         return float(total) / self.since_log
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every rank has written its part
         if is_main_process():
-            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            checkpoints.mark(folder, state.global_step, self.cell.rows_path)
+        if (self.stopping or (world_size() == 1 and save_requested())) and state.global_step < state.max_steps:
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()
+            assert SAVE_FIRST is not None
+            raise Stopped(SAVE_FIRST)
 
 
 class _Cell:
@@ -407,8 +438,17 @@ class _Cell:
         if self.distillation is not None and (name := self.distillation.prepared) is not None:
             self.distillation = self.distillation.model_copy(update={"teacher": str(prepared[name])})
         self.train = study.train.model_copy(
-            update={} if arm.learning_rate is None else {"learning_rate": arm.learning_rate}
+            update={
+                name: value
+                for name in ("learning_rate", "warmup", "gradient_clip")
+                if (value := getattr(arm, name)) is not None
+            }
         )
+        self.setting = {
+            "learning_rate": self.train.learning_rate,
+            "warmup": self.train.warmup,
+            "gradient_clip": self.train.gradient_clip,
+        }
         self.tokens_per_step = self.train.batch_sequences * self.train.sequence_tokens
         self.steps = 0 if arm.untrained else self.train.steps
         self.identity: dict[str, Any] = {
@@ -418,11 +458,26 @@ class _Cell:
             "seed": seed,
         }
         self.rows_path = folder / "rows.jsonl"
+        self.ignored: list[str] = []
+        """Checkpoints and rows that could not be used, and why."""
         self.benchmarks: list[Row] = []
         """Of the final checkpoint; written together with the terminal row, so that they are there once."""
 
+    def differs(self, row: Row) -> bool:
+        """Whether a run row was written at another learning rate, warm-up or clipping; rows that do not say fit."""
+        return any(
+            row[name] is not None and row[name] != getattr(self.train, name)
+            for name in ("learning_rate", "warmup", "gradient_clip")
+        )
+
+    def check_there(self) -> None:
+        """Raise when the folder was removed: neither rows nor a checkpoint may make it again."""
+        if is_main_process() and not self.folder.is_dir():
+            raise RuntimeError(f"{self.folder} was removed while its run was training; nothing is written there.")
+
     def write(self, *rows: Row) -> None:
         self.watch()
+        self.check_there()
         if is_main_process():
             append_rows(self.rows_path, rows)
 
@@ -489,18 +544,25 @@ def _claim(folder: Path) -> Iterator[None]:
     with (folder / "lock").open("a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise CellBusy(f"{folder}: another process is training this cell.") from error
+        except OSError as error:
+            error.filename = error.filename or f"{folder / 'lock'} (a file system without locks? choose another one)"
+            raise
         yield
 
 
-def _newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
-    found = [
-        (int(path.name.rsplit("-", 1)[1]), path)
-        for path in folder.glob("checkpoint-*")
-        if (path / COMPLETE).exists() and path.name.rsplit("-", 1)[1].isdigit()
-    ]
-    return max(found, default=None)
+def _rows_there(cell: _Cell) -> list[Row]:
+    """The rows of a cell. A damaged file is set aside and named: the cell then starts again."""
+    if not cell.rows_path.exists():
+        return []
+    try:
+        return read_rows(cell.rows_path)
+    except RecordError as error:
+        if is_main_process():
+            cell.rows_path.replace(cell.rows_path.with_suffix(".damaged"))
+        cell.ignored.append(f"{error} The file is kept as {cell.rows_path.stem}.damaged and the run starts again.")
+        return []
 
 
 def run_cell(
@@ -535,16 +597,19 @@ def run_cell(
         if is_main_process():
             stack.enter_context(_claim(folder))
         cell = _Cell(study, arm, seed, corpus, folder, watch or (lambda: None), prepared or {})
-        rows = read_rows(cell.rows_path) if cell.rows_path.exists() else []
+        rows = _rows_there(cell)
         foreign = [row for row in rows if any(row[key] != value for key, value in cell.identity.items())]
         if foreign:
             raise ConfigError(
                 f"{cell.rows_path} holds rows of another run ({foreign[0]['study']!r}); choose another directory."
             )
         ended = terminal_row(rows)
-        if ended is not None and not (retry_failed and ended["status"] == "failed"):
+        repeated = retry_failed and ended is not None and ended["status"] == "failed"
+        # rows of a setting that a repeated trial no longer chooses: seeds of an arm must not train at different ones
+        other = [row for row in rows if row["kind"] == "run" and not arm.untrained and cell.differs(row)]
+        if ended is not None and not repeated and not other:
             return ended
-        if ended is not None:
+        if ended is not None or other:
             rows = []
             _discard_checkpoints(folder)
         if study.train.threads is not None and not torch.cuda.is_available():
@@ -560,8 +625,9 @@ def run_cell(
                 status="failed",
                 config=study.model_dump(mode="json"),
                 steps=cell.steps,
-                learning_rate=None if arm.untrained else cell.train.learning_rate,
+                **({} if arm.untrained else cell.setting),
                 error=reason,
+                timing={"ignored_checkpoints": cell.ignored} if cell.ignored else {},
                 provenance=provenance(device=_device_name()),
             )
         cell.write(*cell.benchmarks, row)
@@ -590,7 +656,7 @@ def _train(cell: _Cell, rows: list[Row]) -> Row:
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": train.steps,
         "tokens": train.steps * cell.tokens_per_step,
-        "learning_rate": train.learning_rate,
+        **cell.setting,
     }
     if cell.model.lora is not None and train.fsdp and world_size() > 1:
         raise ConfigError("train.fsdp with model.lora is not supported; adapters are small, use DDP (fsdp: false).")
@@ -640,6 +706,10 @@ def _train(cell: _Cell, rows: list[Row]) -> Row:
     final_hash = hash_parameters(trained)  # before saving, which empties the dictionary as it goes
     _keep(cell, model, tokenizer, trained)
     resumed = [row["timing"]["from_step"] for row in rows if row["kind"] == "run" and row["status"] == "resumed"]
+    earlier = [
+        reason for row in rows if row["kind"] == "run" for reason in row["timing"].get("ignored_checkpoints", ())
+    ]
+    cell.ignored = [*earlier, *cell.ignored]
     if resume is not None:
         resumed.append(int(resume.name.rsplit("-", 1)[1]))
     if is_main_process():
@@ -657,6 +727,7 @@ def _train(cell: _Cell, rows: list[Row]) -> Row:
             "peak_rss_bytes": _peak_rss(),
             **_peak_cuda(),
             "resumed_from_steps": resumed,
+            **({"ignored_checkpoints": cell.ignored} if cell.ignored else {}),
         },
         provenance=provenance(device=_device_name(), threads=torch.get_num_threads(), world_size=world_size()),
     )
@@ -708,7 +779,7 @@ def _keep(cell: _Cell, model: PreTrainedModel, tokenizer: Any, trained: dict[str
         {**cell.identity, "step": cell.steps, "tokens": cell.steps * cell.tokens_per_step},
         cell.folder / "benchmarks",
         threads=cell.train.threads,
-        progress=lambda *_: cell.watch(),
+        progress=lambda *_: (cell.watch(), stop_if_requested()),
     )
 
 
@@ -746,7 +817,7 @@ def measure_cell(study: StudyConfig, arm: ArmConfig, seed: int, folder: Path, wa
             metrics=settings.metrics,
             logits=settings.logits,
             batch_size=settings.batch_size,
-            progress=lambda *_: watch(),
+            progress=lambda *_: (watch(), stop_if_requested()),
         )
         ended = make_row(
             "run",
@@ -776,14 +847,26 @@ def _whole_state(model: PreTrainedModel) -> dict[str, Any]:
 
 def _prepare_rows(cell: _Cell, rows: list[Row], described: dict[str, Any]) -> Path | None:
     """Bring the rows to the state of the checkpoint to go on from, and return its folder (None: start afresh)."""
-    newest = _newest_checkpoint(cell.folder)
+    newest, ignored = checkpoints.newest(cell.folder, cell.rows_path)
     started = [row for row in rows if row["kind"] == "run" and row["status"] == "started"]
+    instead = "the run starts again" if newest is None or not started else f"the run resumes from step {newest.step}"
+    cell.ignored += [f"{reason}; {instead}." for reason in ignored]
+    for reason in cell.ignored if is_main_process() else ():
+        print(f"{cell.folder}: {reason}", file=sys.stderr)
     if newest is None or not started:
         _discard_checkpoints(cell.folder)
         if is_main_process():
             write_rows(
                 cell.rows_path,
-                [make_row("run", **described, status="started", provenance=provenance(device=_device_name()))],
+                [
+                    make_row(
+                        "run",
+                        **described,
+                        status="started",
+                        timing={"ignored_checkpoints": cell.ignored} if cell.ignored else {},
+                        provenance=provenance(device=_device_name()),
+                    )
+                ],
             )
         return None
     step, path = newest
@@ -794,16 +877,17 @@ def _prepare_rows(cell: _Cell, rows: list[Row], described: dict[str, Any]) -> Pa
                 "(another version of torch, transformers or of the text?). Start again in another directory."
             )
     kept = [row for row in rows if row["kind"] == "run" or row["step"] <= step]
-    marker = make_row("run", **described, status="resumed", timing={"from_step": step}, provenance=provenance())
+    told = {"ignored_checkpoints": cell.ignored} if cell.ignored else {}
+    marker = make_row("run", **described, status="resumed", timing={"from_step": step, **told}, provenance=provenance())
     if is_main_process():
+        checkpoints.discard(cell.folder, keep=path)  # those that cannot be used would be in the way of new ones
         write_rows(cell.rows_path, [*kept, marker])
     return path
 
 
 def _discard_checkpoints(folder: Path) -> None:
     if is_main_process():
-        for path in folder.glob("checkpoint-*"):
-            shutil.rmtree(path, ignore_errors=True)
+        checkpoints.discard(folder)
 
 
 @contextlib.contextmanager
