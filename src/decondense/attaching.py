@@ -103,7 +103,13 @@ def attach(
             where="attach()",
         )
         return DispersionHandle(model, config)
-    settings = {"weight": weight, "layers": layers, "schedule": schedule, "blocks": blocks, "final_norm": final_norm}
+    settings: dict[str, Any] = {
+        "weight": weight,
+        "layers": layers,
+        "schedule": schedule,
+        "blocks": blocks,
+        "final_norm": final_norm,
+    }
     settings |= {"embedding": embedding, "gradient_ratio_every": gradient_ratio_every, **loss}
     extra = [name for name, value in settings.items() if name in loss or value != getattr(_DEFAULT, name)]
     if extra:
