@@ -137,7 +137,7 @@ def test_autocast_changes_nothing(form: str) -> None:
     assert torch.equal(plain, inside)
 
 
-@pytest.mark.parametrize("form", [name for name, info in FORMS.items() if info.kind != "features"])
+@pytest.mark.parametrize("form", [name for name, info in FORMS.items() if info.kind != "features" and info.tiled])
 def test_a_second_derivative_raises_or_is_right(form: str) -> None:
     z = Z.clone().requires_grad_()
     if form != "koleo":  # whose gradient is plain autograd once the partners are known
@@ -148,8 +148,10 @@ def test_a_second_derivative_raises_or_is_right(form: str) -> None:
         assert torch.autograd.gradgradcheck(smooth[0], (z[:1, :4].detach().requires_grad_(),))
 
 
-@pytest.mark.parametrize("form", ["angular", "orthogonalization", "hinge", "uniformity", "cosine_infonce"])
-@pytest.mark.parametrize("gradient", ["forward", "recompute"])
+@pytest.mark.parametrize(
+    ("form", "gradient"),
+    [("angular", "forward"), ("angular", "recompute"), ("orthogonalization", "recompute"), ("hinge", "forward")],
+)
 def test_fullgraph_compile(form: str, gradient: str) -> None:
     torch._dynamo.reset()
     module = DispersionLoss(form=form, gradient=gradient)

@@ -82,7 +82,8 @@ def dispersion_loss(
 
     with the mean instead of the paper's sum inside the logarithm: the same gradient, a value that does not grow with
     the number of tokens. 0 (all tokens equal) to about -1/(2 tau) (orthogonal) and a little below. No sequence with
-    two real tokens: 0, with zero gradients.
+    two real tokens: 0, with zero gradients. Inside ``torch.compile(fullgraph=True)`` use :class:`DispersionLoss`, which
+    validates its options beforehand.
 
     Args:
         z_BTD: hidden states ``[B, T, D]``, floating point, D at least 2. The only argument that is differentiated.
