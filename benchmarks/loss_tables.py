@@ -173,11 +173,11 @@ def pairs() -> str:
 
 
 def forms() -> str:
-    from decondense.losses.forms import FORMS
+    from decondense.forms import FORMS
 
     body = []
     for name, info in FORMS.items():
-        implementations = "chunked, fused" if info.fused else "chunked" if info.kind != "features" else "without pairs"
+        implementations = "without pairs" if info.kind == "features" else ", ".join(info.implementations[1:]) or "dense only"
         body.append(
             [f"`{name}`", f"${info.equation}$".replace("|", r"\vert "), info.source, info.extremes, implementations]
         )

@@ -20,16 +20,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from decondense import seeding
 from decondense.blocks import base_model, find_blocks, find_final_norm, resolve_layers, unwrap
-from decondense.config import DispersionConfig, LossConfig, WeightSchedule
+from decondense.config import DispersionConfig, LossConfig, LossOptions, WeightSchedule
 from decondense.losses import DispersionLoss
 from decondense.sequences import SequencesError, real_and_same
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _DEFAULT = DispersionConfig()
 _DISCARDED_BEFORE_ERROR = 3
@@ -52,8 +55,7 @@ def attach(
     final_norm: bool = _DEFAULT.final_norm,
     embedding: bool = _DEFAULT.embedding,
     gradient_ratio_every: int | None = _DEFAULT.gradient_ratio_every,
-    seed: int = _DEFAULT.seed,
-    **loss: Any,
+    **loss: Unpack[LossOptions],
 ) -> DispersionHandle:
     """Add ``weight`` times the dispersion loss to the loss that ``model`` returns in training.
 
@@ -72,8 +74,7 @@ def attach(
         embedding: Also disperse the input of the first block.
         gradient_ratio_every: Every so many optimizer steps, log the norm of the gradient of the added term over the
             norm of the gradient of the model's own loss. Costs two extra backward passes then.
-        seed: Seed of the loss's own random generator (only ``pairs="grouped"`` and ``"subset"`` draw).
-        **loss: Keywords of :class:`decondense.config.LossConfig`: ``form``, ``tau``, ``impl``, ``pairs``, ...
+        **loss: Fields of :class:`decondense.config.LossConfig`: ``form``, ``tau``, ``impl``, ``pairs``, ``seed``, ...
 
     Returns:
         A handle, also a context manager: ``with attach(model) as handle: ...`` detaches at the end.
@@ -87,7 +88,7 @@ def attach(
     without these conditions: prefer it with a transformers or TRL trainer.
     """
     if config is None:
-        loss_config = LossConfig.parse(loss, where="attach()")
+        loss_config = LossConfig.parse(dict(loss), where="attach()")
         config = DispersionConfig.parse(
             {
                 "weight": weight,
@@ -98,13 +99,18 @@ def attach(
                 "final_norm": final_norm,
                 "embedding": embedding,
                 "gradient_ratio_every": gradient_ratio_every,
-                "seed": seed,
             },
             where="attach()",
         )
         return DispersionHandle(model, config)
-    settings = {"weight": weight, "layers": layers, "schedule": schedule, "blocks": blocks, "final_norm": final_norm}
-    settings |= {"embedding": embedding, "gradient_ratio_every": gradient_ratio_every, "seed": seed, **loss}
+    settings: dict[str, Any] = {
+        "weight": weight,
+        "layers": layers,
+        "schedule": schedule,
+        "blocks": blocks,
+        "final_norm": final_norm,
+    }
+    settings |= {"embedding": embedding, "gradient_ratio_every": gradient_ratio_every, **loss}
     extra = [name for name, value in settings.items() if name in loss or value != getattr(_DEFAULT, name)]
     if extra:
         raise AttachError(f"attach() got config= and also {', '.join(extra)}; put them into the DispersionConfig.")
@@ -473,12 +479,12 @@ class DispersionHandle:
         return {**batch, "attention_mask": mask != 0}
 
     def _seed_draws(self) -> None:
-        if self.config.loss.pairs == "all" and not self.loss.settings.info.random:
+        if not self.config.loss.draws:
             return
         # a function of (seed, step, micro-batch) alone, so that a resumed run draws what the uninterrupted one drew
         purpose = f"dispersion loss, micro-batch {self._forwards}"
         self._forwards += 1
-        self.loss.generator.manual_seed(seeding.derive(self.config.seed, purpose, self._step or 0))
+        self.loss.generator.manual_seed(seeding.derive(self.config.loss.seed, purpose, self._step or 0))
 
     def _record(self, sums_L: Tensor, total: Tensor, count: Tensor) -> None:
         self.last = total / count.clamp(min=1)

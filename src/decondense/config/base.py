@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,6 +137,8 @@ class Config(BaseModel):
                 shown = ""
                 if item["type"] != "value_error" and item["type"] != "missing":
                     shown = f" (got {item['input']!r})"
+                if item["type"] == "literal_error":
+                    shown += suggest(item["input"], re.findall(r"'([^']*)'", item["ctx"]["expected"]))
                 lines.append(f"{where}: {place + ': ' if place else ''}{message}{shown}")
             raise ConfigError("\n".join(lines)) from None
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from decondense.blocks import find_blocks
+from decondense.geometry import inverse_norm
 from decondense.measuring.depth import spearman
 from decondense.measuring.states import _tensor
 from decondense.measuring.statistics import exact_matmul
@@ -43,8 +44,7 @@ def batch_means(z_BTD: Tensor, mask_BT: Tensor | None = None) -> tuple[Tensor, T
         z_BTD = z_BTD.float()
     wide = torch.float32 if z_BTD.device.type == "mps" else torch.float64
     with torch.no_grad(), exact_matmul(z_BTD.device):
-        norm_BT = torch.linalg.vector_norm(z_BTD, dim=-1)
-        scale_BT = norm_BT.clamp_min(torch.finfo(norm_BT.dtype).tiny).reciprocal()
+        scale_BT, norm_BT = inverse_norm(z_BTD)
         if mask_BT is None:
             tokens_B = torch.full((z_BTD.shape[0],), z_BTD.shape[1], dtype=wide, device=z_BTD.device)
             norm_sum_B = norm_BT.sum(dim=1, dtype=wide)
