@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,15 @@ def one_of(what: str, name: str, choices: Iterable[str]) -> str:
     if name in known:
         return name
     raise ConfigError(f"unknown {what} {name!r}.{suggest(name, known)} Known: {', '.join(known)}.")
+
+
+def without_credentials(source: str) -> str:
+    """A URL without user, password, query and fragment, any of which may hold a secret; other names as they are."""
+    scheme, mark, rest = source.partition("://")
+    if not mark:
+        return source
+    authority, slash, path = re.split("[?#]", rest)[0].partition("/")
+    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
 
 
 class _UniqueKeys(yaml.SafeLoader):
