@@ -20,7 +20,7 @@ class CorpusConfig(Config):
     split: str = "train"
     """Directories and data sets only: split that is read; documents are held out of it."""
     text_field: str | None = None
-    """Field that holds the text; None: ``text``, or the only field of strings; identifiers, addresses and dates do not count."""
+    """Field that holds the text; None: ``text``, or the only field of strings that names no record (id, URL, date)."""
     streaming: bool = False
     """Hub only: read the rows one by one over the network instead of downloading the data set first."""
     most_characters: int | None = Field(default=None, ge=1)

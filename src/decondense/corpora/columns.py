@@ -12,6 +12,8 @@ TEXT = "text"
 """Kind of a column of strings."""
 NULL = "null"
 """Kind of a column without any value so far."""
+NUMBER = "number"
+"""Kind of a column of strings that all read as numbers, as in CSV: text only where it is named."""
 # the last word of a name: what such a column holds names a record and is not its text
 _NEVER_TEXT = frozenset(
     {"id", "ids", "docid", "pmid", "idx", "index", "uuid", "guid", "hash", "sha", "sha1", "sha256", "md5"}
@@ -47,7 +49,7 @@ def choose_column(kinds: Mapping[str, str], field: str | None, where: object) ->
         raise PassageError(f"{where} has no field {field!r}.{suggest(field, kinds)} It has: {names}.")
     column = field if field is not None else "text" if "text" in kinds else None
     if column is not None:
-        if kinds[column] not in (TEXT, NULL):
+        if kinds[column] not in (TEXT, NUMBER, NULL):
             raise PassageError(
                 f"field {column!r} of {where} holds {kinds[column]} and no text; fields of strings: "
                 f"{', '.join(strings) or 'none'}."

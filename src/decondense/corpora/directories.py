@@ -28,7 +28,8 @@ _SPLITS = {
 }
 _CANONICAL = {word: split for split, words in _SPLITS.items() for word in words}
 _SPLIT_WORD = re.compile(rf"(?:^|[-._ 0-9/])({'|'.join(_CANONICAL)})(?=[-._ 0-9/]|$)")
-_SHARD = re.compile(r"(\w+(?:[.-]\w+)*?)-\d{5}-of-\d{5}")  # the hub's own name of a file: SPLIT-00000-of-00002.parquet
+# the hub's own name of a file; every word is a split there
+_SHARD = re.compile(r"data/(\w+(?:[.-]\w+)*?)-\d{5}-of-\d{5}")
 _METADATA = re.compile(
     r"((readme|licen[cs]e)([-._ ]\w{1,8})?|copying|notice|citation|contributing|changelog)"
     r"(\.(md|txt|rst|html|pdf|cff|bib))?"
@@ -170,13 +171,15 @@ def _by_name(path: Path, split: str) -> LocalText:
         return LocalText(path, tuple(splits[asked]), unreadable, tuple(unassigned))
     if asked == "train" and unassigned:
         return LocalText(path, tuple(unassigned), unreadable, (), tuple(splits))
-    has = sorted(splits, key=lambda name: ([*_SPLITS, name].index(name), name)) or ["train"]
+    if unassigned:
+        splits.setdefault("train", unassigned)
+    has = sorted(splits, key=lambda name: ([*_SPLITS, name].index(name), name))
     raise PassageError(f"{path} has no split {split!r}.{suggest(split, has)} It has: {', '.join(has)}.")
 
 
 def split_of(file: Path) -> str | None:
     """The split that the name of a file, or of one of its folders, says; None: none."""
-    if shard := _SHARD.match(file.name):
+    if shard := _SHARD.match(file.as_posix()):
         name = shard.group(1)
         if name in _CANONICAL or not _SPLIT_WORD.search(name):
             return _CANONICAL.get(name, name)

@@ -24,7 +24,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-from decondense.corpora.columns import NULL, TEXT, PassageError, choose_column, kind_of_value
+from decondense.corpora.columns import NULL, NUMBER, TEXT, PassageError, choose_column, kind_of_value
 
 PARAGRAPHS = (".txt", ".md", ".rst")
 RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -324,7 +324,7 @@ def _kinds(records: list[Any], path: Path) -> Mapping[str, str]:
         for name in kinds:
             values = [record[name] for record in records if record[name].strip()]
             if values and all(map(_is_number, values)):
-                kinds[name] = "number"
+                kinds[name] = NUMBER
     return kinds
 
 
