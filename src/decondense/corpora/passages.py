@@ -207,7 +207,7 @@ def _local(path: Path, split: str, field: str | None) -> Sequence[str]:
 def _standard_input() -> list[str]:
     raw = getattr(sys.stdin, "buffer", None)
     try:
-        return paragraphs(sys.stdin if raw is None else decoded(raw, "standard input"))
+        return paragraphs(sys.stdin if raw is None else decoded(io.BytesIO(raw.read()), "standard input"))
     except UnicodeDecodeError as error:
         raise PassageError(f"standard input cannot be read as UTF-8 text ({error}).") from error
 
