@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
 
     from decondense.measuring import Profile
 
@@ -75,7 +77,7 @@ def measure_command(
         str | None,
         typer.Option(
             "--text",
-            help="A text, .jsonl or .parquet file, a directory of them, or - for standard input.",
+            help="A file of text, JSON, CSV or parquet, a directory of them, or - for standard input.",
             rich_help_panel=_SOURCE,
         ),
     ] = None,
@@ -168,7 +170,7 @@ def measure_command(
     """Measure embedding condensation: how alike a model's token vectors become, layer by layer."""
     from rich.console import Console
 
-    from decondense.config import MeasureConfig, one_of
+    from decondense.config import MeasureConfig, one_of, without_credentials
     from decondense.measuring.loading import check_source
     from decondense.measuring.metrics import resolve_metrics
     from decondense.measuring.running import MeasureError
@@ -191,8 +193,10 @@ def measure_command(
     _check_folder(folder)
 
     console = Console()
+    text_source = without_credentials(text or dataset or defaults.dataset)
     texts = _texts(
-        text or dataset or defaults.dataset,
+        console,
+        text_source,
         each=each,
         split=split,
         field=field,
@@ -219,10 +223,8 @@ def measure_command(
     done: list[tuple[str, int | None, Profile]] = []
     for (source, step), short in zip(names, labels, strict=True):
         label = short if step is None else f"step {step:,}"
-        profile = _measure(console, source, label, texts, loading, measuring).at(final)  # type: ignore[arg-type]
-        profile.info.update(
-            {"source": str(text or dataset or defaults.dataset), "seed": seed or 0, "step": step, "name": label}
-        )
+        profile = _measure(console, source, label, texts, loading, measuring, each=each).at(final)  # type: ignore[arg-type]
+        profile.info.update({"source": text_source, "seed": seed or 0, "step": step, "name": label})
         place = folder if len(names) == 1 else folder / _slug(label)
         profile.save(place / "profile")
         done.append((label, step, profile))
@@ -298,6 +300,7 @@ def _budget(entries: list[str]) -> dict[Any, str] | None:
 
 
 def _texts(
+    console: Console,
     source: str,
     *,
     each: bool,
@@ -308,12 +311,36 @@ def _texts(
     seed: int,
     most: int | None,
 ) -> list[str]:
-    from decondense.corpora.passages import read_rows, sample_passages
+    from decondense.corpora.columns import TextWarning
+    from decondense.corpora.passages import read_each, sample_passages
 
-    if each:
-        rows = read_rows(source, split=split, field=field)
-        return [rows[i] for i in range(min(len(rows), most or len(rows)))]
-    return sample_passages(source, count=passages, words=words, seed=seed, split=split, field=field)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", TextWarning)
+        if each:
+            texts: list[str] = read_each(source, split=split, field=field, most=most)
+        else:
+            texts = sample_passages(source, count=passages, words=words, seed=seed, split=split, field=field)
+    for warning in told:
+        _note(console, str(warning.message))
+    return texts
+
+
+def _note(console: Console, message: str) -> None:
+    console.print(f"note: {message}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _long_enough(console: Console, label: str, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The records of two tokens and more: one token has no pairs."""
+    from decondense.measuring.running import MeasureError
+
+    # two tokens are enough to tell
+    kept = [text for text in texts if len(tokenizer(text, truncation=True, max_length=2)["input_ids"]) >= 2]
+    if not kept:
+        raise MeasureError(f"all {len(texts):,} records have fewer than two tokens; a cosine needs two. Omit --each.")
+    if len(kept) < len(texts):
+        short = len(texts) - len(kept)
+        _note(console, f"{label}: {short:,} of {len(texts):,} records have fewer than two tokens and are skipped.")
+    return kept
 
 
 def _check_folder(folder: Path) -> None:
@@ -371,7 +398,14 @@ def _slug(label: str) -> str:
 
 
 def _measure(
-    console: Console, source: str, label: str, texts: list[str], loading: dict[str, Any], measuring: dict[str, Any]
+    console: Console,
+    source: str,
+    label: str,
+    texts: list[str],
+    loading: dict[str, Any],
+    measuring: dict[str, Any],
+    *,
+    each: bool,
 ) -> Profile:
     import torch
     from rich.markup import escape
@@ -387,6 +421,8 @@ def _measure(
         model, tokenizer = load_model(source, **loading)
     if tokenizer is None:
         raise MeasureError(f"{source} comes without a tokenizer; name the right one: --tokenizer DIRECTORY_OR_HUB_ID.")
+    if each:
+        texts = _long_enough(console, label, texts, tokenizer)
     if loading["device_map"] is None and not loading["eight_bit"] and torch.cuda.is_available():
         model = model.to("cuda")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
