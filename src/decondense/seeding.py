@@ -52,6 +52,21 @@ def fence() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients inside; every module's own mode and the random state afterwards."""
+    import torch
+
+    modes = [(module, module.training) for module in model.modules()]
+    with fence(), torch.no_grad():
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
 def seed_everything(seed: int, purpose: str) -> None:
     """Set the global generators of Python, numpy and torch. For the one owner of a process: a training run."""
     import torch

@@ -282,7 +282,7 @@ def _load(source: HubSource, streaming: bool) -> Any:
         try:
             with offline():
                 # whatever the cache holds is on this disk as a whole: there is nothing to stream
-                return datasets.load_dataset(source.name, source.subset, split=source.split)
+                return datasets.load_dataset(source.name, source.subset, split=source.split, trust_remote_code=False)
         except Exception as error:  # the library raises a dozen unrelated types
             raise PassageError(
                 f"the data set {source.label} (split {source.split}) cannot be loaded: the hub cannot be reached "
@@ -290,7 +290,9 @@ def _load(source: HubSource, streaming: bool) -> Any:
                 f"of this name. {source.remedy}"
             ) from error
     try:
-        return datasets.load_dataset(source.name, source.subset, split=source.split, streaming=streaming, **more)
+        return datasets.load_dataset(
+            source.name, source.subset, split=source.split, streaming=streaming, trust_remote_code=False, **more
+        )
     except Exception as error:
         raise PassageError(_explained(source, error, more)) from error
 
@@ -299,6 +301,8 @@ def _explained(source: HubSource, error: Exception, more: dict[str, str]) -> str
     """The message for a data set that is there and does not load: a wrong subset, a wrong split, or its own reason."""
     import datasets
 
+    if "trust_remote_code" in str(error):  # asking for its subsets would ask whether its code may run
+        return f"the data set {source.label} cannot be loaded: it comes with code of its own, which is not run here."
     try:
         subsets = datasets.get_dataset_config_names(source.name, **more)
         if source.subset is None and len(subsets) > 1 and "default" not in subsets and "onfig" in str(error):
