@@ -316,8 +316,7 @@ def _adapted(model: PreTrainedModel, adapter: Adapter, merge: bool) -> PreTraine
     peft = _peft(f"the adapter in {folder}")
     try:
         with fence(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")
+            warnings.simplefilter("ignore")  # of missing keys, which are refused below, and of names that change
             adapted = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=False)
         wanted = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
         with safe_open(str(folder / ADAPTER_WEIGHTS), "pt") as stored:
