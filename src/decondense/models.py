@@ -422,6 +422,10 @@ def _from_scratch(config: ModelConfig, vocabulary: int, positions: int, end_toke
             raise ConfigError(
                 f"model.overrides: {config.architecture} has no field {name!r}.{suggest(name, sorted(known))}"
             )
+    for name, value in config.overrides.items():
+        count = name.startswith(("n_", "num_", "d_")) or name.endswith(("_size", "_dim", "_layers", "_heads"))
+        if count and isinstance(value, (int, float)) and value < 0:
+            raise ConfigError(f"model.overrides: {config.architecture} with {name}: {value} cannot be built.")
     values = {
         "vocab_size": vocabulary,
         "bos_token_id": end_token,

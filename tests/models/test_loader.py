@@ -14,7 +14,7 @@ import transformers
 from model_folders import WORDS, edit, save_model, save_tokenizer, write_text
 from safetensors.torch import load_file, save_file
 
-from decondense.checkpoints import ModelError, adapter_of, checkpoint_folders, locate
+from decondense.checkpoints import ModelError, adapter_of, checkpoint_folders
 from decondense.config import ConfigError, CorpusConfig, DistillationConfig, ModelConfig
 from decondense.limits import model_positions
 from decondense.models import build_model, load_config, load_model, load_network
@@ -138,7 +138,7 @@ def test_a_base_is_looked_for_from_the_adapters_place_too(adapted: tuple[Path, P
     shutil.copytree(run / "checkpoint-10", folder)
     shutil.move(base, tmp_path / "moved" / "base")
     with pytest.raises(ModelError, match="needs its base model, and there is no directory"):
-        locate(str(adapter_of(folder) or folder))
+        adapter_of(folder)
     edit(folder / "adapter_config.json", base_model_name_or_path="../base")
     assert load_network(folder).eval()(input_ids=IDS).logits.shape == (2, 20, WORDS)
 
