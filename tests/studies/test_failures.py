@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from decondense.blocks import BlocksError
-from decondense.compare import compare
+from decondense.compare import CompareError, compare
 from decondense.config import StudyConfig
 from decondense.corpora.packed import PackedCorpus, prepare
 from decondense.records import Row, read_rows
@@ -82,11 +82,13 @@ def test_a_model_that_cannot_be_measured_is_a_row_and_the_others_are_measured(
     reasons = {name: row["error"] for name, row in ends.items() if row["status"] == "failed"}
     assert reasons.keys() == {"gap", "mute", "wild", "nowhere"}
     assert "lack 1 of the tensors" in reasons["gap"]
-    assert "without its tokenizer" in reasons["mute"]
+    assert "without a tokenizer" in reasons["mute"]
     assert "NaN" in reasons["wild"]
     assert "nowhere" in reasons["nowhere"]
     assert {row["arm"] for row in rows if row["kind"] == "profile"} == {"good", "other"}
-    assert compare(rows).condensation
+    with pytest.raises(CompareError, match=r"gap \(seed 0\) failed"):
+        compare(rows)
+    assert compare(rows, incomplete="omit").condensation
 
     save_start(places["gap"], corpus)
     assert run_study(study, tmp_path / "out", workers=0) == rows, "a failure is a result until it is asked for again"

@@ -99,6 +99,7 @@ def _measured(
     """The profile of an arm's start, and its number of parameters."""
     import torch
 
+    from decondense.checkpoints import ModelError
     from decondense.measuring import measure
     from decondense.models import load_model
 
@@ -106,6 +107,8 @@ def _measured(
     assert settings is not None
     assert start.start is not None
     model, tokenizer = load_model(start.start, revision=start.revision)
+    if tokenizer is None:
+        raise ModelError(f"{start.start} comes without a tokenizer; save the right one into its directory.")
     if torch.cuda.is_available():
         model.to("cuda")
     profile = measure(
