@@ -22,6 +22,7 @@ from decondense.hashing import hash_parameters as hash_parameters
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 def derive(seed: int, purpose: str, step: int = 0) -> int:
@@ -53,6 +54,21 @@ def fence() -> Iterator[None]:
         torch.set_rng_state(state[2])
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients inside; every module's own mode and the random state afterwards."""
+    import torch
+
+    modes = [(module, module.training) for module in model.modules()]
+    with fence(), torch.no_grad():
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
 
 def seed_everything(seed: int, purpose: str) -> None:

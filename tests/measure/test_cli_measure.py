@@ -107,7 +107,7 @@ def test_a_tokenizer_from_elsewhere_and_offload(zoo: Path, tmp_path: Path) -> No
     ("arguments", "message"),
     [
         ([], "no model given"),
-        (["{zoo}/empty"], "is no model: it has no config.json"),
+        (["{zoo}/empty"], "is not a model: it has no config.json"),
         (["{zoo}"], "There are models below it: large, mute, small"),
         (["{zoo}/text.txt"], "is a file; give the directory"),
         (["{zoo}/nothing"], "no model directory"),

@@ -485,7 +485,8 @@ def test_an_impossible_model_is_explained(tmp_path, model, message) -> None:
 
 
 def test_two_processes_never_share_a_cell(tmp_path) -> None:
-    from decondense.training.hf import CellBusy, _claim, run_cell
+    from decondense.training.claim import claim as _claim
+    from decondense.training.hf import CellBusy, run_cell
 
     study, out = small_study(), tmp_path / "s"
     open_directory(study, out)

@@ -263,6 +263,7 @@ def _names(
 
 
 def _checkpoints(run: str, revisions: str | None) -> list[tuple[str, int | None]]:
+    from decondense.checkpoints import checkpoint_folders
     from decondense.measuring.running import MeasureError
 
     if revisions is not None:
@@ -272,7 +273,7 @@ def _checkpoints(run: str, revisions: str | None) -> list[tuple[str, int | None]
         root = Path(run)
         if not root.is_dir():
             raise MeasureError(f"{run} is no directory; for the revisions of a hub model name them: --revisions A,B,C.")
-        folders = [path.parent for path in root.glob("*/config.json")]
+        folders = checkpoint_folders(root)
         found = [(str(path), _step(path.name)) for path in folders]
     numbered = sorted((pair for pair in found if pair[1] is not None), key=lambda pair: pair[1] or 0)
     if not numbered:

@@ -266,6 +266,8 @@ def _explained(source: HubSource, error: Exception, more: dict[str, str]) -> str
     """The message for a data set that is there and does not load: a wrong subset, a wrong split, or its own reason."""
     import datasets
 
+    if "trust_remote_code" in str(error):  # asking for its subsets would ask whether its code may run
+        return f"the data set {source.label} cannot be loaded: it comes with code of its own, which is not run here."
     try:
         subsets = datasets.get_dataset_config_names(source.name, **more)
         if source.subset is None and len(subsets) > 1 and "default" not in subsets and "onfig" in str(error):

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from decondense.checkpoints import reason_of
 from decondense.config import ConfigError, CorpusConfig
 from decondense.corpora import hub
 from decondense.corpora.columns import TextWarning
@@ -36,6 +37,7 @@ from decondense.corpora.embedded import Document, Progress, cache_directory
 from decondense.corpora.sources import END, Dropped, Source, documents_of, find_source
 from decondense.hashing import hash_file
 from decondense.seeding import derive
+from decondense.tokenizers import read_tokenizer, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,7 +69,7 @@ class PackedCorpus:
 
     @property
     def vocabulary(self) -> int:
-        """Number of entries of the tokenizer."""
+        """Rows of the embedding that the tokenizer needs: its largest id and one."""
         return int(self.manifest["vocabulary"])
 
     @cached_property
@@ -92,10 +94,7 @@ class PackedCorpus:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of this corpus, in Hugging Face form."""
-        from transformers import AutoTokenizer
-
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path / "tokenizer", trust_remote_code=False)
-        return found
+        return read_tokenizer(self.path / "tokenizer")
 
     def sequences(self, length: int) -> int:
         """Whole training sequences of ``length`` tokens; the rest at the end is not used."""
@@ -246,15 +245,13 @@ def load(path: Path) -> PackedCorpus | None:
 
 
 def _load_tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
     unreachable = None
     try:
         _, unreachable = (None, None) if Path(name).exists() else hub.commit_of(name, "model")
         with nullcontext() if unreachable is None else hub.offline():
-            found = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = f"the hub cannot be reached ({unreachable})" if unreachable else str(error).strip().splitlines()[0]
+            found: Any = read_tokenizer(name)
+    except Exception as error:  # a tokenizer that does not load shows as half a dozen types
+        reason = f"the hub cannot be reached ({unreachable})" if unreachable else reason_of(error)
         raise ConfigError(
             f"corpus.tokenizer {name!r} cannot be loaded: {reason.rstrip('.')}. Without network, give a directory that "
             "holds it, or a filled cache (HF_HOME)."
@@ -304,7 +301,7 @@ def _build(
             "revision": source.revision,
             "request": request,
             "content_hash": hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16],
-            "vocabulary": len(ready),
+            "vocabulary": vocabulary_of(ready),
             "documents": tally.train_documents + tally.held_out_documents,
             "train_documents": tally.train_documents,
             "held_out_documents": tally.held_out_documents,
@@ -425,7 +422,7 @@ def _pack(tokenizer: Any, documents: Iterable[Document], folder: Path, share: fl
     backend, end = tokenizer.backend_tokenizer, tokenizer.eos_token_id
     backend.no_truncation()  # some tokenizers come with the length of their model
     backend.no_padding()
-    kind = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    kind = np.dtype(np.uint16 if vocabulary_of(tokenizer) <= 2**16 else np.uint32)
     tally = _Tally()
     held_out: list[tuple[str, int, int]] = []
     trained = kept = 0  # tokens

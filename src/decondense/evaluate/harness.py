@@ -31,6 +31,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from decondense.checkpoints import adapter_of, check_folder
 from decondense.config import EvaluateConfig
 from decondense.evaluate import tables
 from decondense.evaluate.catalogue import TEN, EvaluationError, resolve_shots, resolve_tasks
@@ -358,10 +359,9 @@ def check_model(source: str) -> str:
     """The directory of a model (absolute) or a hub id; anything else is refused with a reason."""
     path = Path(source).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            inner = sorted(p.parent.name for p in path.glob("*/config.json"))
-            hint = f" There are models below it: {', '.join(inner[:5])}." if inner else ""
-            raise EvaluationError(f"{source} is no model: it has no config.json.{hint}")
+        check_folder(path)
+        if adapter_of(path) is not None:
+            return str(path.resolve())
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
@@ -396,6 +396,8 @@ def _fingerprint(where: str) -> str:
     if not path.is_dir():
         return where
     digest = hashlib.blake2b(digest_size=8)
+    if (adapter := adapter_of(path)) is not None:
+        digest.update(_fingerprint(adapter.base).encode())
     for file in sorted(path.iterdir()):
         of_the_model = file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
         if file.is_file() and of_the_model and not _UNRELATED.fullmatch(file.name):

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from decondense.seeding import fence
+from decondense.measuring.statistics import NotFiniteError
+from decondense.seeding import undisturbed
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,16 @@ def held_out_loss(
     """Cross-entropy of each document, cut into windows of ``window`` tokens that do not overlap.
 
     Args:
-        model: a causal language model that returns ``logits`` [B, T, V]; its training mode and every random state are
-            what they were afterwards.
+        model: a causal language model that returns ``logits`` [B, T, V]; the mode of every submodule and every random
+            state are afterwards what they were before.
         documents: (identity, token ids [n]); windows of a single token have nothing to predict and are left out.
         window: tokens of a window, at most the model's positions.
         batch_windows: windows of one forward pass; the result does not depend on it beyond rounding.
         device: where the batch goes; None: where the model's parameters are.
 
     Raises:
-        ValueError: no document has two tokens, or the model returned a loss that is no number (document named).
+        ValueError: no document has two tokens.
+        NotFiniteError: the loss of a document, which the message names, is NaN or infinite.
     """
     pieces = [
         (number, ids[first : first + window])
@@ -87,35 +89,30 @@ def held_out_loss(
     device = device or next(model.parameters()).device
     totals = [0.0] * len(documents)
     counts = [0] * len(documents)
-    was_training = model.training
-    model.eval()
-    try:
-        with fence(), torch.inference_mode():
-            for first in range(0, len(pieces), batch_windows):
-                chunk = pieces[first : first + batch_windows]
-                length = len(chunk[0][1])
-                ids_BT = torch.zeros(len(chunk), length, dtype=torch.long)
-                mask_BT = torch.zeros(len(chunk), length, dtype=torch.long)
-                for row, (_, ids) in enumerate(chunk):
-                    ids_BT[row, : len(ids)] = torch.from_numpy(np.asarray(ids, dtype=np.int64))
-                    mask_BT[row, : len(ids)] = 1
-                ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
-                logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT).logits
-                loss_BT = nn.functional.cross_entropy(
-                    logits_BTV[:, :-1].float().transpose(1, 2), ids_BT[:, 1:], reduction="none"
-                )
-                sums = (loss_BT * mask_BT[:, 1:]).double().sum(1).tolist()
-                for (number, ids), value in zip(chunk, sums, strict=True):
-                    totals[number] += value
-                    counts[number] += len(ids) - 1
-    finally:
-        model.train(was_training)
-    found = []
+    with undisturbed(model), torch.inference_mode():
+        for first in range(0, len(pieces), batch_windows):
+            chunk = pieces[first : first + batch_windows]
+            length = len(chunk[0][1])
+            ids_BT = torch.zeros(len(chunk), length, dtype=torch.long)
+            mask_BT = torch.zeros(len(chunk), length, dtype=torch.long)
+            for row, (_, ids) in enumerate(chunk):
+                ids_BT[row, : len(ids)] = torch.from_numpy(np.asarray(ids, dtype=np.int64))
+                mask_BT[row, : len(ids)] = 1
+            ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
+            logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT).logits
+            loss_BT = nn.functional.cross_entropy(
+                logits_BTV[:, :-1].float().transpose(1, 2), ids_BT[:, 1:], reduction="none"
+            )
+            sums = (loss_BT * mask_BT[:, 1:]).double().sum(1).tolist()
+            for (number, ids), value in zip(chunk, sums, strict=True):
+                totals[number] += value
+                counts[number] += len(ids) - 1
+    scored = []
     for (identity, _), total, count in zip(documents, totals, counts, strict=True):
         if count:
             if not math.isfinite(total):
-                raise ValueError(
-                    f"the held-out loss of document {identity} is {total}: the model's logits are no numbers."
+                raise NotFiniteError(
+                    f"the held-out loss of document {identity} is {total}: the model's logits are NaN or infinite."
                 )
-            found.append(DocumentLoss(identity, total, count))
-    return HeldOutLoss(tuple(found))
+            scored.append(DocumentLoss(identity, total, count))
+    return HeldOutLoss(tuple(scored))

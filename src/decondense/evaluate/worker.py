@@ -27,17 +27,24 @@ import lm_eval.tasks
 import torch
 from lm_eval.api.group import Group
 from lm_eval.models.huggingface import HFLM
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
+from decondense.checkpoints import CODE, ModelError, locate
 from decondense.config import suggest
 from decondense.corpora.hub import commit_of
 from decondense.corpora.passages import PassageError
 from decondense.evaluate.catalogue import TASKS, EvaluationError, spread
 from decondense.evaluate.local import read_rows
-from decondense.measuring.loading import check_complete, why_not
-from decondense.measuring.running import MeasureError
+from decondense.limits import model_positions
+from decondense.models import load_config, load_model
 from decondense.records import append_rows, atomic_write, provenance
 
 _REPORT_SECONDS = 0.5
+_UNLIMITED = HFLM._DEFAULT_MAX_LENGTH
+"""Context in tokens of a model that declares no limit: the harness's own choice."""
 
 
 class _Events:
@@ -78,11 +85,8 @@ class _Model(HFLM):  # type: ignore[misc]
     answered = 0
     rolling = False
 
-    def _create_model(self, pretrained: str, **settings: Any) -> None:
-        super()._create_model(pretrained, output_loading_info=True, **settings)
-        model, found = self.__dict__.pop("_model")
-        check_complete(pretrained, model, found["missing_keys"], head=True)
-        self._model = model
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **settings: Any) -> None:
+        self.tokenizer = tokenizer  # loaded by the one loader, like the model
 
     def begin(self, task: str) -> None:
         self.task = task
@@ -493,17 +497,13 @@ def _device(asked: str | None) -> str:
 
 
 def _load_model(request: dict[str, Any], events: _Events) -> _Model:
+    """The model that the request names, from the loader that all verbs share, in the harness's hands."""
     source, settings = request["model"], request["settings"]
-    name, _, revision = (source, "", "") if Path(source).is_dir() else source.partition("@")
     code = request["trust_remote_code"]
-    import transformers
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    )
-
+    device = _device(request["device"])
     try:
-        config = transformers.AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=code)
+        name, revision = locate(source)
+        config = load_config(name, revision=revision, trust_remote_code=code)
         known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()}
         heads = getattr(config, "architectures", None) or []
         if heads and not code and not known.intersection(heads):
@@ -511,27 +511,33 @@ def _load_model(request: dict[str, Any], events: _Events) -> _Model:
                 f"{name} is a {', '.join(heads)}: benchmarks need a model that gives probabilities of text (a causal "
                 "or sequence-to-sequence language model)."
             )
-        model = _Model(
-            pretrained=name,
-            revision=revision or "main",
+        model, tokenizer = load_model(
+            name,
+            revision=revision,
             tokenizer=settings["tokenizer"],
-            device=_device(request["device"]),
+            head="text",
             dtype=settings["dtype"],
-            max_length=settings["max_length"],
+            trust_remote_code=code,
+        )
+        if tokenizer is None:
+            raise EvaluationError(
+                f"{name} comes without a tokenizer. If it is elsewhere: --tokenizer DIRECTORY_OR_HUB_ID."
+            )
+        longest = settings["max_length"]
+        if longest is None and model_positions(model) is None:
+            longest = _UNLIMITED  # the harness would take T5's n_positions for a limit
+        lm = _Model(
+            pretrained=model.to(device),
+            tokenizer=tokenizer,
+            max_length=longest,
             batch_size=request["batch_size"],
             trust_remote_code=code,
         )
-    except (EvaluationError, MeasureError) as error:
-        raise EvaluationError(str(error)) from error
-    except Exception as error:  # a broken file shows as whatever the first thing that trips over it raises
-        hint = ""
-        if "trust_remote_code" in str(error):
-            hint = " --trust-remote-code runs it, if you trust it."
-        elif "okenizer" in str(error):
-            hint = " If its tokenizer is elsewhere: --tokenizer DIRECTORY_OR_HUB_ID."
-        raise EvaluationError(why_not(name, revision or None, error) + hint) from error
-    model.events = events
-    return model
+    except ModelError as error:
+        hint = " --trust-remote-code runs it, if you trust it." if CODE in str(error) else ""
+        raise EvaluationError(str(error) + hint) from error
+    lm.events = events
+    return lm
 
 
 def _no_data(name: str, error: Exception) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,11 +13,12 @@ from torch import Tensor, nn
 
 from decondense.blocks import Blocks, base_model, find_blocks, unwrap
 from decondense.config import MeasureConfig, one_of
+from decondense.limits import model_positions, text_config, vocabulary_size
 from decondense.measuring.metrics import resolve_metrics
 from decondense.measuring.profile import Profile, unequal
 from decondense.measuring.states import StateTap, accepts
 from decondense.measuring.statistics import LayerStatistics
-from decondense.seeding import fence
+from decondense.seeding import undisturbed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +94,7 @@ def measure(
     def attempt(size: int | None) -> tuple[dict[str, LayerStatistics], int]:
         return _run(found, passages, lengths, size, chosen, "pooled" in histograms, averaged, logits, progress)
 
-    with _undisturbed(model):
+    with undisturbed(model):
         size = batch_size
         while True:
             try:
@@ -222,61 +222,7 @@ def _from_ids(input_ids: Tensor | Sequence[Any], attention_mask: Tensor | None) 
         yield row.detach().cpu().long()
 
 
-def _text_config(model: nn.Module) -> Any:
-    config = getattr(base_model(unwrap(model)), "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        # of an encoder-decoder the decoder is measured
-        with contextlib.suppress(Exception):
-            return config.get_text_config(decoder=True)
-    return config
-
-
-def model_positions(model: nn.Module) -> int | None:
-    """Most tokens that a model has positions for, or None where its configuration does not say."""
-    config = _text_config(model)
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            break
-    else:
-        return None
-    for name, module in unwrap(model).named_modules():
-        # RoBERTa counts its positions from the padding index on, so that many rows of the table are never used
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return value - module.padding_idx - 1
-    return value
-
-
-def vocabulary_size(model: nn.Module) -> int | None:
-    """Rows of the input embedding, or None where there is no such table."""
-    core = base_model(unwrap(model))
-    getter = getattr(core, "get_input_embeddings", None)
-    if callable(getter):
-        with contextlib.suppress(NotImplementedError, AttributeError):
-            count = getattr(getter(), "num_embeddings", None)
-            if isinstance(count, int):
-                return count
-    value = getattr(_text_config(model), "vocab_size", None)
-    if isinstance(value, int):
-        return value
-    tables = [module.num_embeddings for module in core.modules() if isinstance(module, nn.Embedding)]
-    return max(tables) if tables else None
-
-
 # ---- the pass --------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside; every module's own mode and the random state afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    with fence(), torch.no_grad():
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
 
 def _run(
@@ -406,7 +352,7 @@ def _logits(output: Any, root: nn.Module) -> Tensor:
 
 def _batch_size(root: nn.Module, found: Blocks, tokens: int, logits: bool, device: torch.device) -> int:
     """Passages of one pass, from a rough count of one block's activations and the memory that is free."""
-    config = _text_config(root)
+    config = text_config(root)
     width = getattr(config, "hidden_size", None) or max(
         (p.shape[-1] for p in found.modules[0].parameters() if p.ndim == 2), default=1024
     )

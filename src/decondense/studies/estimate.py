@@ -220,11 +220,12 @@ class _Models:
     def _size(self, model: ModelConfig, positions: int) -> Size:
         import torch
 
+        from decondense.limits import model_positions
+
         with torch.device("meta"):
             built = self.build(model, positions)
         if built is not None:
-            settings: Any = built.config
-            longest = getattr(settings.get_text_config(), "max_position_embeddings", None)
+            longest = model_positions(built)
             if self.study.measure is None and longest is not None and longest < positions:
                 raise ConfigError(
                     f"model.start {model.start!r} has {longest} positions, less than train.sequence_tokens {positions}."
@@ -240,11 +241,11 @@ class _Models:
 
     def build(self, model: ModelConfig, positions: int) -> nn.Module | None:
         """The model with random weights on the current default device; None: nothing here says what it looks like."""
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
+
+        from decondense.models import build_model, empty_model, load_config
 
         if model.start is None:
-            from decondense.training.hf import build_model
-
             vocabulary = self.vocabulary
             if vocabulary is None:
                 try:
@@ -253,11 +254,7 @@ class _Models:
                     vocabulary = self.study.corpus.vocabulary  # build_model explains what is wrong with the name
             return build_model(model.model_copy(update={"lora": None}), vocabulary, positions, 0)
         try:
-            settings = AutoConfig.from_pretrained(
-                model.start, revision=model.revision or "main", local_files_only=True, trust_remote_code=False
-            )
-            made: nn.Module = AutoModelForCausalLM.from_config(settings)  # type: ignore[no-untyped-call]
-            return made
+            return empty_model(load_config(model.start, revision=model.revision, local_files_only=True))
         except (OSError, ValueError, KeyError, ImportError, AttributeError):
             return None
 
@@ -267,10 +264,10 @@ class _Models:
             return self.study.corpus.vocabulary
         if all(self.resolved(run.model).start is not None for run in runs_of(self.study)):
             return None  # nobody asks
-        from transformers import AutoTokenizer
+        from decondense.tokenizers import read_tokenizer, vocabulary_of
 
         try:
-            return len(AutoTokenizer.from_pretrained(name, local_files_only=True))
+            return vocabulary_of(read_tokenizer(name, local_files_only=True))
         except (OSError, ValueError, KeyError, ImportError, AttributeError):
             self.notes.append(f"The tokenizer {name} is not on this machine: the architecture's own vocabulary counts.")
             return None

@@ -49,11 +49,13 @@ def run_task(
         CellBusy: another process holds it.
         ConfigError: it cannot be run here.
     """
-    from decondense.training.hf import measure_cell, run_cell
+    from decondense.studies.measuring import measure_cell
+    from decondense.training.hf import run_cell
 
     make_below(out, task.folder)
     if study.measure is not None:
-        return measure_cell(study, study.arm(task.arm), task.seed, task.folder, watch or (lambda: None))
+        arm, watched = study.arm(task.arm), watch or (lambda: None)
+        return measure_cell(study, arm, task.seed, task.folder, watched, retry_failed=retry_failed)
     assert corpus is not None
     for name, path in prepared_models(study, out).items():
         ended = task_end(path.parent) if path.parent in task.needs else None

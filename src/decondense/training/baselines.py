@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -24,7 +22,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from decondense.checkpoints import ModelError
 from decondense.config import ActiveForgettingConfig, ConfigError, DistillationConfig, NoisyEmbeddingConfig
+from decondense.models import load_model
 from decondense.seeding import generator
 
 
@@ -138,26 +138,23 @@ class Teacher:
         self.config = config
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         try:
-            revision = config.revision or "main"
-            theirs = AutoTokenizer.from_pretrained(config.teacher, revision=revision)
-            teacher = AutoModelForCausalLM.from_pretrained(
-                config.teacher, revision=revision, use_safetensors=True, dtype=dtype
-            )
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"distillation.teacher {config.teacher!r} cannot be loaded: {reason}") from error
+            teacher, theirs = load_model(config.teacher, revision=config.revision, head="causal", dtype=dtype)
+        except ModelError as error:
+            raise ConfigError(f"distillation.teacher {config.teacher!r} cannot be loaded: {error}") from error
+        if theirs is None:
+            raise ConfigError(f"distillation.teacher {config.teacher!r} comes without a tokenizer to compare.")
         if theirs.get_vocab() != tokenizer.get_vocab():
             raise ConfigError(
                 f"distillation.teacher {config.teacher!r} has another tokenizer than the student (vocabularies of "
                 f"{len(theirs)} and {len(tokenizer)} entries): their predictions are not over the same tokens. "
                 "Train both on one corpus with one vocabulary."
             )
-        self.model: PreTrainedModel = teacher.train(False).requires_grad_(False)
+        self.model = teacher.train(False).requires_grad_(False)
 
     def loss(self, input_ids_BT: Tensor, student_BTV: Tensor) -> Tensor:
         """Mean over the predicted tokens of the distillation loss, in float32 nats."""
         if self.model.device != input_ids_BT.device:
-            self.model.to(input_ids_BT.device)  # type: ignore[arg-type]
+            self.model.to(input_ids_BT.device)
         heat = self.config.temperature
         with torch.no_grad():
             teacher_BTV = self.model(input_ids=input_ids_BT).logits

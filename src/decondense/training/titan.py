@@ -197,7 +197,9 @@ def to_huggingface(
     """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from decondense.tokenizers import read_tokenizer
 
     checkpoint, out = Path(checkpoint), Path(out)
     if not (checkpoint / ".metadata").is_file():
@@ -235,5 +237,5 @@ def to_huggingface(
     converted.tie_weights()
     converted.save_pretrained(out)
     if tokenizer is not None:
-        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(out)
+        read_tokenizer(tokenizer).save_pretrained(out)
     return out

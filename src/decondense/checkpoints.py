@@ -1,0 +1,154 @@
+"""What a model directory or a hub id is, told from names and files alone: nothing is loaded and nothing is run.
+
+No torch here: the process that asks for benchmarks checks a model's directory before it starts the one that loads it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from decondense.config import ConfigError
+
+ADAPTER = "adapter_config.json"
+"""The file that makes a directory an adapter of PEFT (LoRA and its relatives)."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+CODE = "it comes with code of its own, which is not run here"
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+class ModelError(ConfigError):
+    """A model or tokenizer that cannot be used; the message names it, the cause and the remedy."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A directory of adapter weights, and the model that they were trained on."""
+
+    folder: Path
+    base: str
+    """Directory or hub id."""
+    revision: str | None
+    """Branch, tag or commit of a base on the hub."""
+
+
+def locate(source: str | Path, revision: str | None = None) -> tuple[str, str | None]:
+    """The directory or hub id that ``source`` names, and its revision (``ID@REVISION`` is one too).
+
+    Raises:
+        ModelError: no such directory, no model or adapter in it, weights in pickles only, no form of a hub id.
+    """
+    name = str(source)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        check_folder(path)
+        return str(path), revision
+    if path.is_file():
+        raise ModelError(f"{name} is a file; give the directory that holds config.json and the weights.")
+    if "@" in name and revision is None:
+        name, _, revision = name.partition("@")
+    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise ModelError(f"there is no model directory {name}, and it is not a hub id (OWNER/NAME) either.")
+    return name, revision
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a directory that holds neither a model nor an adapter, or its weights in pickles only.
+
+    Raises:
+        ModelError: as said.
+    """
+    adapter = (path / ADAPTER).is_file()
+    if not adapter and not (path / "config.json").is_file():
+        inner = sorted(folder.name for folder in checkpoint_folders(path))
+        hint = f" There are models below it: {', '.join(inner[:5])}." if inner else ""
+        raise ModelError(f"{path} is not a model: it has no config.json.{hint}")
+    whole = [*path.glob("model*.safetensors"), *path.glob("model*.safetensors.index.json")]
+    if adapter and whole:
+        raise ModelError(
+            f"{path} holds a whole model ({whole[0].name}) and an adapter ({ADAPTER}): which of them is meant cannot "
+            "be told. Move one of them to a directory of its own."
+        )
+    if adapter and not (path / ADAPTER_WEIGHTS).is_file():
+        cause, remedy = "", "Copy or download it again."
+        if (path / "adapter_model.bin").is_file():
+            cause = " but a pickle (adapter_model.bin), which can run code when it is read and is not loaded"
+            remedy = "Save the adapter again with a current peft."
+        raise ModelError(f"the adapter in {path} has no {ADAPTER_WEIGHTS}{cause}. {remedy}")
+    pickles = sorted([*path.glob("pytorch_model*.bin"), *path.glob("*.ckpt"), *path.glob("*.pt"), *path.glob("*.pth")])
+    pickles = [file for file in pickles if file.name not in _OF_THE_TRAINER and not file.name.startswith("rng_state")]
+    if not adapter and not [*path.glob("*.safetensors")] and pickles:
+        raise ModelError(
+            f"{path} has its weights as a pickle only ({pickles[0].name}), which can run code when it is read; they "
+            "are not loaded. Save the model again as safetensors (save_pretrained of a current transformers)."
+        )
+
+
+_OF_THE_TRAINER = ("optimizer.pt", "scheduler.pt", "scaler.pt")
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """The directories right below ``root`` that hold a model or an adapter."""
+    return sorted({file.parent for name in ("config.json", ADAPTER) for file in root.glob(f"*/{name}")})
+
+
+def adapter_of(folder: str | Path) -> Adapter | None:
+    """The adapter in a directory; None where the directory holds a model of its own (or is no directory).
+
+    A base given as a path is looked for as it stands, then from the adapter's directory on.
+
+    Raises:
+        ModelError: the file names no base, a base that is not there, or an adapter that brings code or other adapters.
+    """
+    folder = Path(folder)
+    path = folder / ADAPTER
+    if not path.is_file():
+        return None
+    try:
+        settings: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path} cannot be read ({error}).") from error
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{path} does not name the base model; write it there as base_model_name_or_path.")
+    if settings.get("megatron_config") is not None:
+        raise ModelError(f"{path}: megatron_config imports a module by its name; such adapters are not loaded.")
+    if str(settings.get("peft_type")).upper() == "XLORA":
+        raise ModelError(f"{path}: X-LoRA adapters, which load further adapters, are not supported.")
+    revision = settings.get("revision")
+    for place in (Path(base).expanduser(), folder / base):
+        if place.is_dir():
+            if (place / ADAPTER).is_file():
+                raise ModelError(f"{path}: its base model {base} is an adapter too; merge that one first.")
+            return Adapter(folder, str(place), None)
+    if not _HUB_ID.fullmatch(base) or base.startswith("."):
+        raise ModelError(
+            f"the adapter in {folder} needs its base model, and there is no directory {base}. Write the right place "
+            f"into {path.name} (base_model_name_or_path): a directory or a hub id."
+        )
+    return Adapter(folder, base, revision if isinstance(revision, str) else None)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that tells something: not a heading that ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text.rstrip(".:!")
+
+
+def reason_of(error: Exception) -> str:
+    """Why something could not be loaded, in a few words without a full stop."""
+    text = first_line(error)
+    if "trust_remote_code" in str(error):
+        return CODE
+    if "ignore_mismatched_sizes" in text:
+        return "the weights have other sizes than its config.json says"
+    if isinstance(error, ValueError) and hasattr(error, "lineno"):  # of the json module
+        return f"one of its JSON files is cut off or damaged ({text})"
+    if "safetensor" in type(error).__name__.lower():
+        return f"its weights are damaged ({text}); copy or download them again"
+    return text

@@ -1,0 +1,136 @@
+"""One cell of a study that measures starts and trains nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from decondense.config import ArmConfig, StudyConfig
+from decondense.records import Row, make_row, provenance, read_rows, terminal_row, write_rows
+
+if TYPE_CHECKING:
+    from decondense.measuring import Profile
+
+
+def measure_cell(
+    study: StudyConfig,
+    arm: ArmConfig,
+    seed: int,
+    folder: Path,
+    watch: Callable[[], None],
+    *,
+    retry_failed: bool = False,
+) -> Row:
+    """One start of a measured study: its condensation on passages drawn with ``seed``, as rows like any cell's.
+
+    A model that cannot be loaded or measured ends in a ``failed`` row with the reason: the other models are measured.
+
+    Args:
+        study: a study with ``measure``.
+        arm: one of its arms.
+        seed: one of its seeds.
+        folder: the cell's own folder.
+        watch: called after every batch; it may raise to stop.
+        retry_failed: measure again what failed before.
+
+    Returns:
+        The cell's terminal row.
+
+    Raises:
+        CellBusy: another process holds the cell.
+        ValueError: the text cannot be read, which no model can be measured without.
+    """
+    from decondense.corpora.passages import sample_passages
+    from decondense.stopping import stop_if_requested
+    from decondense.training.cell import device_name
+    from decondense.training.claim import claim
+
+    assert study.measure is not None
+    settings = study.measure
+    path = folder / "rows.jsonl"
+    identity = {"study": study.name, "study_fingerprint": study.fingerprint(), "arm": arm.name, "seed": seed}
+    stopped: list[BaseException] = []
+
+    def progress(*_: Any) -> None:
+        try:
+            watch()
+            stop_if_requested()
+        except BaseException as stop:  # whoever watches stops the run; that is no fault of the model's
+            stopped.append(stop)
+            raise
+
+    with claim(folder):
+        before = terminal_row(read_rows(path)) if path.exists() else None
+        if before is not None and not (retry_failed and before["status"] == "failed"):
+            return before
+        watch()
+        texts = sample_passages(
+            settings.dataset,
+            count=settings.passages,
+            words=settings.passage_words,
+            seed=settings.passage_seed + seed * settings.passages,  # passage r draws with seed + r
+        )
+        common: dict[str, Any] = {**identity, "config": study.model_dump(mode="json"), "steps": 0}
+        try:
+            profile, parameters = _measured(study, arm, texts, progress)
+        except Exception as error:
+            if stopped:
+                raise
+            ended = make_row(
+                "run", **common, status="failed", error=_reason(error), provenance=provenance(device=device_name())
+            )
+            write_rows(path, [ended])
+            return ended
+        ended = make_row(
+            "run",
+            **common,
+            status="finished",
+            parameters=parameters,
+            tokens=0,
+            provenance=provenance(device=device_name()),
+        )
+        write_rows(path, [make_row("profile", **identity, step=0, tokens=0, **profile.to_row()), ended])
+        profile.save(folder / "profile", sums="averaged" in settings.histograms)
+        return ended
+
+
+def _measured(
+    study: StudyConfig, arm: ArmConfig, texts: list[str], progress: Callable[..., None]
+) -> tuple[Profile, int]:
+    """The profile of an arm's start, and its number of parameters."""
+    import torch
+
+    from decondense.checkpoints import ModelError
+    from decondense.measuring import measure
+    from decondense.models import load_model
+
+    settings, start = study.measure, study.model_of(arm)
+    assert settings is not None
+    assert start.start is not None
+    model, tokenizer = load_model(start.start, revision=start.revision)
+    if tokenizer is None:
+        raise ModelError(f"{start.start} comes without a tokenizer; save the right one into its directory.")
+    if torch.cuda.is_available():
+        model.to("cuda")
+    profile = measure(
+        model,
+        tokenizer,
+        texts,
+        tokens=settings.tokens,
+        histograms=settings.histograms,
+        metrics=settings.metrics,
+        logits=settings.logits,
+        batch_size=settings.batch_size,
+        progress=progress,
+    )
+    return profile, sum(p.numel() for p in model.parameters())
+
+
+def _reason(error: Exception) -> str:
+    """A message of ours as it is; of what a model's own code raises, the type as well."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: {error}"
+    return str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"

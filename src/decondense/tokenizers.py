@@ -1,0 +1,73 @@
+"""The one place that loads a tokenizer, and how large a vocabulary it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from decondense.checkpoints import ADAPTER, ModelError, reason_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def read_tokenizer(source: str | Path, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedTokenizerBase:
+    """``AutoTokenizer.from_pretrained`` that never asks whether code may run; its errors are raised as they come.
+
+    Args:
+        source: Directory or hub id.
+        trust_remote_code: Run code that comes with the tokenizer.
+        options: ``revision``, ``local_files_only``, ...
+    """
+    import transformers
+
+    loaded: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+        str(source), trust_remote_code=trust_remote_code, **options
+    )
+    return loaded
+
+
+def load_tokenizer(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    required: bool = True,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a directory or hub model; None when there is none and it is not ``required``.
+
+    Raises:
+        ModelError: there is none and it is ``required``; the directory has a tokenizer's files, but they do not load,
+            or only by running code of their own.
+    """
+    remedy = "Name the directory or the hub id of the right one: --tokenizer."
+    try:
+        loaded = read_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a missing tokenizer shows as half a dozen types
+        folder = Path(source).expanduser()
+        broken = (folder / "tokenizer.json").is_file() or "trust_remote_code" in str(error)
+        if required or broken:
+            what = f"the tokenizer in {source} cannot be loaded" if broken else f"no tokenizer at {source}"
+            raise ModelError(f"{what}: {reason_of(error)}. {remedy}") from error
+        return None
+    # without tokenizer files transformers may build an empty tokenizer, which turns every text into nothing
+    if not loaded("A text of five words.")["input_ids"]:
+        if required:
+            raise ModelError(f"no tokenizer at {source}: it has no vocabulary. {remedy}")
+        return None
+    return loaded
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether an adapter's directory brings a tokenizer of its own; where it does not, its base's is meant."""
+    assert (folder / ADAPTER).is_file()
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    return any((folder / name).is_file() for name in names)
+
+
+def vocabulary_of(tokenizer: Any) -> int:
+    """Rows that an embedding needs for a tokenizer: one more than its largest id, which may lie beyond ``len``.
+
+    Ids may have holes (a vocabulary that was cut, special tokens with numbers of their own): ``len`` counts entries.
+    """
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
