@@ -1,9 +1,9 @@
 """The identity of a hidden state of a model, and the one place where it gets a name for people.
 
-The states over which depth is counted are, as in Liu et al. 2026 (arXiv:2602.00217): state 0, the embedding (what enters
-the first block), and the states after block 1 to block L. What follows the blocks (final norm, output of the whole
-stack, logits) has a kind of its own. Blocks are numbered from 1 for people everywhere: in keys of logs, rows, tables and
-messages. Python arguments such as ``layers=(0, -1)`` are Python indices.
+The states over which depth is counted are, as in Liu et al. 2026 (arXiv:2602.00217): state 0, the embedding (what
+enters the first block), and the states after block 1 to block L. What follows the blocks (final norm, output of the
+whole stack, logits) has a kind of its own. Blocks are numbered from 1 for people everywhere: in keys of logs, rows,
+tables and messages. Python arguments such as ``layers=(0, -1)`` are Python indices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Layer:
     number: int = 0
 
     def __post_init__(self) -> None:
-        assert self.kind in _KINDS and (self.number >= 1) == (self.kind == "block"), (self.kind, self.number)
+        assert self.kind in _KINDS, self.kind
+        assert (self.number >= 1) == (self.kind == "block"), self.number
 
     def __str__(self) -> str:
         return self.label

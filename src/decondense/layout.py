@@ -1,10 +1,14 @@
 """Ties the hidden states of a model to its own inputs: which axis holds the tokens, and whose tokens they are.
 
-Most blocks return [batch, tokens, width]; those of ``nn.TransformerEncoder`` with torch's default ``batch_first=False``,
-of fairseq and of XLNet return [tokens, batch, width]. Taking one for the other gives another loss without any error, so
-the layout is never assumed. It is, in this order: stated (``tokens_first=``); a fact of the class (torch's own layers);
-told by the shapes, where the inputs are [batch, tokens] by convention and the batch has not as many sequences as tokens;
-or settled once by a probe: the first sequence of the batch is changed, and the states that change with it are its own.
+Most blocks return [batch, tokens, width]; those of ``nn.TransformerEncoder`` with torch's default
+``batch_first=False``, of fairseq and of XLNet return [tokens, batch, width]. Taking one for the other gives another
+loss without any error, so the layout is never assumed. It is, in this order:
+
+1. stated by the user (``tokens_first=``);
+2. a fact of the class (torch's own layers);
+3. told by the shapes, where the inputs are [batch, tokens] by convention and there are not as many sequences as tokens;
+4. settled once by a probe: one sequence of the batch is changed, and the states that change with it are its own.
+
 States that do not belong to the tokens of the input, one to one, are refused.
 """
 
@@ -66,23 +70,41 @@ class StateReader:
         self._inputs: bool | None = None  # whether the model takes [tokens, batch]
         names = argument_names(blocks.root, core)
         self._root, self._root_names = blocks.root, names
-        of_transformers = hasattr(getattr(core, "config", None), "model_type")
-        self.sequences = SequenceReader(
-            decoder=_reads_decoder(blocks, core, names),
-            padding_id=None if of_transformers or any("mask" in name for name in names) else _padding_id(core),
-        )
+        # transformers' models take every token for real that no mask says to be padding
+        self._padding_id = None if _of_transformers(blocks, core) else _padding_id(core)
+        self.sequences = SequenceReader(decoder=_reads_decoder(blocks, core, names))
+        self._tell_padding(names)
 
     # ---- a call ----------------------------------------------------------------------------------------------------
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """Read the arguments of a call of ``module`` before it runs; probes the model if that is needed."""
-        names = self._root_names if module is self._root else argument_names(module, self._core)
+        names = self._root_names
+        if module is not self._root:
+            names = argument_names(module, self._core)
+            self._tell_padding(names)
         arguments = bind(names, args, kwargs)
         call = self._call(arguments, names)
         if not torch.compiler.is_compiling() and self._needs_probe(call):
             self._probe(module, args, kwargs, call)
             call = self._call(arguments, names)
         return call
+
+    def input_layout(self, module: nn.Module, inputs: Mapping[str, Any]) -> bool:
+        """Whether ``module`` takes its tokens as [tokens, batch], settled by a probe with ``inputs`` unless by name.
+
+        Raises:
+            SequencesError: the probe did not tell.
+        """
+        call = self._call(dict(inputs), tuple(inputs))
+        if call.tokens_first is None:
+            self._probe(module, (), inputs, call)
+            if self._inputs is None:
+                raise SequencesError(self._unsettled(call))
+        return bool(call.tokens_first if call.tokens_first is not None else self._inputs)
+
+    def _tell_padding(self, names: Sequence[str]) -> None:
+        self.sequences.padding_id = None if any("mask" in name for name in names) else self._padding_id
 
     def _call(self, arguments: dict[str, Any], names: Sequence[str]) -> Call:
         tokens = self.sequences.tokens(arguments, names)
@@ -183,7 +205,9 @@ class StateReader:
     def _mismatch(self, call: Call, shape: tuple[int, ...], what: str, first: bool) -> str:
         rows, positions = (shape[1], shape[0]) if first else shape[:2]
         name = call.tokens[0] if call.tokens is not None else "the input"
-        message = f"{what} returns states of shape {shape} for {call.rows} rows of {call.positions} tokens in {name!r}: "
+        message = (
+            f"{what} returns states of shape {shape} for {call.rows} rows of {call.positions} tokens in {name!r}: "
+        )
         prompt = _prompt_tuning(self._root)
         if shape[:2] == ((call.rows, call.positions) if first else (call.positions, call.rows)):
             axes = "[batch, tokens, width]" if first else "[tokens, batch, width]"
@@ -199,8 +223,8 @@ class StateReader:
         else:
             cause = "the model changes the number of sequences inside (padding removed, several choices or views)"
         return (
-            f"{message}{cause}, so that they are not the states of the tokens given. That is not supported: name blocks "
-            "that see the tokens themselves (blocks='dotted.path'), or give the model inputs that need no change."
+            f"{message}{cause}, so that they are not the states of the tokens given. That is not supported: name "
+            "blocks that see the tokens themselves (blocks='dotted.path'), or give the model inputs that it keeps."
         )
 
     # ---- the probe -------------------------------------------------------------------------------------------------
@@ -225,7 +249,7 @@ class StateReader:
             return _states(module, self._modules, *_replaced(args, kwargs, tokens, replacement))
 
         try:
-            with _undisturbed(module):
+            with undisturbed(module):
                 base = run(tokens)
                 one_row = _changes(base, run(_changed(tokens, 0, 0)))
                 own = {place: _own_axis(change, rows) for place, change in one_row.items()}
@@ -258,6 +282,18 @@ class StateReader:
                 self._layout.setdefault(place, axis == 1)
 
 
+def hidden_state(output: Any) -> Tensor | None:
+    """The hidden state in a module's output: the tensor itself, the named field, or the first entry; else None."""
+    if isinstance(output, Tensor):
+        return output
+    named = output.get("last_hidden_state") if isinstance(output, dict) else getattr(output, "last_hidden_state", None)
+    if isinstance(named, Tensor):
+        return named
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    return None
+
+
 def _of_torch(blocks: Sequence[nn.Module]) -> bool | None:
     """The layout of torch's own layers, which declare it; None for other blocks."""
     declared = set()
@@ -276,6 +312,12 @@ def _reads_decoder(blocks: Blocks, core: nn.Module, names: Sequence[str]) -> boo
     if getattr(getattr(core, "config", None), "is_encoder_decoder", False):
         return "encoder" not in blocks.path.split(".")
     return in_decoder and any(name in ("tgt", "decoder_input_ids", "prev_output_tokens") for name in names)
+
+
+def _of_transformers(blocks: Blocks, core: nn.Module) -> bool:
+    parts = blocks.path.split(".")
+    owners = [core, *(blocks.root.get_submodule(".".join(parts[:end])) for end in range(len(parts)))]
+    return any(hasattr(getattr(owner, "config", None), "model_type") for owner in owners)
 
 
 def _padding_id(core: nn.Module) -> int | None:
@@ -302,8 +344,8 @@ def _why_not_three(dimensions: int) -> str:
 
 
 @contextlib.contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no compiled code inside; modes, buffers and the random state as before after it."""
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients or compiled code; afterwards modes, buffers and random state as before."""
     modes = [(inner, inner.training) for inner in module.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     eager: Any = contextlib.nullcontext()
@@ -327,8 +369,8 @@ def _states(
 
     def keep(place: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            state = output[0] if isinstance(output, (tuple, list)) else output
-            if isinstance(state, Tensor) and state.ndim == 3 and not state.is_nested:
+            state = hidden_state(output)
+            if state is not None and state.ndim == 3 and not state.is_nested:
                 kept[place] = state.detach()
 
         return hook
@@ -390,7 +432,7 @@ def _own_axis(change: Tensor, size: int) -> int | None:
     total = change.sum()
     for axis in (0, 1):
         if change.shape[axis] == size and size > 1:
-            outside = total - change.select(axis, 0).sum()
+            outside = change.narrow(axis, 1, size - 1).sum()
             if bool(total > 0) and bool(outside <= _LEAK * total):
                 return axis
     return None

@@ -294,9 +294,7 @@ def count_in_batch(batch: Mapping[str, Any], reader: SequenceReader | None = Non
             "dispersion needs 'input_ids' or 'inputs_embeds' of shape [rows, positions, ...]."
         )
     rows, positions = entry[1].shape[:2]
-    return count_sequences(
-        *reader.read(batch, rows, positions, entry[1].device, tokens=entry), rows, positions
-    )
+    return count_sequences(*reader.read(batch, rows, positions, entry[1].device, tokens=entry), rows, positions)
 
 
 def is_batch_first(name: str) -> bool:

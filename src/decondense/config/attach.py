@@ -85,7 +85,9 @@ class DispersionConfig(Config):
     gradient_ratio_every: int | None = Field(default=None, ge=1)
     """Optimizer steps between two logged ratios of the gradient norms of the two terms; None: never."""
     seed: int = 0
-    """Seed of the loss's own random generator (only ``pairs="grouped"`` and ``"subset"`` draw)."""
+    """Seed of the loss's own random generator (``pairs="grouped"`` and ``"subset"`` and SIGReg draw)."""
+    tokens_first: bool | None = None
+    """Whether the blocks return [tokens, batch, width]; None: settled by :mod:`decondense.layout`."""
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -469,7 +469,13 @@ class _Cell:
         settings = self.study.evaluate
         ids = torch.from_numpy(self.corpus.passages(settings.passages, settings.passage_tokens).astype(np.int64))
         try:
-            return measure(model, input_ids=ids, tokens=settings.passage_tokens).to_row()
+            return measure(
+                model,
+                input_ids=ids,
+                tokens=settings.passage_tokens,
+                blocks=settings.blocks,
+                tokens_first=settings.tokens_first,
+            ).to_row()
         except ValueError as error:
             raise Diverged(f"step {step}: {error}") from error
 
@@ -745,6 +751,8 @@ def measure_cell(study: StudyConfig, arm: ArmConfig, seed: int, folder: Path, wa
             histograms=settings.histograms,
             metrics=settings.metrics,
             logits=settings.logits,
+            blocks=settings.blocks,
+            tokens_first=settings.tokens_first,
             batch_size=settings.batch_size,
             progress=lambda *_: watch(),
         )
