@@ -22,6 +22,7 @@ from decondense.layout import Call, StateReader, hidden_state
 from decondense.measuring.depth import spearman
 from decondense.measuring.states import StateError, first_state
 from decondense.measuring.statistics import exact_matmul
+from decondense.sequences import SequencesError
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -194,9 +195,13 @@ class CondensationWatch:
 
     def _take(self, layer: Layer, state: Tensor) -> None:
         assert self._call is not None
-        z_BTD = self._reader.states(self._call, state, str(layer))
-        if self._sequences is None:
-            self._sequences = self._reader.read(self._call, z_BTD.device)
+        try:
+            z_BTD = self._reader.states(self._call, state, str(layer))
+            if self._sequences is None:
+                self._sequences = self._reader.read(self._call, z_BTD.device)
+        except SequencesError:
+            self._pending = {}  # half a pass is not a measurement
+            raise
         self._pending[layer] = batch_means(z_BTD, *self._sequences)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
