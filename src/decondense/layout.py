@@ -192,17 +192,30 @@ class StateReader:
             self._inputs = tokens_first
 
     def _unsettled(self, call: Call) -> str:
+        state_it = (
+            "State it: tokens_first=False for blocks that return [batch, tokens, width], tokens_first=True for "
+            "[tokens, batch, width]."
+        )
+        if torch.compiler.is_compiling():  # a graph formats no numbers
+            return (
+                "which axis of the blocks' states holds the tokens cannot be told inside a compiled graph, because the "
+                "name of the model's input does not say it or the first batch has as many sequences as tokens. "
+                + state_it
+                + " Or call the model once before compiling it."
+            )
         name = call.tokens[0] if call.tokens is not None else "the input"
-        where = " inside a compiled graph" if torch.compiler.is_compiling() else ""
-        square = f", of {call.rows} sequences of {call.positions} tokens," if call.rows == call.positions else ""
         return (
-            f"which axis of the blocks' states holds the tokens cannot be told{where} from {name!r}{square} and the "
-            "model was not probed. State it: tokens_first=False for blocks that return [batch, tokens, width], "
-            "tokens_first=True for [tokens, batch, width]; and name the model's input input_ids if it is [batch, "
-            "tokens]."
+            f"which axis of the blocks' states holds the tokens cannot be told from {name!r}, of shape "
+            f"({call.rows}, {call.positions}), and the model was not or could not be probed (sharded parameters; "
+            f"sequences that depend on each other). {state_it} Call the model's input input_ids if it is [batch, tokens]."
         )
 
     def _mismatch(self, call: Call, shape: tuple[int, ...], what: str, first: bool) -> str:
+        if torch.compiler.is_compiling():
+            return (
+                "the blocks' states do not have the shape of the tokens that the model was given: call the model once "
+                "without compiling it for the details."
+            )
         rows, positions = (shape[1], shape[0]) if first else shape[:2]
         name = call.tokens[0] if call.tokens is not None else "the input"
         message = (
@@ -234,7 +247,8 @@ class StateReader:
             return False
         square = call.rows == call.positions
         if call.tokens_first is None:
-            return square or _STACK not in self._layout
+            # a statement is about the states; the probe says what the inputs are, and whether it is true
+            return square or _STACK not in self._layout or self._stated is not None
         return square and any(place not in self._layout for place in self._modules)
 
     def _probe(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], call: Call) -> None:
@@ -265,6 +279,8 @@ class StateReader:
         except SequencesError:
             raise
         except Exception as error:  # whatever the model raises
+            if self._stated is not None:
+                return
             raise SequencesError(
                 f"which axis of the states of {type(module).__name__} holds the tokens was to be settled by a forward "
                 f"pass in evaluation mode, which failed ({type(error).__name__}: {error}). State it: "
@@ -278,8 +294,11 @@ class StateReader:
         if not is_batch_first(call.tokens[0]):
             self._inputs = inputs
         for place, axis in own.items():
-            if axis is not None:
-                self._layout.setdefault(place, axis == 1)
+            if axis is not None and self._layout.setdefault(place, axis == 1) != (axis == 1):
+                raise SequencesError(
+                    f"tokens_first={axis != 1} was stated, but the states of the {place} that depend on one sequence "
+                    f"lie along the other axis. Attach with tokens_first={axis == 1}."
+                )
 
 
 def hidden_state(output: Any) -> Tensor | None:

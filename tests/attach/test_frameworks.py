@@ -23,7 +23,7 @@ WEIGHT = 2.0
 # ---- TRL -----------------------------------------------------------------------------------------------------------
 
 
-def sft_trainer(folder, model=None, lengths=(12, 5, 9, 2, 7, 12, 3, 4), **settings):
+def sft_trainer(folder, model=None, lengths=(12, 5, 9, 2, 7, 12, 3, 4), dataset=None, **settings):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
@@ -45,7 +45,8 @@ def sft_trainer(folder, model=None, lengths=(12, 5, 9, 2, 7, 12, 3, 4), **settin
         "dataloader_pin_memory": False,
         "loss_type": "nll",
     }
-    data = Dataset.from_list([{"input_ids": row["input_ids"]} for row in examples(list(lengths))])
+    rows = [row["input_ids"] for row in examples(list(lengths))] if dataset is None else [r.tolist() for r in dataset]
+    data = Dataset.from_list([{"input_ids": row} for row in rows])
     return trl.SFTTrainer(
         tiny() if model is None else model,
         args=trl.SFTConfig(str(folder), **{**defaults, **settings}),
