@@ -13,6 +13,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from decondense import Profile, measure
+from decondense.layers import EMBEDDING, block
 from decondense.measuring import tables
 from decondense.measuring.profile import as_mapping
 from decondense.records import make_row
@@ -94,7 +95,7 @@ def test_the_row_fits_its_schema(profile: Profile) -> None:
 
 def test_one_layer_has_no_correlation() -> None:
     flat = Profile(
-        all_layers=("embedding", "block 1"),
+        states=(EMBEDDING, block(1)),
         lengths=np.array([4]),
         **{name: np.ones((2, 1)) for name in ("cosine", "cosine_others", "norm", "norm_sd", "norm_max")},
     )

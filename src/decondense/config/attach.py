@@ -84,6 +84,8 @@ class DispersionConfig(Config):
     """Disperse the input of the first block too. Paper: never."""
     gradient_ratio_every: int | None = Field(default=None, ge=1)
     """Optimizer steps between two logged ratios of the gradient norms of the two terms; None: never."""
+    tokens_first: bool | None = None
+    """Whether the blocks return [tokens, batch, width]; None: settled by :mod:`decondense.layout`."""
 
     @property
     def seed(self) -> int:

@@ -33,6 +33,10 @@ class MeasureConfig(Config):
     """Side metrics by name (``decondense.measuring.METRICS``), or ``("all",)``; they cost more than the means."""
     logits: bool = False
     """Measure the logits as one more state. The authors offer it too."""
+    blocks: str | None = None
+    """Dotted path of the list of transformer blocks; None: found by :func:`decondense.blocks.find_blocks`."""
+    tokens_first: bool | None = None
+    """Whether the blocks return [tokens, batch, width]; None: told by the shapes. Given, it is checked."""
     dataset: str = "embedded"
     """Source of the passages: ``embedded``, ``wikitext``, ``pubmed_qa``, ``imdb``, ``squad``, or a hub id."""
     passages: int = Field(default=100, ge=1)

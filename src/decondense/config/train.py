@@ -97,6 +97,10 @@ class EvaluateConfig(Config):
     passages: int = Field(default=32, ge=1)
     """Held-out passages on which condensation is measured."""
     passage_tokens: int = Field(default=128, ge=2)
+    blocks: str | None = None
+    """Dotted path of the list of transformer blocks that is measured; None: found."""
+    tokens_first: bool | None = None
+    """Whether the blocks return [tokens, batch, width]; None: told by the shapes."""
     held_out_part: Literal["validation", "tuning"] = "validation"
     """Which held-out documents are scored: the first ones, or others at the end, on which learning rates are chosen."""
     tasks: tuple[str, ...] = ()

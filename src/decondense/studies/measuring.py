@@ -121,6 +121,8 @@ def _measured(
         histograms=settings.histograms,
         metrics=settings.metrics,
         logits=settings.logits,
+        blocks=settings.blocks,
+        tokens_first=settings.tokens_first,
         batch_size=settings.batch_size,
         progress=progress,
     )

@@ -139,7 +139,12 @@ class Cell:
         ids = torch.from_numpy(self.corpus.passages(settings.passages, settings.passage_tokens).astype(np.int64))
         # the row has no use for matrices averaged over passages, which cost a float64 [T, T] a layer
         return measure(
-            model, input_ids=ids, tokens=settings.passage_tokens, histograms=("pooled",), blocks=self._blocks()
+            model,
+            input_ids=ids,
+            tokens=settings.passage_tokens,
+            histograms=("pooled",),
+            blocks=settings.blocks or self._blocks(),
+            tokens_first=settings.tokens_first,
         ).to_row()
 
     def _blocks(self) -> str | None:
