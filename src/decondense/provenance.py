@@ -1,103 +1,24 @@
-"""What made a row: versions, commit, machine, command. Rows may be published, so none of it names a folder or a secret.
-
-Two rules hold for everything that is written into rows and into ``study.yaml``:
-
-- An absolute folder becomes its last part (``/home/me/data/text`` is written ``text``); a relative one stays as given.
-- A URL loses its user, password, query and fragment; an argument whose option is called after a token, key, secret or
-  password loses its value.
-"""
+"""What made a row: versions, commit, machine, command. Rows may be published (:mod:`decondense.privacy`)."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import platform
-import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from decondense.privacy import publishable_words
+
 _PACKAGES = ("decondense", "torch", "transformers", "accelerate", "tokenizers", "numpy", "scipy")
 
 COMMAND = "DECONDENSE_COMMAND"
 """Environment variable in which a process that starts workers tells them the command that the user gave."""
-
-_URL = re.compile(r"\b(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>[^\s\"'<>]+)")
-_SECRET_NAME = re.compile(r"(?i)(token|secret|passw|pwd|credential|api[-_]?key|access[-_]?key|signature)")
-_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|gh[pousr]_[A-Za-z0-9]{8,}|AKIA[A-Z0-9]{12,})\b")
-_TEXT_KEYS = frozenset({"title", "question", "label", "name"})
-"""Keys of a configuration that hold sentences and names, never a folder."""
-
-
-def without_credentials(text: str) -> str:
-    """``text`` with the user, password, query and fragment of every URL removed, and known kinds of tokens masked."""
-
-    def bare(match: re.Match[str]) -> str:
-        rest = re.split(r"[?#]", match["rest"], maxsplit=1)[0]
-        place, slash, path = rest.partition("/")
-        return f"{match['scheme']}://{place.rpartition('@')[2]}{slash}{path}"
-
-    return _TOKEN.sub("***", _URL.sub(bare, text))
-
-
-def has_credentials(text: str) -> bool:
-    """Whether a URL in ``text`` carries a user, a password or a query, or ``text`` a known kind of token."""
-    return without_credentials(text) != text
-
-
-def without_folder(word: str) -> str:
-    """The last part of an absolute folder (also ``~/...`` and ``file:///...``); anything else as it is."""
-    path = re.sub(r"^file://", "", word)
-    if "\n" in path or not (path.startswith(("/", "~")) or re.match(r"[A-Za-z]:[\\/]", path)):
-        return word
-    return re.split(r"[\\/]", path.rstrip("\\/"))[-1] or "/"
-
-
-def strings(value: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(place, text) of every string of a configuration that may name a folder or a URL."""
-    if isinstance(value, str):
-        if not (place and place[-1] in _TEXT_KEYS):
-            yield place, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from strings(item, (*place, str(key)))
-    elif isinstance(value, (list, tuple)):
-        for number, item in enumerate(value):
-            yield from strings(item, (*place, str(number)))
-
-
-def publishable(value: Any, key: str = "") -> Any:
-    """A configuration as plain data without folders of this machine and without credentials."""
-    if isinstance(value, str):
-        return value if key in _TEXT_KEYS else without_credentials(without_folder(value))
-    if isinstance(value, Mapping):
-        return {str(name): publishable(item, str(name)) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [publishable(item, key) for item in value]
-    return value
-
-
-def publishable_words(words: Sequence[str]) -> list[str]:
-    """The words of a command without folders of this machine and without secrets."""
-    shown: list[str] = []
-    hide = False
-    for word in words:
-        name, equals, value = word.partition("=")
-        if hide:
-            shown.append("***")
-        elif equals and _SECRET_NAME.search(name) and "://" not in name:
-            shown.append(f"{name}=***")
-        elif equals and "://" not in name and not name.startswith("/"):
-            shown.append(f"{name}={without_credentials(without_folder(value))}")
-        else:
-            shown.append(without_credentials(without_folder(word)))
-        hide = not hide and not equals and word.startswith("-") and bool(_SECRET_NAME.search(word))
-    return shown
 
 
 def command_line() -> str | None:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from decondense.config import ConfigError, CorpusConfig, without_credentials
+from decondense.config import ConfigError, CorpusConfig
 from decondense.corpora.columns import PassageError, TextWarning, choose_column
 from decondense.corpora.directories import find_text, split_of
 from decondense.corpora.files import Position, read_records, read_texts
@@ -27,6 +27,7 @@ from decondense.corpora.packed import prepare
 from decondense.corpora.passages import read_each, read_file, read_rows
 from decondense.corpora.sources import Dropped, documents_of, find_source
 from decondense.hashing import hash_file
+from decondense.privacy import without_credentials
 
 BOM = b"\xef\xbb\xbf"
 TEXTS = [

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from decondense.provenance import has_credentials, publishable, publishable_words, without_credentials, without_folder
+from decondense.privacy import has_credentials, publishable, publishable_words, without_credentials, without_folder
 from decondense.records import make_row
 
 SECRETS = ["s3cret", "tok3n", "hf_abcdefgh12345678", "passw0rd"]

@@ -170,10 +170,11 @@ def measure_command(
     """Measure embedding condensation: how alike a model's token vectors become, layer by layer."""
     from rich.console import Console
 
-    from decondense.config import MeasureConfig, one_of, without_credentials
+    from decondense.config import MeasureConfig, one_of
     from decondense.measuring.loading import check_source
     from decondense.measuring.metrics import resolve_metrics
     from decondense.measuring.running import MeasureError
+    from decondense.privacy import without_credentials
 
     defaults = MeasureConfig()
     one_of("heat map", heat_map, ("averaged", "pooled"))

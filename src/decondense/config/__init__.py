@@ -6,7 +6,7 @@ No torch here: the evidence side reads configurations too.
 """
 
 from decondense.config.attach import DispersionConfig, WeightSchedule
-from decondense.config.base import Config, ConfigError, one_of, parse_yaml, suggest, without_credentials
+from decondense.config.base import Config, ConfigError, one_of, parse_yaml, suggest
 from decondense.config.loss import COMPAT_NAMES, FORM_NAMES, CallOptions, LossConfig, LossOptions
 from decondense.config.measure import METRIC_NAMES, MeasureConfig
 from decondense.config.model import PREPARED, ArmModelConfig, LoraConfig, ModelConfig, Overrides
@@ -44,5 +44,4 @@ __all__ = [
     "one_of",
     "parse_yaml",
     "suggest",
-    "without_credentials",
 ]

@@ -34,15 +34,6 @@ def one_of(what: str, name: str, choices: Iterable[str]) -> str:
     raise ConfigError(f"unknown {what} {name!r}.{suggest(name, known)} Known: {', '.join(known)}.")
 
 
-def without_credentials(source: str) -> str:
-    """A URL without user, password, query and fragment, any of which may hold a secret; other names as they are."""
-    scheme, mark, rest = source.partition("://")
-    if not mark:
-        return source
-    authority, slash, path = re.split("[?#]", rest)[0].partition("/")
-    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
-
-
 class _UniqueKeys(yaml.SafeLoader):
     """YAML as the safe loader reads it, but a key that is given twice is refused: the first would go unnoticed."""
 

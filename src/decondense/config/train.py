@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from decondense.config.base import Config, without_credentials
+from decondense.config.base import Config
+from decondense.privacy import without_credentials
 
 
 class CorpusConfig(Config):

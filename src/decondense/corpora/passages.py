@@ -18,12 +18,13 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from decondense.config import MeasureConfig, suggest, without_credentials
+from decondense.config import MeasureConfig, suggest
 from decondense.corpora import hub
 from decondense.corpora.columns import PassageError as PassageError
 from decondense.corpora.columns import TextWarning
 from decondense.corpora.directories import find_text
 from decondense.corpora.files import decoded, iterate_paragraphs, kind_of, read_texts
+from decondense.privacy import without_credentials
 
 _D = MeasureConfig()
 

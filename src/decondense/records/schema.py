@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from decondense.provenance import publishable, without_credentials
+from decondense.privacy import publishable, without_credentials
 
 SCHEMA_VERSION = 1
 VOLATILE = ("timing", "provenance")

@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 from decondense.config import ArmConfig, ConfigError, StudyConfig, parse_yaml
 from decondense.corpora.embedded import cache_directory
 from decondense.corpora.packed import PackedCorpus, load, prepare
-from decondense.provenance import has_credentials, publishable, strings, without_credentials
+from decondense.privacy import has_credentials, publishable, strings, without_credentials
 from decondense.records import (
     RecordError,
     Row,
