@@ -207,7 +207,7 @@ class StateReader:
         return (
             f"which axis of the blocks' states holds the tokens cannot be told from {name!r}, of shape "
             f"({call.rows}, {call.positions}), and the model was not or could not be probed (sharded parameters; "
-            f"sequences that depend on each other). {state_it} Call the input input_ids if it is [batch, tokens]."
+            f"sequences that depend on each other). {state_it} Call its input input_ids if it is [batch, tokens]."
         )
 
     def _mismatch(self, call: Call, shape: tuple[int, ...], what: str, first: bool) -> str:

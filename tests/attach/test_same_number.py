@@ -17,7 +17,7 @@ def sequences() -> list[torch.Tensor]:
     return [row[:n] for row, n in zip(tokens(4, max(LENGTHS), seed=8), LENGTHS, strict=True)]
 
 
-def batch_of(kind: str) -> dict[str, torch.Tensor]:
+def batch_of(kind: str) -> dict[str, object]:
     """The four sequences as one batch."""
     groups = {"padded": [[0], [1], [2], [3]], "packed": [[0, 3], [1, 2]], "padding-free": [[0, 1, 2, 3]]}[kind]
     rows = [torch.cat([sequences()[i] for i in group]) for group in groups]
@@ -26,10 +26,11 @@ def batch_of(kind: str) -> dict[str, torch.Tensor]:
     def stack(parts: list[torch.Tensor], fill: int) -> torch.Tensor:
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
 
-    batch = {"input_ids": stack(rows, 0), "labels": stack(rows, -100)}
+    batch: dict[str, object] = {"input_ids": stack(rows, 0), "labels": stack(rows, -100)}
     if kind == "padded":
         return {**batch, "attention_mask": stack([torch.ones_like(row) for row in rows], 0)}
-    return {**batch, "position_ids": stack(places, 0)}
+    # without a cache transformers keeps the documents of a row apart in attention too
+    return {**batch, "position_ids": stack(places, 0), "use_cache": False}
 
 
 @pytest.fixture(scope="module")
