@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decondense.losses import chunked, dispersion_loss
+from decondense.losses import dispersion_loss, vectors
 from decondense.records import Row, append_rows, make_row, provenance
 
 CPU_SHAPES = ((8, 256, 768), (8, 1024, 768), (4, 2048, 1024))
@@ -280,18 +280,18 @@ class _RoundedProducts:
 
     def __enter__(self) -> None:
         self.kept = torch.Tensor.baddbmm_
-        self.asked = chunked.rounds_products
-        chunked.rounds_products = lambda x: True
+        self.asked = vectors.rounds_products
+        vectors.rounds_products = lambda x: True
 
         def rounded(this: Tensor, a: Tensor, b: Tensor, **keywords: Any) -> Tensor:
-            a, b = (chunked.to_tf32(operand.contiguous().clone()) for operand in (a, b))
+            a, b = (vectors.to_tf32(operand.contiguous().clone()) for operand in (a, b))
             return self.kept(this, a, b, **keywords)
 
         torch.Tensor.baddbmm_ = rounded  # type: ignore[method-assign]
 
     def __exit__(self, *_: object) -> None:
         torch.Tensor.baddbmm_ = self.kept  # type: ignore[method-assign]
-        chunked.rounds_products = self.asked
+        vectors.rounds_products = self.asked
 
 
 def bench_precision(arguments: argparse.Namespace) -> list[Row]:

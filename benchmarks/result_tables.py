@@ -57,7 +57,7 @@ def found(name: str, scale: str = "tiny") -> Found | None:
     path = FOLDER / f"{name}-{scale}.jsonl.gz"
     if not path.exists():
         return None
-    study = Study.from_rows(read_rows(path, check=False))
+    study = Study.from_rows(read_rows(path))
     return Found(name, scale, study, compare(study, incomplete="omit"))
 
 

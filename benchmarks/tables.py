@@ -19,7 +19,7 @@ from decondense.compare import Study, compare
 from decondense.figures.comparison import overview
 from decondense.figures.style import export
 from decondense.records import Row, read_rows
-from decondense.report import headline, layer_table, sentences
+from decondense.report import sentences
 from loss_tables import TABLES as LOSS_TABLES
 from measure_tables import TABLES as MEASURE_TABLES
 from result_tables import TABLES as RESULT_TABLES
@@ -45,11 +45,9 @@ def demo() -> str:
     rows = rows_of("demo")
     found = compare(rows)
     ended = next(row for row in rows if row["kind"] == "run" and row["status"] == "finished")
-    layers = layer_table(found)
-    assert layers is not None
     body = "\n".join(f"- {sentence}" for sentence in sentences(found))
     return (
-        f"{headline(found).to_markdown()}\n{layers.to_markdown()}\n{body}\n\n"
+        f"{body}\n\n"
         f"One run of `decondense demo` on {machine(ended)}; rows: `benchmarks/results/demo.jsonl`. The embedded text "
         "depends on the installed versions, so other machines get other numbers.\n"
     )

@@ -1,8 +1,11 @@
-r"""The geometry that is trained and plotted: unit vectors, cosines, angles, and the cases with a closed form.
+r"""Unit vectors, their norms, and the rule for zero vectors: the same for what is trained and what is measured.
 
-Shape suffixes: ``B`` sequences, ``T`` tokens, ``D`` features, ``N`` vectors of a set.
+Shape suffixes: ``N`` vectors of a set, ``D`` features.
 
-The angle is *smoothed*,
+A vector whose largest element is at most :data:`ZERO_NORM` counts as the zero vector: it has no direction, its cosine
+with every vector, itself included, is 0, and it receives no gradient.
+
+The angle that is trained is *smoothed*,
 
 .. math:: \theta_\delta(c) = \arccos\!\big(c / \sqrt{1 + \delta^2}\big), \qquad
           \theta_\delta'(c) = -1 / \sqrt{1 + \delta^2 - c^2},
@@ -18,19 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = [
-    "ZERO_NORM",
-    "angle",
-    "antipodal",
-    "cosine",
-    "mean_cosine",
-    "orthonormal",
-    "shrink",
-    "simplex",
-    "statistics_dtype",
-    "unit",
-    "valid_pairs",
-]
+__all__ = ["ZERO_NORM", "inverse_norm", "shrink", "statistics_dtype", "unit"]
 
 
 ZERO_NORM = 1e-30
@@ -53,7 +44,7 @@ def unit(z: Tensor, *, epsilon: float = 0.0) -> Tensor:
     """
     z = z.to(statistics_dtype(z.dtype))
     largest = z.detach().abs().amax(dim=-1, keepdim=True)
-    present = largest > ZERO_NORM
+    present = ~(largest <= ZERO_NORM)  # NaN is not a zero vector: it stays NaN
     largest = torch.where(present, largest, 1.0)
     scaled = z / largest
     # the inner where keeps the gradient of sqrt at 0 away from the rows that the outer where drops
@@ -62,76 +53,30 @@ def unit(z: Tensor, *, epsilon: float = 0.0) -> Tensor:
     return torch.where(present, scaled / (norm + epsilon / largest), 0.0)
 
 
+def inverse_norm(z: Tensor, *, epsilon: float = 0.0, wait: bool | None = None) -> tuple[Tensor, Tensor]:
+    r""":math:`1/(|z| + \epsilon)` and :math:`|z|` along the last dimension, in the dtype of ``z``; not differentiated.
+
+    Both are 0 for a zero vector (see above).
+
+    Args:
+        z: float32 or float64, ``[..., D]``.
+        epsilon: added to the norm before it is inverted.
+        wait: look at the norms, which waits for the device, and omit the guard against over- and underflow of squares
+            where none is near. None: on a CPU only.
+    """
+    norm = torch.linalg.vector_norm(z, dim=-1)
+    look = z.device.type == "cpu" if wait is None else wait
+    if look and bool(((norm > 1e-15) & (norm < 1e18)).all()):
+        return (norm + epsilon).reciprocal_(), norm
+    # lengths whose squares over- or underflow: measure relative to the largest element
+    largest = torch.maximum(z.amax(dim=-1), -z.amin(dim=-1))
+    present = ~(largest <= ZERO_NORM)  # NaN is not a zero vector: it stays NaN
+    largest = torch.where(present, largest, 1.0)
+    relative = torch.linalg.vector_norm(z / largest.unsqueeze(-1), dim=-1)
+    inverse = torch.where(present, 1.0 / (relative + epsilon / largest) / largest, 0.0)
+    return inverse, torch.where(present, relative * largest, 0.0)
+
+
 def shrink(delta: float) -> float:
     r"""Return :math:`\kappa = 1/\sqrt{1 + \delta^2}`, the factor on the cosine inside the smoothed angle."""
     return 1.0 / math.sqrt(1.0 + delta * delta)
-
-
-def cosine(z: Tensor, other: Tensor | None = None) -> Tensor:
-    r"""Pairwise cosine similarity :math:`c_{ij} = \langle \hat z_i, \hat z_j\rangle`, shape ``[..., N, N]``.
-
-    Liu et al. 2026, arXiv:2602.00217, section on embedding condensation. A zero vector is orthogonal to everything.
-    """
-    u = unit(z)
-    v = u if other is None else unit(other)
-    return u @ v.mT
-
-
-def angle(cos: Tensor, delta: float = 0.0) -> Tensor:
-    r"""Smoothed angle in units of :math:`\pi`: :math:`\arccos(c/\sqrt{1+\delta^2})/\pi` in [0, 1]; 1/2 is orthogonal.
-
-    With ``delta=0`` this is the angular distance of arXiv:2602.00217; values outside [-1, 1] are rounding and are
-    clamped.
-    """
-    return torch.arccos((cos * shrink(delta)).clamp(-1.0, 1.0)) / math.pi
-
-
-def mean_cosine(z: Tensor, mask: Tensor | None = None, *, diagonal: bool = False) -> Tensor:
-    r"""Mean cosine of the pairs of a set, without forming the pairs, in float64; shape ``[...]``.
-
-    .. math:: \frac{1}{N^2}\sum_{ij} c_{ij} = \frac{|\sum_i \hat z_i|^2}{N^2}
-        \qquad\text{or, over } i \ne j,\qquad \frac{|\sum_i \hat z_i|^2 - \sum_i |\hat z_i|^2}{N (N - 1)}
-
-    ``z`` is ``[..., N, D]``, ``mask`` ``[..., N]`` (true = counts). Fewer vectors than a pair needs give NaN.
-    """
-    u = unit(z).double()
-    count = torch.full(u.shape[:-2], u.shape[-2], dtype=u.dtype, device=u.device)
-    if mask is not None:
-        u = u * mask.unsqueeze(-1)
-        count = mask.sum(dim=-1).double()
-    total = u.sum(dim=-2).square().sum(dim=-1)
-    if diagonal:
-        return total / count.square()
-    return (total - u.square().sum(dim=(-2, -1))) / (count * (count - 1))
-
-
-def valid_pairs(mask_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
-    """Ordered pairs i != j of real tokens, of the same segment where given: bool ``[B, T, T]`` (small inputs only)."""
-    mask_BT = mask_BT.bool()
-    pairs = mask_BT.unsqueeze(2) & mask_BT.unsqueeze(1)
-    pairs &= ~torch.eye(mask_BT.shape[1], dtype=torch.bool, device=mask_BT.device)
-    if segments_BT is not None:
-        pairs &= segments_BT.unsqueeze(2) == segments_BT.unsqueeze(1)
-    return pairs
-
-
-def orthonormal(count: int, features: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
-    """``count`` orthonormal vectors ``[count, features]``: every cosine 0, every angle 1/2."""
-    if count > features:
-        raise ValueError(f"{count} orthonormal vectors do not fit in {features} dimensions; use features >= {count}.")
-    return torch.eye(count, features, dtype=dtype)
-
-
-def simplex(count: int, features: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Vertices of a regular simplex ``[count, features]``: every cosine -1/(count - 1), the least mean."""
-    if count > features:
-        raise ValueError(f"a simplex of {count} vertices is built in {count} coordinates; use features >= {count}.")
-    return unit(torch.eye(count, features, dtype=dtype) - orthonormal(count, features, dtype=dtype).mean(dim=0))
-
-
-def antipodal(count: int, features: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Vectors +e, -e in turn ``[count, features]``: about half of the pairs at cosine -1, the rest at +1."""
-    z = torch.zeros(count, features, dtype=dtype)
-    z[0::2, 0] = 1.0
-    z[1::2, 0] = -1.0
-    return z

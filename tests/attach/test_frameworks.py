@@ -23,7 +23,7 @@ WEIGHT = 2.0
 # ---- TRL -----------------------------------------------------------------------------------------------------------
 
 
-def sft_trainer(folder, model=None, lengths=(12, 5, 9, 2, 7, 12, 3, 4), **settings):
+def sft_trainer(folder, model=None, lengths=(12, 5, 9, 2, 7, 12, 3, 4), dataset=None, **settings):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
@@ -45,7 +45,8 @@ def sft_trainer(folder, model=None, lengths=(12, 5, 9, 2, 7, 12, 3, 4), **settin
         "dataloader_pin_memory": False,
         "loss_type": "nll",
     }
-    data = Dataset.from_list([{"input_ids": row["input_ids"]} for row in examples(list(lengths))])
+    rows = [row["input_ids"] for row in examples(list(lengths))] if dataset is None else [r.tolist() for r in dataset]
+    data = Dataset.from_list([{"input_ids": row} for row in rows])
     return trl.SFTTrainer(
         tiny() if model is None else model,
         args=trl.SFTConfig(str(folder), **{**defaults, **settings}),
@@ -103,7 +104,7 @@ def test_trl_one_step_however_it_is_cut(tmp_path, cut):
     got, trainer = dispersion_part(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps)
     documents = [row["input_ids"] for row in examples([12, 5, 9, 2, 7, 12, 3, 4])]
     assert greatest_difference(got, expected_part(documents)) < 1e-7
-    assert "dispersion/block_02" in trainer.state.log_history[0]
+    assert "dispersion/block_03" in trainer.state.log_history[0]
 
 
 @pytest.mark.parametrize(
@@ -294,7 +295,7 @@ def test_lightning(tmp_path):
         assert greatest_difference(weights(module.model), expected) < 1e-7
         logged = {key: value for _, row in rows for key, value in row.items()}
         assert logged["dispersion"] == pytest.approx(dispersion(kept).item(), abs=1e-5)
-        assert "dispersion/block_00" in logged
+        assert "dispersion/block_01" in logged
         assert attached(module.model) is None
 
 
@@ -367,7 +368,7 @@ def test_axolotl_plugin_through_its_plugin_manager(tmp_path):
     assert (handle.config.weight, handle.layers, handle.config.loss.tau) == (0.3, [1, 2], 0.5)
     assert handle.config.schedule.kind == "cosine"
     trainer.train()
-    assert "dispersion/block_02" in trainer.state.log_history[0]
+    assert "dispersion/block_03" in trainer.state.log_history[0]
 
 
 def test_axolotl_arguments_and_errors(tmp_path, monkeypatch):
@@ -417,7 +418,7 @@ def test_llamafactory_through_run_exp(tmp_path, monkeypatch):
     main([str(config)])
     assert called["args"] == {"stage": "sft", "model_name_or_path": "x"}
     assert called["history"][0]["dispersion_weight"] == 0.3
-    assert "dispersion/block_01" in called["history"][0]
+    assert "dispersion/block_02" in called["history"][0]
     assert attached(called["model"]) is None
 
     config.write_text("stage: dpo\ndispersion: {}\n")

@@ -3,7 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from decondense.sequences import SequencesError, count_in_batch, count_sequences, real_and_same
+from decondense.sequences import (
+    SequenceReader,
+    SequencesError,
+    argument_names,
+    bind,
+    count_in_batch,
+    count_sequences,
+    real_and_same,
+)
 
 CPU = torch.device("cpu")
 
@@ -71,15 +79,124 @@ def test_document_index():
     assert same_pairs(segments, [[0, 0, 1, 1]])
 
 
-def test_vision_positions_mark_nothing():
-    assert real_and_same({"position_ids": torch.zeros(3, 2, 5, dtype=torch.long)}, 2, 5, CPU) == (None, None)
+def test_rotary_positions_of_vision_models():
+    """[3, B, T] are (time, height, width): a document starts where all are 0; of [4, B, T] the first row counts."""
+    text = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+    image = torch.tensor([[0, 1, 1, 1, 0, 1, 2]])  # a picture from the second token on, at one time
+    height = torch.tensor([[0, 1, 1, 2, 0, 1, 2]])
+    width = torch.tensor([[0, 0, 2, 2, 0, 1, 2]])
+    three = torch.stack([image, height, width])
+    expected = [[0, 0, 0, 0, 1, 1, 1]]
+    assert same_pairs(real_and_same({"position_ids": three}, 1, 7, CPU)[1], expected)
+    assert same_pairs(real_and_same({"position_ids": torch.cat([text[None], three])}, 1, 7, CPU)[1], expected)
+    # the rows of vision positions may be 0 within a document: only the text tells then
+    zeros = torch.zeros(3, 1, 7, dtype=torch.long)
+    assert same_pairs(real_and_same({"position_ids": torch.cat([text[None], zeros])}, 1, 7, CPU)[1], expected)
+    assert real_and_same({"position_ids": torch.arange(5).expand(3, 2, 5)}, 2, 5, CPU) == (None, None)
+
+
+def test_positions_of_a_batch_one_row_after_the_other():
+    positions = torch.tensor([0, 1, 0, 1, 0, 1, 2, 3])
+    for flat in (positions, positions[None]):
+        assert same_pairs(real_and_same({"position_ids": flat}, 2, 4, CPU)[1], [[0, 0, 1, 1], [0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("name", ["seq_idx", "document_ids", "doc_ids"])
+def test_numbers_of_documents_may_be_those_of_a_corpus(name):
+    _, segments = real_and_same({name: torch.tensor([[907, 907, 907, 31, 31, 4]])}, 1, 6, CPU)
+    assert same_pairs(segments, [[0, 0, 0, 1, 1, 2]])
+    assert count_sequences(None, segments, 1, 6) == 2
+
+
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "cu_seqlens", "cu_seq_lens"])
+def test_tokens_behind_the_last_boundary_are_padding(name):
+    real, segments = real_and_same({name: torch.tensor([0, 3, 5, 5])}, 1, 8, CPU)
+    assert real.tolist() == [[True] * 5 + [False] * 3]
+    assert same_pairs(segments[:, :5], [[0, 0, 0, 1, 1]])
+    for bad in ([1, 4, 8], [0, 4, 9], [0, 5, 3, 8]):
+        with pytest.raises(SequencesError, match=name):
+            real_and_same({name: torch.tensor(bad)}, 1, 8, CPU)
+
+
+# rows of 7, 5 and 2 real tokens; 0 is the padding id
+IDS = torch.tensor([[5, 9, 4, 7, 7, 3, 8], [6, 3, 9, 9, 5, 0, 0], [4, 5, 0, 0, 0, 0, 0]])
+REAL = IDS != 0
+
+
+@pytest.mark.parametrize("name", ["key_padding_mask", "src_key_padding_mask", "encoder_padding_mask"])
+@pytest.mark.parametrize("added", [False, True])
+def test_torchs_masks_are_true_at_padding(name, added):
+    mask = torch.zeros(3, 7).masked_fill(~REAL, float("-inf")) if added else ~REAL
+    assert torch.equal(real_and_same({"input_ids": IDS, name: mask}, 3, 7, CPU)[0], REAL)
+
+
+@pytest.mark.parametrize("name", ["padding_mask", "mask", "pad_mask", "input_mask"])
+@pytest.mark.parametrize("said", ["real", "padding", "added"])
+def test_masks_of_either_meaning_are_settled_by_the_ids(name, said):
+    mask = {"real": REAL, "padding": (~REAL).long(), "added": torch.zeros(3, 7).masked_fill(~REAL, -1e9)}[said]
+    reader = SequenceReader()
+    tokens = ("input_ids", IDS)
+    assert torch.equal(reader.read({name: mask}, 3, 7, CPU, tokens=tokens)[0], REAL)
+    # once settled it holds for a batch that would not tell
+    other = IDS.clone()
+    other[0] = torch.tensor([5, 5, 5, 5, 5, 0, 0])
+    assert torch.equal(reader.read({name: mask}, 3, 7, CPU, tokens=("input_ids", other))[0], REAL)
+
+
+def test_masks_without_padding_and_masks_that_do_not_tell():
+    ones = torch.ones(3, 7, dtype=torch.bool)
+    assert real_and_same({"input_ids": IDS, "mask": ones}, 3, 7, CPU)[0].all()
+    assert real_and_same({"input_ids": IDS, "mask": ~ones}, 3, 7, CPU)[0].all()
+    half = torch.zeros(3, 7, dtype=torch.bool)
+    half[:, :2] = True
+    with pytest.raises(SequencesError, match="cannot be told"):
+        real_and_same({"input_ids": IDS + 1 + torch.arange(7), "mask": half}, 3, 7, CPU)
+
+
+def test_who_attends_to_whom_is_not_who_is_real():
+    triangle = torch.ones(7, 7, dtype=torch.bool).triu(1)
+    for mask in (triangle, torch.zeros(7, 7).masked_fill(triangle, float("-inf")), triangle.expand(6, 7, 7)):
+        assert real_and_same({"input_ids": IDS, "mask": mask}, 3, 7, CPU)[0] is None
+        square = torch.arange(3, 52).reshape(7, 7)
+        assert real_and_same({"input_ids": square, "mask": mask}, 7, 7, CPU)[0] is None
+
+
+def test_inputs_with_the_tokens_first():
+    reader = SequenceReader()
+    arguments = {"attention_mask": REAL.T.long(), "position_ids": torch.arange(7)[:, None].expand(7, 3)}
+    real, segments = reader.read(arguments, 3, 7, CPU, tokens=("src", IDS.T), tokens_first=True)
+    assert torch.equal(real, REAL)
+    assert segments is None
+    # torch's padding masks are [batch, tokens] whatever the layout is, also where no shape tells
+    square = IDS[:, :3]
+    mask = torch.tensor([[False, False, True], [False, False, False], [False, True, True]])
+    real, _ = reader.read({"src_key_padding_mask": mask}, 3, 3, CPU, tokens=("src", square), tokens_first=True)
+    assert torch.equal(real, ~mask)
+
+
+def test_lengths():
+    assert torch.equal(real_and_same({"lengths": torch.tensor([7, 5, 2])}, 3, 7, CPU)[0], REAL)
+
+
+def test_calls_are_read_by_the_names_of_the_forward():
+    class Model(torch.nn.Module):
+        def forward(self, ids, mask=None, *, scale=1.0):
+            return ids
+
+    assert argument_names(Model()) == ("ids", "mask", "scale")
+    assert bind(("ids", "mask"), (1, 2), {"scale": 3}) == {"ids": 1, "mask": 2, "scale": 3}
+    assert bind(("batch", "scale"), ({"input_ids": 1}, 2), {}) == {"input_ids": 1, "scale": 2}
 
 
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
         ({"attention_mask": torch.ones(2, 1, 5, 5)}, r"shape \(2, 1, 5, 5\)"),
-        ({"attention_mask": torch.ones(2, 3)}, "prompt tuning"),
+        ({"attention_mask": torch.ones(2, 3)}, r"shape \(2, 3\)"),
+        ({"key_padding_mask": torch.zeros(2, 6, dtype=torch.bool)}, r"key_padding_mask has shape \(2, 6\)"),
+        ({"mask": torch.ones(2, 4)}, r"mask has shape \(2, 4\)"),
+        ({"document_ids": torch.zeros(3, 5)}, r"document_ids has shape \(3, 5\)"),
+        ({"position_ids": torch.zeros(3, 2, 4)}, r"position_ids has shape \(2, 4\)"),
         ({"attention_mask": {"full_attention": None}}, "is a dict"),
         ({"position_ids": torch.zeros(2, 4)}, r"position_ids has shape \(2, 4\)"),
     ],

@@ -356,7 +356,7 @@ def test_bad_rows_are_named(data: Path, tmp_path: Path) -> None:
     ):
         find_tasks(tmp_path, {"piqa": 0})
     (tmp_path / "piqa" / "validation.jsonl").write_text('{"goal": "a"\n')
-    with pytest.raises(EvaluationError, match="line 1: is no JSON"):
+    with pytest.raises(EvaluationError, match="line 1: not valid JSON"):
         find_tasks(tmp_path, {"piqa": 0})
     (tmp_path / "piqa" / "validation.jsonl").write_text("")
     with pytest.raises(EvaluationError, match="no rows"):

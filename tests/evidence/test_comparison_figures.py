@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from synthetic import BINS, LAYERS, TOKENS_A_STEP, study
+from synthetic import BINS, LAYERS, TOKENS_A_STEP, study, with_arms
 
 from decondense.compare import Study, compare
 from decondense.figures import comparison as draw
@@ -102,10 +102,13 @@ def test_one_seed_draws_no_band_and_no_interval() -> None:
 
 
 def test_arms_differ_in_colour_dash_and_marker() -> None:
-    looks = Looks(["a", "b", "my-dispersion", "c", "d"], "b")
-    arms = ["a", "b", "my-dispersion", "c", "d"]
+    arms = ["a", "b", "treated", "c", "d"]
+    looks = Looks(arms, "b", dispersed=["treated", "c"])
     assert looks.colour("b") == "#5f6368"
-    assert looks.colour("my-dispersion") == "#0072b2"
+    assert looks.colour("treated") == "#0072b2"
+    # no word of a name decides it
+    assert Looks(["a", "my-dispersion", "b"], "a", dispersed=["b"]).colour("b") == "#0072b2"
+    assert Looks(["a", "b", "my-dispersion"], "a").colour("b") == "#0072b2"
     for what in (looks.colour, looks.marker, lambda arm: str(looks.dash(arm))):
         assert len({what(arm) for arm in arms}) == len(arms)
 
@@ -179,7 +182,8 @@ def test_long_labels_are_cut_and_still_drawn() -> None:
     assert looks.label(long).startswith("an arm whose label")
     assert len(looks.label(long)) <= 36
     assert all(len(line) <= 18 for line in looks.tick(long).splitlines())
-    rows = Study.from_rows(study({"cross-entropy": 0.0, long: 0.1}))
+    labelled = with_arms(study({"cross-entropy": 0.0, "treated": 0.1}), {"treated": {"label": long}})
+    rows = Study.from_rows(labelled)
     found = compare(rows)
     assert found.validation is not None
     for figure in (draw.loss_curves(rows), draw.heat_maps(rows, rows.arms), draw.cost(found),

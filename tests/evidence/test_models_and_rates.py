@@ -194,10 +194,9 @@ def test_profiles_alone_are_compared() -> None:
     assert found.measured
     assert found.tasks == ()
     assert found.omitted == ()
-    assert {m.name: len(m.differences) for m in found.condensation} == dict.fromkeys(
-        ("mean cosine, all blocks", "mean cosine, last layer", "Spearman of mean cosine with depth",
-         "Kendall of mean cosine with depth"), 3
-    )  # fmt: skip
+    assert {m.quantity: len(m.differences) for m in found.condensation} == dict.fromkeys(
+        ("mean_cosine.blocks", "mean_cosine.last", "spearman.depth", "kendall.depth"), 3
+    )
     assert all(p.init_hash is None and p.order_hash is None for p in found.pairing)
     assert any(note.startswith("Nothing was trained") for note in found.notes)
     assert not any("other weights" in note for note in found.notes)
@@ -251,14 +250,14 @@ def test_size_and_condensation_against_scipy() -> None:
     assert found.size is not None
     assert found.size.families == ("gpt2", "Qwen3")
     known = {(c.family, c.quantity): c for c in found.size.correlations}
-    gpt2 = known["gpt2", "spearman"]
+    gpt2 = known["gpt2", "spearman.depth"]
     assert gpt2.n == 4
     assert gpt2.rho == pytest.approx(-0.8)  # ranks 4 2 3 1 against 1 2 3 4: 1 - 6 * 18 / 60
     assert gpt2.p is None  # four models
-    both = known[None, "spearman"]
+    both = known[None, "spearman.depth"]
     assert both.n == 7
     x = [point.parameters for point in found.size.points]
-    y = [point.spearman for point in found.size.points]
+    y = [point.value("spearman.depth") for point in found.size.points]
     oracle = stats.permutation_test(
         (x,), lambda a: stats.spearmanr(a, y).statistic, permutation_type="pairings", n_resamples=np.inf
     )
@@ -276,13 +275,13 @@ def test_p_over_many_models_is_students() -> None:
 
     found = compare(measured_study(sizes, change=vary))
     assert found.size is not None
-    c = next(c for c in found.size.correlations if c.quantity == "spearman")
+    c = next(c for c in found.size.correlations if c.quantity == "spearman.depth")
     oracle = stats.spearmanr(range(1, 11), [math.sin(n) for n in range(1, 11)])
     assert (c.n, c.rho, c.p) == (10, pytest.approx(oracle.statistic), pytest.approx(oracle.pvalue))
     # what is the same in every model has no correlation
     same = compare(measured_study(sizes, change=lambda r: {**r, "kendall": 0.5} if r["kind"] == "profile" else r))
     assert same.size is not None
-    assert next(c for c in same.size.correlations if c.quantity == "kendall").rho is None
+    assert next(c for c in same.size.correlations if c.quantity == "kendall.depth").rho is None
 
 
 def test_one_size_has_no_trend() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from decondense.records import (
     RecordError,
+    RowReader,
     append_rows,
     atomic_path,
     atomic_write,
@@ -105,7 +106,8 @@ import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 from decondense.records import append_rows
-row = {"kind": "x", "text": "y" * 900}
+row = {"kind": "step", "schema_version": 1, "study": "y" * 900, "study_fingerprint": "f", "arm": "a", "seed": 0,
+       "step": 1, "tokens": 1, "loss": 1.0, "learning_rate": 0.1}
 try:
     for _ in range(10):
         append_rows(sys.argv[1], [row])
@@ -120,8 +122,7 @@ def test_a_disk_that_fills_up_leaves_whole_rows(tmp_path) -> None:
     path = tmp_path / "r.jsonl"
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True)
     assert "refused" in done.stdout
-    rows = read_rows(path, check=False)
-    assert len(rows) == 4
+    assert len(read_rows(path)) == 3
     assert path.read_bytes().endswith(b"\n")
 
 
@@ -170,3 +171,153 @@ def test_compressed_rows_are_the_same_rows(tmp_path) -> None:
     (tmp_path / "bad.jsonl.gz").write_bytes(first[:-9])
     with pytest.raises(RecordError, match="cannot be read"):
         read_rows(tmp_path / "bad.jsonl.gz")
+
+
+def run(status: str, config: dict, **more):
+    return make_row("run", **{**CELL, "status": status, "config": config, **more})
+
+
+CONFIG = {"name": "s", "arms": [{"name": f"arm-{number}", "weight": number / 7} for number in range(30)]}
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.jsonl.gz"])
+def test_a_configuration_is_written_once_and_read_whole(tmp_path, name: str) -> None:
+    rows = []
+    for seed in range(20):
+        rows += [run("started", CONFIG, seed=seed), step(1, seed=seed), run("finished", CONFIG, seed=seed)]
+    rows.append(run("finished", {**CONFIG, "name": "other"}, seed=20))
+    write_rows(tmp_path / name, rows)
+    read = read_rows(tmp_path / name)
+    assert read == rows
+    configs = {id(row["config"]) for row in read if row["kind"] == "run"}
+    assert len(configs) == 2, "equal configurations are one object"
+    if not name.endswith(".gz"):
+        text = (tmp_path / name).read_text()
+        assert text.count('"arm-29"') == 2
+        # the same rows with the configuration inside, as earlier releases wrote them
+        old = tmp_path / "old.jsonl"
+        old.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert read_rows(old) == rows
+        assert len(text) < old.stat().st_size / 3
+
+
+def test_appended_run_rows_name_the_configuration_of_their_file(tmp_path) -> None:
+    path = tmp_path / "r.jsonl"
+    rows = [run("started", CONFIG), step(1), run("resumed", CONFIG), step(2), run("finished", CONFIG)]
+    write_rows(path, rows[:1])
+    for row in rows[1:]:
+        append_rows(path, [row])
+    assert read_rows(path) == rows
+    assert path.read_text().count('"arm-29"') == 1
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[1:]))
+    with pytest.raises(RecordError, match=r"line 1: names the configuration"):
+        read_rows(path)
+
+
+DAMAGE = {
+    "renamed key": lambda row: {("arn" if key == "arm" else key): value for key, value in row.items()},
+    "no kind": lambda row: {key: value for key, value in row.items() if key != "kind"},
+    "kind a list": lambda row: {**row, "kind": ["step"]},
+    "no step": lambda row: {key: value for key, value in row.items() if key != "step"},
+    "step a text": lambda row: {**row, "step": "later"},
+    "loss a mapping": lambda row: {**row, "loss": {}},
+    "newer schema": lambda row: {**row, "schema_version": 99},
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_row_is_named_with_its_file_and_line(tmp_path, what: str) -> None:
+    path = tmp_path / "r.jsonl"
+    for good in (step(2), make_row("eval_item", **CELL, step=2, task="t", metric="m", item="i", value=1.0)):
+        if what in ("loss a mapping",) and good["kind"] != "step":
+            continue
+        bad = DAMAGE[what](good)
+        path.write_text("".join(json.dumps(row) + "\n" for row in (step(1), bad, step(3))))
+        with pytest.raises(RecordError, match=r"r\.jsonl, line 2"):
+            read_rows(path)
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"kind":' * 5_000, '{"kind": NaN}', '{"kind":"eval","value":1e999}', "\udcff"]
+)
+def test_nested_or_foreign_lines_are_refused_without_a_traceback(tmp_path, line: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(line.encode("utf-8", "surrogateescape") + b"\n" + json.dumps(step(1)).encode() + b"\n")
+    with pytest.raises(RecordError, match=r"r\.jsonl, line 1"):
+        read_rows(path)
+
+
+def test_every_flipped_byte_of_a_compressed_file_is_rows_or_one_error(tmp_path) -> None:
+    path = tmp_path / "r.jsonl.gz"
+    write_rows(path, [step(number) for number in range(5)])
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x40]) + whole[place + 1 :])
+        try:
+            read_rows(path)
+        except RecordError as error:
+            refused += str(path) in str(error)
+    assert refused > len(whole) * 0.8, "the checksum sees what the lines do not"
+
+
+def test_the_short_way_accepts_exactly_what_the_schema_does() -> None:
+    from decondense.records import check_row
+    from decondense.records.schema import _validated
+
+    good = make_row("eval_item", **CELL, step=2, task="t", metric="m", item="i", value=1.0)
+    odd = [None, True, 3, -1, 2.5, "x", [], {}, float("inf"), 10**400]
+    for key in good:
+        for value in odd:
+            row = {**good, key: value}
+            try:
+                expected = _validated(row["kind"], row)
+            except RecordError:
+                with pytest.raises(RecordError):
+                    check_row(row)
+            else:
+                assert check_row(row) == expected
+
+
+def test_a_reader_returns_only_what_is_new(tmp_path) -> None:
+    path = tmp_path / "r.jsonl"
+    reader = RowReader(path)
+    assert reader.read() == (False, [])
+    append_rows(path, [run("started", CONFIG), step(1)])
+    assert reader.read() == (False, [run("started", CONFIG), step(1)])
+    assert reader.read() == (False, [])
+    with path.open("ab") as handle:
+        handle.write(b'{"kind":"st')
+    assert reader.read() == (False, []), "a row that is being written is left for later"
+    append_rows(path, [step(2)])
+    assert reader.read() == (False, [step(2)])
+    append_rows(path, [run("finished", CONFIG)])
+    assert reader.read() == (False, [run("finished", CONFIG)]), "the configuration was read before"
+
+
+@pytest.mark.parametrize("length", ["shorter", "equal", "longer"])
+def test_a_reader_starts_again_when_the_file_was_replaced(tmp_path, length: str) -> None:
+    path = tmp_path / "r.jsonl"
+    append_rows(path, [step(1), step(2)])
+    reader = RowReader(path)
+    reader.read()
+    rows = {"shorter": [step(1)], "equal": [step(1), step(3)], "longer": [step(1), step(3), step(4)]}[length]
+    for _ in range(2):  # twice, so that the second file may take the first one's number
+        write_rows(path, rows)
+    assert reader.read() == (True, rows)
+    path.unlink()
+    assert reader.read() == (True, [])
+
+
+def test_two_writers_of_one_new_file_do_not_both_win(tmp_path) -> None:
+    path = tmp_path / "x.txt"
+    with atomic_path(path, exclusive=True) as mine:
+        mine.write_text("mine")
+        with atomic_path(path, exclusive=True) as other:
+            other.write_text("other")
+        with pytest.raises(FileExistsError), atomic_path(path, exclusive=True) as third:
+            third.write_text("third")
+        path.unlink()
+    assert path.read_text() == "mine"
+    assert os.listdir(tmp_path) == ["x.txt"]

@@ -31,6 +31,25 @@ def with_duplicates(z: Tensor, share: float = 0.2) -> Tensor:
     return z
 
 
+def orthonormal(count: int, features: int) -> Tensor:
+    """Orthonormal vectors ``[count, features]``: every cosine 0."""
+    return torch.eye(count, features, dtype=FLOAT64)
+
+
+def simplex(count: int, features: int) -> Tensor:
+    """Vertices of a regular simplex ``[count, features]``: every cosine -1/(count - 1), the least mean."""
+    z = orthonormal(count, features)
+    z = z - z.mean(dim=0)
+    return z / z.norm(dim=-1, keepdim=True)
+
+
+def antipodal(count: int, features: int) -> Tensor:
+    """Vectors +e, -e in turn ``[count, features]``: about half of the pairs at cosine -1, the rest at +1."""
+    z = torch.zeros(count, features, dtype=FLOAT64)
+    z[0::2, 0], z[1::2, 0] = 1.0, -1.0
+    return z
+
+
 INPUTS = {
     "random": lambda b, t, d: randn(b, t, d),
     "condensed .99": lambda b, t, d: condensed(b, t, d, 0.99),

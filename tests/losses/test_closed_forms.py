@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from loss_inputs import exact_angular, randn
+from loss_inputs import antipodal, exact_angular, orthonormal, randn, simplex
 
 from decondense import geometry
 from decondense.losses import FORMS, dispersion_loss
@@ -67,13 +67,14 @@ CLOSED = {
 
 
 def evaluate(z: torch.Tensor, form: str, impl: str, **keywords: object) -> float:
+    impl = impl if impl in FORMS[form].implementations else "auto"
     return dispersion_loss(z.unsqueeze(0), form=form, impl=impl, tau=TAU, margin=MARGIN, **keywords).item()
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
 @pytest.mark.parametrize("form", CLOSED)
 def test_orthonormal_simplex_and_equal_tokens(form: str, impl: str) -> None:
-    sets = (geometry.orthonormal(N, D), geometry.simplex(N, D), geometry.orthonormal(1, D).expand(N, D))
+    sets = (orthonormal(N, D), simplex(N, D), orthonormal(1, D).expand(N, D))
     for z, expected in zip(sets, CLOSED[form], strict=True):
         if expected is not None:
             assert evaluate(z, form, impl) == pytest.approx(expected, abs=1e-8)
@@ -86,7 +87,7 @@ def test_every_form_is_in_the_tables() -> None:
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
 def test_antipodal_tokens(impl: str) -> None:
     # 3 x (+e), 3 x (-e): 12 ordered pairs at cosine 1, 18 at -1
-    z = geometry.antipodal(N, D)
+    z = antipodal(N, D)
     expected = math.log((12 * math.exp(-angle(1) / TAU) + 18 * math.exp(-angle(-1) / TAU)) / 30)
     assert evaluate(z, "angular", impl) == pytest.approx(expected, abs=1e-12)
     assert evaluate(z, "mean_cosine", impl) == pytest.approx(-6 / 30, abs=1e-12)
@@ -148,19 +149,28 @@ def test_the_smoothing_error_of_the_value_is_bounded() -> None:
         assert error <= 1e-3 / (math.pi * tau)
 
 
-def test_geometry_helpers() -> None:
-    z = randn(2, 5, 4)
-    z[0, 2] = 0
-    mask = torch.tensor([[1, 1, 1, 0, 1], [1, 0, 1, 1, 1]])
-    c = geometry.cosine(z)
-    pairs = geometry.valid_pairs(mask)
-    expected = torch.stack([c[b][pairs[b]].mean() for b in range(2)])
-    torch.testing.assert_close(geometry.mean_cosine(z, mask), expected)
-    torch.testing.assert_close(geometry.mean_cosine(z, diagonal=True), c.mean(dim=(1, 2)))
-    assert geometry.unit(z)[0, 2].abs().sum() == 0
-    assert geometry.unit(torch.full((3,), 3e38)).norm().item() == pytest.approx(1.0)
-    assert geometry.unit(torch.full((3,), 1e-25)).norm().item() == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="features >= 5"):
-        geometry.orthonormal(5, 4)
-    with pytest.raises(ValueError, match="features >= 5"):
-        geometry.simplex(5, 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_unit_vectors_and_inverse_norms_agree_for_any_length(dtype: torch.dtype) -> None:
+    z = randn(3, 9, 4).to(dtype)
+    largest = 38 if dtype == torch.float32 else 300
+    z[0] *= (10.0 ** torch.linspace(-29, largest - 1, 9, dtype=torch.float64)).to(dtype)[:, None]  # all beyond the rule
+    z[1, 2], z[1, 3] = 0, 1e-31
+    for wait in (None, True, False):
+        for rows in (z, z[2:]):  # with and without lengths whose squares leave the range
+            inverse, norm = geometry.inverse_norm(rows, wait=wait)
+            torch.testing.assert_close(rows * inverse.unsqueeze(-1), geometry.unit(rows))
+            exact = torch.tensor([[math.hypot(*x) for x in row] for row in rows.tolist()], dtype=torch.float64)
+            exact[exact < 1e-30] = 0
+            torch.testing.assert_close(norm.double(), exact, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
+    assert (geometry.unit(z)[1, 2:4] == 0).all()
+    assert (geometry.inverse_norm(z)[0][1, 2:4] == 0).all()
+
+
+def test_a_state_that_is_no_number_is_not_a_zero_vector() -> None:
+    z = randn(1, 5, 4)
+    z[0, 2, 1] = math.nan
+    assert geometry.unit(z)[0, 2].isnan().all()
+    for wait in (True, False):
+        assert geometry.inverse_norm(z, wait=wait)[0][0, 2].isnan()
+    for impl in ("reference", "chunked"):
+        assert dispersion_loss(z, impl=impl).isnan()

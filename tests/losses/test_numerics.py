@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loss_inputs import INPUTS, condensed, exact_angular, randn, with_duplicates
 from torch import Tensor
 
-from decondense.losses import FORMS, chunked, dispersion_loss
+from decondense.losses import FORMS, dispersion_loss, vectors
 
 SHAPE = (2, 65, 24)
 SCALE_FREE = [name for name, info in FORMS.items() if not info.euclidean]
@@ -50,7 +50,7 @@ def test_no_worse_than_dense_autograd_of_the_same_precision(name: str, tau: floa
 @pytest.mark.parametrize("name", INPUTS)
 def test_tf32_operands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Operands rounded beforehand to what a TF32 product takes of them: repeated tokens still cancel."""
-    monkeypatch.setattr(chunked, "rounds_products", lambda x: True)
+    monkeypatch.setattr(vectors, "rounds_products", lambda x: True)
     z = INPUTS[name](*SHAPE).float()
     exact = gradient(z.double(), impl="reference")
     scale = torch.maximum(exact.norm(), 1e-3 * gradient(randn(*SHAPE), impl="reference").norm())

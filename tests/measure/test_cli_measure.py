@@ -156,3 +156,29 @@ def test_models_in_folders_of_one_name_are_told_apart(tmp_path) -> None:
     assert _labels(["org/one", "org/two@step5"]) == ["one", "two@step5"]
     with pytest.raises(ValueError, match="given twice"):
         _labels(["a", "a"])
+
+
+def test_records_too_short_for_a_cosine_are_skipped_and_counted(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def each(*texts: str | None) -> tuple[int, str, str]:
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        arguments = ["measure", str(zoo / "small"), "--text", str(tmp_path / "rows.jsonl"), "--each"]
+        status = main([*arguments, "--out", str(tmp_path / "out")])
+        shown = capsys.readouterr()
+        return status, shown.out, " ".join(shown.err.split())
+
+    status, out, _ = each("w1 w2 w3", "w4", None, "w5 w6", " ", "w7")
+    assert status == 0
+    assert Profile.load(tmp_path / "out").n_passages == 2
+    assert "2 of 6 records hold no text and are skipped" in out
+    assert "2 of 4 records have fewer than two tokens and are skipped" in out
+    status, _, err = each("w1", "w2")
+    assert status == 2
+    assert "all 2 records have fewer than two tokens" in err
+    status, _, err = each(None, "")
+    assert status == 2
+    assert "holds no text" in err
+    status = main(["measure", str(zoo / "small"), "--text", "https://me:secret@host/a?key=secret"])
+    assert status == 2
+    assert "secret" not in "".join(capsys.readouterr())

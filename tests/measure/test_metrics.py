@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import cosines
 
+from decondense.config import METRIC_NAMES, MeasureConfig
 from decondense.measuring.metrics import METRICS, resolve_metrics
 
 
@@ -69,8 +70,41 @@ def test_closed_forms() -> None:
     assert METRICS["effective_rank"](zero, None) == 1
 
 
+@pytest.mark.parametrize("n", [40, 97])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_degenerate_states_with_gram_matrices_large_enough_for_lanczos(n: int, dtype: torch.dtype) -> None:
+    direction = torch.from_numpy(np.random.default_rng(n).normal(size=64)).to(dtype)
+    expected = {  # explainable_variance, hfc_lfc, participation_ratio
+        "equal": (direction.expand(n, 64), 1.0, 0.0, 0.0),
+        "zero": (torch.zeros(n, 64, dtype=dtype), 0.0, math.inf, 0.0),
+        "orthogonal": (3 * torch.eye(n, 128, dtype=dtype), 1 / n, 1.0, n - 1.0),
+        "collinear": (
+            torch.arange(1.0, n + 1, dtype=dtype)[:, None] * direction,
+            1.0,
+            math.sqrt((n - 1) / (n + 1) / 3),
+            1,
+        ),
+        "one token stands out": (
+            torch.eye(n, 64, dtype=dtype)[0].expand(n, 64) * (torch.arange(n) == 7)[:, None],
+            1.0,
+            math.sqrt(n - 1),
+            1.0,
+        ),
+    }
+    for name, (z, variance, high, ratio) in expected.items():
+        values = {metric: function(z, None) for metric, function in METRICS.items()}
+        assert values["explainable_variance"] == pytest.approx(variance, abs=1e-12), name
+        assert values["hfc_lfc"] == pytest.approx(high, rel=1e-6, abs=1e-12), name
+        if name != "equal" or dtype == torch.float32:  # in float64 the mean of equal tokens is rounded
+            assert values["participation_ratio"] == pytest.approx(ratio, rel=1e-6), name
+
+
 def test_choice_of_metrics() -> None:
-    assert list(resolve_metrics("all")) == list(METRICS)
+    assert set(METRICS) == set(METRIC_NAMES)
+    assert list(resolve_metrics("all")) == list(resolve_metrics(["isoscore", "all"])) == list(METRICS)
+    with pytest.raises(ValueError, match="Did you mean 'isoscore'"):
+        MeasureConfig(metrics=("effective_rank", "isoscor"))
+    assert MeasureConfig(metrics=("all",)).metrics == ("all",)
     assert list(resolve_metrics(["isoscore"])) == ["isoscore"]
     assert resolve_metrics(()) == {}
     with pytest.raises(ValueError, match="Did you mean 'isoscore'"):

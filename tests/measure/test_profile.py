@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from decondense import Profile, measure
+from decondense.layers import EMBEDDING, block
 from decondense.measuring import tables
 from decondense.measuring.profile import as_mapping
 from decondense.records import make_row
@@ -92,7 +95,7 @@ def test_the_row_fits_its_schema(profile: Profile) -> None:
 
 def test_one_layer_has_no_correlation() -> None:
     flat = Profile(
-        all_layers=("embedding", "block 1"),
+        states=(EMBEDDING, block(1)),
         lengths=np.array([4]),
         **{name: np.ones((2, 1)) for name in ("cosine", "cosine_others", "norm", "norm_sd", "norm_max")},
     )
@@ -170,21 +173,18 @@ def test_means_only(model: GPT2LMHeadModel, ids: torch.Tensor) -> None:
         with pytest.raises(ValueError, match="histograms="):
             attempt()
     assert as_mapping(bare)["pooled"] is None
-    assert "5 %" not in tables.layer_table(bare)[0]
+    assert "5 %" not in tables.layer_table(bare).columns
 
 
 def test_tables(profile: Profile) -> None:
-    head, lines = tables.layer_table(profile)
-    assert [line[0] for line in lines] == list(profile.all_layers)
-    assert head[-2:] == ["isoscore", "hfc_lfc"]
-    assert lines[0][1] == profile.mean_cosine[0]
-    text = tables.to_csv((head, lines)).splitlines()
-    assert float(text[1].split(",")[1]) == profile.mean_cosine[0]  # full precision
-    assert tables.to_markdown((head, lines)).count("\n") == len(lines) + 2
-    shown, rows = tables.compact((head, lines))
-    assert shown[:3] == ["layer", "mean cosine", "95 % interval"]
-    assert len(rows[0]) == len(shown)
-    head, lines = tables.model_table([("a", profile)])
-    assert lines[0][head.index("Spearman")] == profile.spearman
-    assert tables.format_cell(None) == tables.format_cell(float("nan")) == "-"
-    assert tables.format_cell(1234567) == "1,234,567"
+    table = tables.layer_table(profile)
+    assert [row[0] for row in table.text()] == list(profile.all_layers)
+    assert table.columns[-2:] == ("isoscore", "hfc_lfc")
+    first = next(csv.DictReader(io.StringIO(table.to_csv())))
+    assert float(first["mean cosine"]) == profile.mean_cosine[0]  # full precision
+    low, high = profile.interval("mean_cosine")
+    assert float(first["95 % interval, low"]) == low[0]
+    assert float(first["95 % interval, high"]) == high[0]
+    assert tables.terminal_layers(profile).columns[:3] == ("layer", "mean cosine", "95 % interval")
+    models = next(csv.DictReader(io.StringIO(tables.model_table([("a", profile)]).to_csv())))
+    assert float(models["Spearman"]) == profile.spearman

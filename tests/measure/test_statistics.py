@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import cosines, mean_cosine
 
-from decondense.measuring.statistics import FINE_BINS, LayerStatistics, NotFiniteError, coarsen, count_cosines
+from decondense.losses import dispersion_loss
+from decondense.measuring.statistics import FINE_BINS, LayerStatistics, NotFiniteError, PairStream
+from decondense.measuring.watching import batch_means
 
 CPU = torch.device("cpu")
 
@@ -64,12 +66,28 @@ def test_all_pairs_oracle(n: int, dtype: torch.dtype) -> None:
     assert np.abs(coarsen(counts, 128) - expected).sum() <= 2 * near
 
 
+def coarsen(counts: np.ndarray, bins: int) -> np.ndarray:
+    return counts.reshape(bins, -1).sum(axis=-1)
+
+
+def counted(values: np.ndarray, bins: int) -> np.ndarray:
+    """Counts of these cosines as PairStream makes them: row i + 1 is values[i] e_i, row 0 all ones."""
+    parts = [torch.from_numpy(part) for part in np.split(values, range(64, len(values), 64))]
+    stream = PairStream(pooled=True, averaged=False, tokens=65, device=torch.device("cpu"))
+    for part in parts:
+        stream.add([torch.cat([torch.ones(1, len(part)), torch.diag(part)])])
+    counts = stream.pooled_counts()
+    assert counts is not None
+    counts[FINE_BINS // 2] -= sum(len(part) * (len(part) - 1) for part in parts)  # the rows' products among themselves
+    return coarsen(counts, bins) / 2  # (i, j) and (j, i)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=200), st.sampled_from([2, 64, 128, 1024, FINE_BINS]))
 def test_counts_are_numpys_bit_for_bit(values: list[float], bins: int) -> None:
     cos = np.array(values, dtype=np.float32)
     expected, _ = np.histogram(cos, bins=bins, range=(-1, 1))
-    np.testing.assert_array_equal(coarsen(count_cosines(torch.from_numpy(cos)), bins), expected)
+    np.testing.assert_array_equal(counted(cos, bins), expected)
 
 
 def test_counts_at_every_edge_and_one_step_beside_it() -> None:
@@ -77,12 +95,11 @@ def test_counts_at_every_edge_and_one_step_beside_it() -> None:
     values = np.concatenate([edges, np.nextafter(edges, np.float32(2)), np.nextafter(edges, np.float32(-2))])
     for bins in (64, 128, 512, 2048):
         expected, _ = np.histogram(np.clip(values, -1, 1), bins=bins, range=(-1, 1))
-        np.testing.assert_array_equal(coarsen(count_cosines(torch.from_numpy(values)), bins), expected)
+        np.testing.assert_array_equal(counted(values, bins), expected)
 
 
 def test_cosines_that_rounding_carries_beyond_one_are_kept() -> None:
-    over = torch.tensor([1.0000002, -1.0000002])
-    counts = count_cosines(over)
+    counts = counted(np.array([1.0000002, -1.0000002], dtype=np.float32), FINE_BINS)
     assert counts[-1] == 1
     assert counts[0] == 1
 
@@ -125,8 +142,22 @@ def test_large_finite_states_are_not_called_infinite() -> None:
 
 
 def test_tiny_states_have_a_direction() -> None:
-    z = torch.tensor([[1e-30, 1e-30], [1e-30, -1e-30], [2e-30, 2e-30]], dtype=torch.float32)
+    z = torch.tensor([[1e-29, 1e-29], [1e-29, -1e-29], [2e-29, 2e-29]], dtype=torch.float32)
     assert statistics([z]).cosine_P[0] == pytest.approx(5 / 9, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tiny", [0.0, 1e-31, 1e-36, -1e-38])
+def test_the_zero_rule_is_that_of_the_losses_and_of_the_watch(tiny: float, dtype: torch.dtype) -> None:
+    z = torch.tensor([[3.0, 4.0], [tiny, tiny], [0.0, 2.0], [1e-20, 0.0]]).to(dtype)
+    expected = torch.tensor([[0.6, 0.8], [0, 0], [0, 1], [1, 0]], dtype=torch.float64).sum(dim=0).square().sum().item()
+    layer = statistics([z])
+    assert layer.cosine_P[0] == pytest.approx(expected / 16, rel=1e-6)
+    assert layer.cosine_others_P[0] == pytest.approx((expected - 3) / 12, rel=1e-6)
+    loss = dispersion_loss(z.unsqueeze(0), form="mean_cosine")
+    assert loss.item() == pytest.approx((expected - 3) / 12, rel=1e-6)
+    cosine, _ = batch_means(z.unsqueeze(0))
+    assert cosine.item() == pytest.approx(expected / 16, rel=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

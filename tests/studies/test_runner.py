@@ -3,18 +3,29 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from decondense.config import ConfigError, StudyConfig
 from decondense.records import Row, append_rows, read_rows
+from decondense.stopping import Stopped, stop_on_signals
 from decondense.studies import CellState, StudyFailed, run_study
-from decondense.studies.runner import cell_folder, default_workers, open_directory, plan, states
+from decondense.studies.runner import (
+    cell_folder,
+    default_workers,
+    open_directory,
+    opened_corpus,
+    plan,
+    states,
+    study_corpus,
+)
 from studies.conftest import SMALL, Interrupted, small_study, stable_rows, stop_after
 
 
@@ -38,11 +49,8 @@ def test_every_cell_has_its_rows(uninterrupted) -> None:
         final = [row for row in mine if row["kind"] == "eval"][-1]
         mean = sum(row["value"] * row["weight"] for row in items) / sum(row["weight"] for row in items)
         assert mean == pytest.approx(final["value"], rel=1e-12)
-        assert all(
-            row["dispersion"] is (None if arm == "cross-entropy" else row["dispersion"])
-            for row in mine
-            if row["kind"] == "step"
-        )
+        logged = [row["dispersion"] for row in mine if row["kind"] == "step"]
+        assert all((value is None) == (arm == "cross-entropy") for value in logged)
         assert (cell_folder(out, arm, 0) / "final" / "model.safetensors").exists()
         assert not list(cell_folder(out, arm, 0).glob("checkpoint-*"))
 
@@ -95,7 +103,6 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 @pytest.mark.parametrize(("after", "resumed_from"), [(2, []), (4, [4]), (5, [4]), (7, [8])])
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path, uninterrupted, after: int, resumed_from: list[int]) -> None:
     """Stop the second cell after a number of written rows, before and after its checkpoint; go on; compare all rows."""
-    from decondense.studies.runner import opened_corpus, study_corpus
     from decondense.training.hf import run_cell
 
     study, out = small_study(), tmp_path / "study"
@@ -118,9 +125,175 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, uninterrupted, after
     assert end["timing"]["resumed_from_steps"] == resumed_from
 
 
+def damaged_weights(folder: Path) -> None:
+    data = bytearray((folder / "checkpoint-8" / "model.safetensors").read_bytes())
+    data[-9] ^= 4
+    (folder / "checkpoint-8" / "model.safetensors").write_bytes(bytes(data))
+
+
+def without_row(step: int) -> Callable[[Path], object]:
+    def cut(folder: Path) -> None:
+        path = folder / "rows.jsonl"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if json.loads(line).get("step") != step))
+
+    return cut
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], list[int], str]] = {
+    "no optimizer": (lambda folder: (folder / "checkpoint-8" / "optimizer.pt").unlink(), [4], "optimizer.pt"),
+    "a bit of the weights": (damaged_weights, [4], "model.safetensors"),
+    "rows cut between": (without_row(2), [], "rows.jsonl has"),
+    "rows not readable": (
+        lambda folder: (folder / "rows.jsonl").write_bytes(b"\xff\n" + (folder / "rows.jsonl").read_bytes()),
+        [],
+        "line 1",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, uninterrupted) -> Path:
+    """A study whose second cell stopped after its checkpoint at step 8, with the one at step 4 beside it."""
+    from decondense.training.hf import run_cell
+
+    study, out = small_study(), tmp_path_factory.mktemp("interrupted") / "study"
+    shutil.copytree(uninterrupted[0], out)
+    folder = cell_folder(out, "dispersion", 0)
+    shutil.rmtree(folder)
+    with pytest.raises(Interrupted):
+        run_cell(study, study.arm("dispersion"), 0, opened_corpus(out), folder, watch=stop_after(7))
+    return out
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_falls_back_and_is_told(tmp_path, uninterrupted, interrupted, what: str) -> None:
+    change, resumed_from, reason = DAMAGE[what]
+    out = tmp_path / "study"
+    shutil.copytree(interrupted, out)
+    change(cell_folder(out, "dispersion", 0))
+    with pytest.warns(UserWarning, match=f"dispersion seed 0: .*{reason}"):
+        rows = run_study(small_study(), out, workers=0)
+    assert stable_rows(rows) == stable_rows(uninterrupted[1])
+    (end,) = [row for row in rows if row["arm"] == "dispersion" and row.get("status") == "finished"]
+    assert end["timing"]["resumed_from_steps"] == resumed_from
+
+
+def test_the_warning_signal_saves_at_the_next_logged_step(tmp_path, uninterrupted) -> None:
+    from decondense.training.hf import run_cell
+
+    study, out = small_study(), tmp_path / "study"
+    open_directory(study, out)
+    study_corpus(study, out)
+    folder = cell_folder(out, "dispersion", 0)
+    written = 0
+
+    def watch() -> None:
+        nonlocal written
+        written += 1
+        if written == 1:  # the evaluation before the first step
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    with stop_on_signals(), pytest.raises(Stopped) as stopped:
+        run_cell(study, study.arm("dispersion"), 0, opened_corpus(out), folder, watch=watch)
+    assert stopped.value.code == 128 + signal.SIGUSR1
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"], "the study saves at 4 and 8"
+    rows = run_study(study, out, workers=0)
+    assert stable_rows(rows) == stable_rows(uninterrupted[1])
+    (end,) = [row for row in rows if row["arm"] == "dispersion" and row.get("status") == "finished"]
+    assert end["timing"]["resumed_from_steps"] == [2]
+
+
+def processes_of(out: Path) -> list[int]:
+    """Processes, other than the runner, that work in ``out``."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = place.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"decondense.studies.worker" in words and str(out).encode() in words:
+            found.append(int(place.parent.name))
+    return found
+
+
+def gone(out: Path, seconds: float) -> bool:
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        if not processes_of(out):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1"])
+def test_no_worker_outlives_a_runner_that_is_stopped_while_they_start(tmp_path, name: str) -> None:
+    (tmp_path / "study.yaml").write_text(small_study().to_yaml())
+    out = tmp_path / "study"
+    command = [sys.executable, "-m", "decondense", "study", str(tmp_path / "study.yaml"), "--out", str(out)]
+    process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + 120
+    while not processes_of(out) and time.monotonic() < limit:
+        time.sleep(0.005)
+    number = getattr(signal, name)
+    process.send_signal(number)
+    if name == "SIGKILL":
+        process.wait()
+        assert gone(out, 5.0)
+        shutil.rmtree(out)
+        time.sleep(0.5)
+        assert not out.exists()
+        return
+    _, err = process.communicate(timeout=60)
+    assert gone(out, 5.0)
+    assert process.returncode == 128 + number
+    assert "checkpoints" in err
+    assert "Traceback" not in err
+
+
+def test_one_bad_arm_does_not_keep_the_others_from_being_trained(tmp_path) -> None:
+    arms = [{"name": "bad", "model": {"overrides": {"n_head": 5}}}, {"name": "cross-entropy"}]
+    out = tmp_path / "s"
+    with pytest.raises(ConfigError, match="n_head"):
+        run_study(small_study(arms=arms), out, workers=0)
+    assert states(small_study(arms=arms), out)[1].status == "finished"
+
+
+@pytest.mark.parametrize("overrides", [{"n_embd": -32}, {"n_layer": "two"}, {"n_layer": -1}, {"vocab_size": 2.5}])
+def test_impossible_sizes_are_a_message_not_a_traceback(tmp_path, overrides: dict[str, object]) -> None:
+    from decondense.training.hf import build_model
+
+    config = small_study(
+        model={"architecture": "gpt2", "overrides": {**SMALL["model"]["overrides"], **overrides}}
+    ).model
+    with pytest.raises(ConfigError, match=r"model: gpt2 with .* cannot be built"):
+        build_model(config, 512, 32, 0)
+
+
+def test_a_removed_directory_is_not_made_again(tmp_path) -> None:
+    from decondense.training.hf import run_cell
+
+    study, out = small_study(), tmp_path / "study"
+    open_directory(study, out)
+    study_corpus(study, out)
+    corpus, folder = opened_corpus(out), cell_folder(out, "dispersion", 0)
+    written = 0
+
+    def watch() -> None:
+        nonlocal written
+        written += 1
+        if written == 2:
+            shutil.rmtree(out)
+
+    with pytest.raises(RuntimeError, match="was removed while"):
+        run_cell(study, study.arm("dispersion"), 0, corpus, folder, watch=watch)
+    assert not out.exists()
+
+
 def test_a_half_written_checkpoint_is_not_used(tmp_path, uninterrupted) -> None:
-    from decondense.studies.runner import opened_corpus, study_corpus
-    from decondense.training.hf import COMPLETE, run_cell
+    from decondense.training.checkpoints import COMPLETE
+    from decondense.training.hf import run_cell
 
     study, out = small_study(), tmp_path / "study"
     open_directory(study, out)
@@ -312,8 +485,7 @@ def test_an_impossible_model_is_explained(tmp_path, model, message) -> None:
 
 
 def test_two_processes_never_share_a_cell(tmp_path) -> None:
-    from decondense.studies.runner import opened_corpus, study_corpus
-    from decondense.training.checkpoints import claim as _claim
+    from decondense.training.claim import claim as _claim
     from decondense.training.hf import CellBusy, run_cell
 
     study, out = small_study(), tmp_path / "s"

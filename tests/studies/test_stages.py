@@ -22,6 +22,7 @@ from decondense.corpora.passages import sample_passages
 from decondense.records import Row, read_rows
 from decondense.seeding import hash_parameters
 from decondense.studies import run_study
+from decondense.studies.plan import Setting
 from decondense.studies.runner import (
     cell_folder,
     open_directory,
@@ -89,6 +90,26 @@ def test_a_sweep_chooses_each_arms_rate_on_a_seed_and_documents_of_its_own(stage
     assert ends(rows)["taught", 0]["learning_rate"] == 0.002
     steps = [row["learning_rate"] for row in rows if row["kind"] == "step" and row["arm"] == "taught"]
     assert max(steps) <= 0.002
+
+
+def test_the_chosen_warm_up_and_clip_are_those_of_the_runs(tmp_path) -> None:
+    sweep = {"learning_rates": [0.01], "warmups": [0.0, 0.5], "gradient_clips": [0.1], "seed": 77, "steps": 6}
+    study = small_study(
+        sweep=sweep, arms=[{"name": "cross-entropy"}], evaluate={**SMALL["evaluate"], "validation_tokens": 4096}
+    )
+    rows = run_study(study, tmp_path / "study", workers=0)
+    trials = {row["warmup"]: row for row in rows if row["kind"] == "trial"}
+    assert {warmup: row["gradient_clip"] for warmup, row in trials.items()} == {0.0: 0.1, 0.5: 0.1}
+    (chosen,) = [row for row in trials.values() if row["chosen"]]
+    assert chosen["value"] == min(row["value"] for row in trials.values())
+    end = ends(rows)["cross-entropy", 0]
+    assert (end["learning_rate"], end["warmup"], end["gradient_clip"]) == (0.01, chosen["warmup"], 0.1)
+    for warmup in trials:
+        own = read_rows(trial_folder(tmp_path / "study", "cross-entropy", Setting(0.01, warmup, 0.1)) / "rows.jsonl")
+        logged = {row["step"]: row["learning_rate"] for row in own if row["kind"] == "step"}
+        # the run of 8 steps warms up for 4 at a fraction of .5, and so does its trial of 6: the rate rises by a quarter
+        assert logged[2] == pytest.approx(0.005 if warmup else logged[2])
+        assert (logged[4] == pytest.approx(0.01)) == (warmup == 0.5)
 
 
 def test_tuning_takes_other_documents_or_says_that_there_are_none() -> None:
@@ -272,7 +293,7 @@ def test_measured_starts_are_measured_with_their_own_tokenizers(staged, tmp_path
     ("changes", "message"),
     [
         ({"sweep": {"learning_rates": [0.1, 0.1]}}, "different positive numbers"),
-        ({"sweep": {"learning_rates": [0.1, 0.2], "seed": 0}}, "rates are chosen on a seed of their own"),
+        ({"sweep": {"learning_rates": [0.1, 0.2], "seed": 0}}, "settings are chosen on a seed of their own"),
         ({"model": {"start": "prepared:bass"}, "prepared": {"base": BASE}}, r"unknown prepared model 'bass'.*'base'"),
         ({"arms": [{"name": "a", "untrained": True, "learning_rate": 0.1}], "baseline": "a"}, "would have no effect"),
         ({"measure": {}}, "measures starts and trains nothing, but arm 'cross-entropy'"),

@@ -10,6 +10,7 @@ import typer
 
 import decondense
 from decondense.cli import evaluate, evidence, measure, run
+from decondense.stopping import Stopped
 
 app = typer.Typer(
     name="decondense",
@@ -55,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = int(result) if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         status = 130
+    except Stopped as stopped:
+        _complain(f"{stopped.signal.name}: {_interrupted(sys.argv[1:] if arguments is None else arguments)}")
+        return int(stopped.code or 0)
     except BrokenPipeError:  # `decondense ... | head`
         sys.stderr.close()
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,19 +39,19 @@ def compare(
 
     from decondense import compare as comparing
 
-    found = comparing.compare(_rows(where), baseline=baseline, incomplete="omit" if omit else "refuse")
+    comparison = comparing.compare(_rows(where), baseline=baseline, incomplete="omit" if omit else "refuse")
     if tables is not None:
         from decondense.report import write_tables
 
-        written = write_tables(found, tables)
+        written = write_tables(comparison, tables)
         # beside --json the output must stay JSON
         typer.echo(f"{len(written)} files of tables in {tables}", err=as_json)
     if as_json:
         import json
 
-        typer.echo(json.dumps(found.to_dict(), indent=1))
+        typer.echo(json.dumps(comparison.to_dict(), indent=1))
         return
-    _print_comparison(found, Console())
+    _print_comparison(comparison, Console())
 
 
 def report(
@@ -73,31 +74,33 @@ def env() -> None:
     from decondense.corpora.embedded import cache_directory
     from decondense.records import provenance
 
-    found = provenance()
+    comparison = provenance()
     import torch
 
-    found["devices"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] or ["cpu"]
-    found["threads"] = torch.get_num_threads()
-    found["cache"] = str(cache_directory())
-    typer.echo(json.dumps(found, indent=1))
+    comparison["devices"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] or ["cpu"]
+    comparison["threads"] = torch.get_num_threads()
+    comparison["cache"] = str(cache_directory())
+    typer.echo(json.dumps(comparison, indent=1))
 
 
 def present(
     rows: list[Row], out: Path, console: Console, *, baseline: str | None = None, source: Path | None = None
 ) -> None:
     """Print the comparison, write the report, and say where everything lies; ``source`` is the file of the rows."""
-    from decondense import compare as comparing
+    from decondense.compare import Study
     from decondense.config import one_of
-    from decondense.report import build_report
+    from decondense.report.page import compare_if_possible, write_report
 
-    study = comparing.Study.from_rows(rows)
+    study = Study.from_rows(rows)
     if baseline is not None:
         one_of("baseline arm", baseline, study.arms)
-    paths = build_report(study, out, baseline=baseline)
-    try:
-        _print_comparison(comparing.compare(study, baseline, incomplete="omit"), console)
-    except comparing.CompareError as error:
-        console.print(f"no comparison: {error}", style="yellow", markup=False)
+        study = dataclasses.replace(study, baseline=baseline)
+    comparison, problems = compare_if_possible(study)
+    paths = write_report(study, comparison, problems, out)
+    if comparison is not None:
+        _print_comparison(comparison, console)
+    else:
+        console.print("no comparison: " + "; ".join(problems), style="yellow", markup=False)
     console.print(
         f"\nreport:  {paths['report']}\nfigures: {out / 'figures'}\nrows:    {source or out / 'rows.jsonl'}",
         highlight=False,
@@ -132,35 +135,17 @@ def _rows(where: Path) -> list[Row]:
     return rows
 
 
-def _print_comparison(found: Comparison, console: Console) -> None:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
+def _print_comparison(comparison: Comparison, console: Console) -> None:
     from decondense.report import summary, terminal_table
 
-    if found.omitted:
+    if comparison.omitted:
         console.print("Left out of the comparison:", style="yellow")
-        for fault in found.omitted:
+        for fault in comparison.omitted:
             console.print(f"  {fault}", highlight=False, markup=False)
         console.print()
-    columns, lines = terminal_table(found)
-    table = Table(
-        title=escape(found.title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
-    )
-    for index, column in enumerate(columns):
-        # a header may wrap between its words, a value may not
-        parts = [part for line in lines for part in line[index].splitlines()]
-        words = column in ("", "arm")
-        width = max(len(text) for text in [*column.split(), *parts] or [""])
-        table.add_column(escape(column), justify="left" if words else "right", width=width)
-    for number, line in enumerate(lines):
-        # a measure begins where its name stands
-        last = len(found.treated) > 1 and number + 1 < len(lines) and lines[number + 1][0] != ""
-        table.add_row(*map(escape, line), end_section=last)
-    console.print(table)
-    console.print(summary(found), highlight=False, markup=False)
-    for note in found.task_notes:
+    console.print(terminal_table(comparison).to_rich(title=comparison.title))
+    console.print(summary(comparison), highlight=False, markup=False)
+    for note in comparison.task_notes:
         console.print(f"Benchmarks: {note}.", highlight=False, markup=False)
-    for note in found.notes:
+    for note in comparison.notes:
         console.print(f"Note: {note}", highlight=False, markup=False)

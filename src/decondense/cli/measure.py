@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
 
     from decondense.measuring import Profile
 
@@ -75,7 +77,7 @@ def measure_command(
         str | None,
         typer.Option(
             "--text",
-            help="A text, .jsonl or .parquet file, a directory of them, or - for standard input.",
+            help="A file of text, JSON, CSV or parquet, a directory of them, or - for standard input.",
             rich_help_panel=_SOURCE,
         ),
     ] = None,
@@ -168,7 +170,7 @@ def measure_command(
     """Measure embedding condensation: how alike a model's token vectors become, layer by layer."""
     from rich.console import Console
 
-    from decondense.config import MeasureConfig, one_of
+    from decondense.config import MeasureConfig, one_of, without_credentials
     from decondense.measuring.loading import check_source
     from decondense.measuring.metrics import resolve_metrics
     from decondense.measuring.running import MeasureError
@@ -191,8 +193,10 @@ def measure_command(
     _check_folder(folder)
 
     console = Console()
+    text_source = without_credentials(text or dataset or defaults.dataset)
     texts = _texts(
-        text or dataset or defaults.dataset,
+        console,
+        text_source,
         each=each,
         split=split,
         field=field,
@@ -219,10 +223,8 @@ def measure_command(
     done: list[tuple[str, int | None, Profile]] = []
     for (source, step), short in zip(names, labels, strict=True):
         label = short if step is None else f"step {step:,}"
-        profile = _measure(console, source, label, texts, loading, measuring).at(final)  # type: ignore[arg-type]
-        profile.info.update(
-            {"source": str(text or dataset or defaults.dataset), "seed": seed or 0, "step": step, "name": label}
-        )
+        profile = _measure(console, source, label, texts, loading, measuring, each=each).at(final)  # type: ignore[arg-type]
+        profile.info.update({"source": text_source, "seed": seed or 0, "step": step, "name": label})
         place = folder if len(names) == 1 else folder / _slug(label)
         profile.save(place / "profile")
         done.append((label, step, profile))
@@ -299,6 +301,7 @@ def _budget(entries: list[str]) -> dict[Any, str] | None:
 
 
 def _texts(
+    console: Console,
     source: str,
     *,
     each: bool,
@@ -309,12 +312,36 @@ def _texts(
     seed: int,
     most: int | None,
 ) -> list[str]:
-    from decondense.corpora.passages import read_rows, sample_passages
+    from decondense.corpora.columns import TextWarning
+    from decondense.corpora.passages import read_each, sample_passages
 
-    if each:
-        rows = read_rows(source, split=split, field=field)
-        return [rows[i] for i in range(min(len(rows), most or len(rows)))]
-    return sample_passages(source, count=passages, words=words, seed=seed, split=split, field=field)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", TextWarning)
+        if each:
+            texts: list[str] = read_each(source, split=split, field=field, most=most)
+        else:
+            texts = sample_passages(source, count=passages, words=words, seed=seed, split=split, field=field)
+    for warning in told:
+        _note(console, str(warning.message))
+    return texts
+
+
+def _note(console: Console, message: str) -> None:
+    console.print(f"note: {message}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _long_enough(console: Console, label: str, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The records of two tokens and more: one token has no pairs."""
+    from decondense.measuring.running import MeasureError
+
+    # two tokens are enough to tell
+    kept = [text for text in texts if len(tokenizer(text, truncation=True, max_length=2)["input_ids"]) >= 2]
+    if not kept:
+        raise MeasureError(f"all {len(texts):,} records have fewer than two tokens; a cosine needs two. Omit --each.")
+    if len(kept) < len(texts):
+        short = len(texts) - len(kept)
+        _note(console, f"{label}: {short:,} of {len(texts):,} records have fewer than two tokens and are skipped.")
+    return kept
 
 
 def _check_folder(folder: Path) -> None:
@@ -372,7 +399,14 @@ def _slug(label: str) -> str:
 
 
 def _measure(
-    console: Console, source: str, label: str, texts: list[str], loading: dict[str, Any], measuring: dict[str, Any]
+    console: Console,
+    source: str,
+    label: str,
+    texts: list[str],
+    loading: dict[str, Any],
+    measuring: dict[str, Any],
+    *,
+    each: bool,
 ) -> Profile:
     import torch
     from rich.markup import escape
@@ -388,6 +422,8 @@ def _measure(
         model, tokenizer = load_model(source, **loading)
     if tokenizer is None:
         raise MeasureError(f"{source} comes without a tokenizer; name the right one: --tokenizer DIRECTORY_OR_HUB_ID.")
+    if each:
+        texts = _long_enough(console, label, texts, tokenizer)
     if loading["device_map"] is None and not loading["eight_bit"] and torch.cuda.is_available():
         model = model.to("cuda")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -409,9 +445,10 @@ def _show(console: Console, label: str, profile: Profile, place: Path, bins: int
     from decondense.records import atomic_write
 
     table = tables.layer_table(profile)
-    _print(console, tables.compact(table), f"{label}: {profile.n_passages} passages of up to {profile.tokens} tokens")
+    title = f"{label}: {profile.n_passages} passages of up to {profile.tokens} tokens"
+    console.print(tables.terminal_layers(profile).to_rich(title=title))
     if profile.metrics:
-        _print(console, tables.columns(table, ["layer", *profile.metrics]), "side metrics")
+        console.print(tables.metric_table(profile).to_rich(title="side metrics"))
     for name in ("spearman", "kendall"):
         low, high = profile.interval(name)
         known = f"95 % interval over passages {low:+.2f}..{high:+.2f}" if low == low else "one passage has no interval"
@@ -422,8 +459,8 @@ def _show(console: Console, label: str, profile: Profile, place: Path, bins: int
         )
     if profile.has_final_norm:
         console.print(f"(the last layer of the depth is the state {_last_state(profile)})", highlight=False)
-    atomic_write(place / "layers.md", tables.to_markdown(table))
-    atomic_write(place / "layers.csv", tables.to_csv(table))
+    atomic_write(place / "layers.md", table.to_markdown())
+    atomic_write(place / "layers.csv", table.to_csv())
     data = _mapping(profile, label, bins)
     if data[kind] is None:
         console.print(f"[yellow]note:[/] {profile.no_averaged} Drawing the pooled one.", highlight=False)
@@ -453,10 +490,10 @@ def _compare(
 
     table = tables.model_table([(label, profile) for label, _, profile in done])
     by_size = done if done[0][1] is not None or pairs else sorted(done, key=lambda item: item[2].info["parameters"])
-    shown = _summary([(label, profile) for label, _, profile in by_size])
-    _print(console, shown, f"{family or 'models'}: mean cosine, and its rank correlation with depth")
-    atomic_write(folder / "models.md", tables.to_markdown(table))
-    atomic_write(folder / "models.csv", tables.to_csv(table))
+    title = f"{family or 'models'}: mean cosine, and its rank correlation with depth"
+    console.print(tables.terminal_models([(label, profile) for label, _, profile in by_size]).to_rich(title=title))
+    atomic_write(folder / "models.md", table.to_markdown())
+    atomic_write(folder / "models.csv", table.to_csv())
     data = [{**_mapping(profile, label, bins), "step": step} for label, step, profile in done]
     if any(item[kind] is None for item in data):
         kind = "pooled"
@@ -469,40 +506,7 @@ def _compare(
         export(condensation.family_figure(data, family=family or "", **look), folder / "family")
 
 
-def _summary(profiles: list[tuple[str, Profile]]) -> tuple[list[str], list[list[Any]]]:
-    """One line a model, in the width of a terminal."""
-    from decondense.figures.condensation import count_label
-
-    head = ["model", "size", "first", "last", "last half", "Spearman", "95 % interval", "Kendall"]
-    lines: list[list[Any]] = []
-    for label, profile in profiles:
-        mu = profile.mean_cosine
-        low, high = profile.interval("spearman")
-        line: list[Any] = [label, count_label(profile.info["parameters"])]
-        line += [f"{value:.3f}" for value in (mu[0], mu[-1], profile.last())]
-        line += [f"{profile.spearman:+.2f}", f"{low:+.2f}..{high:+.2f}", f"{profile.kendall:+.2f}"]
-        lines.append(line)
-    return head, lines
-
-
 def _mapping(profile: Profile, label: str, bins: int) -> dict[str, Any]:
     from decondense.measuring.profile import as_mapping
 
     return {**as_mapping(profile, bins=bins), "label": label}
-
-
-def _print(console: Console, table: tuple[list[str], list[list[Any]]], title: str) -> None:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    from decondense.measuring.tables import format_cell
-
-    shown = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.collapse_padding = True
-    for number, name in enumerate(table[0]):
-        # spaces, so that a long name of a metric breaks where words end
-        shown.add_column(name.replace("_", " "), justify="left" if number == 0 else "right", no_wrap=number == 0)
-    for line in table[1]:
-        shown.add_row(*(escape(format_cell(cell)) for cell in line))
-    console.print(shown)

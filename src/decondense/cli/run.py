@@ -320,7 +320,7 @@ def train(
     from rich.console import Console
 
     from decondense.config import ConfigError
-    from decondense.records import read_rows, write_rows
+    from decondense.records import RowReader, write_rows
     from decondense.studies.runner import cell_folder, collect, open_directory, study_corpus
 
     asked = _Asked(name, scale, seeds, text, tokenizer, start, tasks, data_dir, limit, tuple(assignments or ()))
@@ -337,16 +337,14 @@ def train(
     from decondense.studies.worker import run_one
     from decondense.training.hf import is_main_process
 
-    shown: dict[Path, int] = {}
+    readers: dict[Path, RowReader] = {}
 
     def watch(task: Task) -> None:
-        path = task.folder / "rows.jsonl"
-        if not is_main_process() or not path.exists():
+        if not is_main_process():
             return
-        seen = shown.get(path, 0)
-        for row in read_rows(path, check=False):
-            if row["kind"] == "step" and row["step"] > seen:
-                shown[path] = row["step"]
+        reader = readers.setdefault(task.folder, RowReader(task.rows))
+        for row in reader.read()[1]:
+            if row["kind"] == "step":
                 console.print(
                     f"{task.name} seed {task.seed}: step {row['step']}/{task.steps}, loss {row['loss']:.4f}",
                     markup=False,
@@ -365,8 +363,9 @@ def _run(chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retr
     from rich.console import Console
 
     from decondense.cli.evidence import present
-    from decondense.config import ConfigError, StudyConfig
+    from decondense.config import ConfigError
     from decondense.studies import run_study
+    from decondense.studies.directory import study_of
     from decondense.studies.estimate import short_form
     from decondense.studies.launch import launches
 
@@ -377,7 +376,7 @@ def _run(chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retr
             "torchtitan:\n" + "\n".join(launch.lines)
         )
     there = out / "study.yaml"
-    planned = StudyConfig.from_yaml(there) if resume and there.is_file() else chosen
+    planned = study_of(out) if resume and there.is_file() else chosen
     for line in short_form(planned, workers=workers):
         typer.echo(line, err=True)
     console = Console()

@@ -6,9 +6,9 @@ No torch here: the evidence side reads configurations too.
 """
 
 from decondense.config.attach import DispersionConfig, WeightSchedule
-from decondense.config.base import Config, ConfigError, one_of, parse_yaml, suggest
-from decondense.config.loss import COMPAT_NAMES, FORM_NAMES, LossConfig
-from decondense.config.measure import MeasureConfig
+from decondense.config.base import Config, ConfigError, one_of, parse_yaml, suggest, without_credentials
+from decondense.config.loss import COMPAT_NAMES, FORM_NAMES, CallOptions, LossConfig, LossOptions
+from decondense.config.measure import METRIC_NAMES, MeasureConfig
 from decondense.config.model import PREPARED, ArmModelConfig, LoraConfig, ModelConfig, Overrides
 from decondense.config.study import ArmConfig, PreparedConfig, StudyConfig, SweepConfig
 from decondense.config.train import CorpusConfig, EvaluateConfig, TrainConfig
@@ -17,10 +17,12 @@ from decondense.config.treatments import ActiveForgettingConfig, DistillationCon
 __all__ = [
     "COMPAT_NAMES",
     "FORM_NAMES",
+    "METRIC_NAMES",
     "PREPARED",
     "ActiveForgettingConfig",
     "ArmConfig",
     "ArmModelConfig",
+    "CallOptions",
     "Config",
     "ConfigError",
     "CorpusConfig",
@@ -29,6 +31,7 @@ __all__ = [
     "EvaluateConfig",
     "LoraConfig",
     "LossConfig",
+    "LossOptions",
     "MeasureConfig",
     "ModelConfig",
     "NoisyEmbeddingConfig",
@@ -41,4 +44,5 @@ __all__ = [
     "one_of",
     "parse_yaml",
     "suggest",
+    "without_credentials",
 ]

@@ -84,8 +84,24 @@ class DispersionConfig(Config):
     """Disperse the input of the first block too. Paper: never."""
     gradient_ratio_every: int | None = Field(default=None, ge=1)
     """Optimizer steps between two logged ratios of the gradient norms of the two terms; None: never."""
-    seed: int = 0
-    """Seed of the loss's own random generator (only ``pairs="grouped"`` and ``"subset"`` draw)."""
+    tokens_first: bool | None = None
+    """Whether the blocks return [tokens, batch, width]; None: settled by :mod:`decondense.layout`."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the loss's own random generator (random groups, subsets, directions): ``loss.seed``."""
+        return self.loss.seed
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_seed(cls, data: Any) -> Any:
+        # there was a seed here too, and it was the one that counted: files and rows that have it are still read
+        if not isinstance(data, dict) or "seed" not in data:
+            return data
+        rest = {key: value for key, value in data.items() if key != "seed"}
+        loss = rest.get("loss", {})
+        loss = loss.model_dump() if isinstance(loss, LossConfig) else loss
+        return {**rest, "loss": {**loss, "seed": data["seed"]}} if isinstance(loss, dict) else rest
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +34,15 @@ def one_of(what: str, name: str, choices: Iterable[str]) -> str:
     raise ConfigError(f"unknown {what} {name!r}.{suggest(name, known)} Known: {', '.join(known)}.")
 
 
+def without_credentials(source: str) -> str:
+    """A URL without user, password, query and fragment, any of which may hold a secret; other names as they are."""
+    scheme, mark, rest = source.partition("://")
+    if not mark:
+        return source
+    authority, slash, path = re.split("[?#]", rest)[0].partition("/")
+    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """YAML as the safe loader reads it, but a key that is given twice is refused: the first would go unnoticed."""
 
@@ -49,10 +59,47 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+_MOST_NODES = 200_000
+_DEEPEST = 60
+
+
+def _check_size(node: yaml.Node | None, where: str) -> None:
+    """Refuse a text whose aliases expand to very much, contain themselves, or that is nested without end."""
+    sizes: dict[int, int] = {}
+    inside: set[int] = set()
+
+    def size(node: yaml.Node, depth: int) -> int:
+        if id(node) in sizes:
+            return sizes[id(node)]
+        if id(node) in inside:
+            raise ConfigError(f"{where}: not valid YAML: an alias contains itself ({str(node.start_mark).strip()}).")
+        if depth > _DEEPEST:
+            raise ConfigError(f"{where}: nested more than {_DEEPEST} levels deep ({str(node.start_mark).strip()}).")
+        inside.add(id(node))
+        total = 1
+        if isinstance(node, yaml.SequenceNode):
+            total += sum(size(item, depth + 1) for item in node.value)
+        elif isinstance(node, yaml.MappingNode):
+            total += sum(size(key, depth + 1) + size(value, depth + 1) for key, value in node.value)
+        inside.discard(id(node))
+        if total > _MOST_NODES:
+            raise ConfigError(f"{where}: its aliases expand to more than {_MOST_NODES} values.")
+        sizes[id(node)] = total
+        return total
+
+    if node is not None:
+        size(node, 0)
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """The data of a YAML text; what cannot be read raises :class:`ConfigError` naming ``where``."""
     try:
-        return yaml.load(text, Loader=_UniqueKeys)
+        loader = _UniqueKeys(text)
+        node = loader.get_single_node()
+        _check_size(node, where)
+        return None if node is None else loader.construct_document(node)
+    except ConfigError:
+        raise
     except Exception as error:  # numbers, dates and tags that cannot be constructed raise half a dozen other types
         raise ConfigError(f"{where}: is no valid YAML ({error}).") from error
 
@@ -99,6 +146,8 @@ class Config(BaseModel):
                 shown = ""
                 if item["type"] != "value_error" and item["type"] != "missing":
                     shown = f" (got {item['input']!r})"
+                if item["type"] == "literal_error":
+                    shown += suggest(item["input"], re.findall(r"'([^']*)'", item["ctx"]["expected"]))
                 lines.append(f"{where}: {place + ': ' if place else ''}{message}{shown}")
             raise ConfigError("\n".join(lines)) from None
 

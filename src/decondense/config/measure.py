@@ -6,7 +6,18 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from decondense.config.base import Config
+from decondense.config.base import Config, one_of
+
+METRIC_NAMES = (
+    "effective_rank",
+    "singular_value_entropy",
+    "explainable_variance",
+    "hfc_lfc",
+    "isoscore",
+    "participation_ratio",
+    "mean_square_cosine",
+)
+"""The side metrics; each is a function of this name in :mod:`decondense.measuring.metrics`."""
 
 
 class MeasureConfig(Config):
@@ -22,6 +33,10 @@ class MeasureConfig(Config):
     """Side metrics by name (``decondense.measuring.METRICS``), or ``("all",)``; they cost more than the means."""
     logits: bool = False
     """Measure the logits as one more state. The authors offer it too."""
+    blocks: str | None = None
+    """Dotted path of the list of transformer blocks; None: found by :func:`decondense.blocks.find_blocks`."""
+    tokens_first: bool | None = None
+    """Whether the blocks return [tokens, batch, width]; None: told by the shapes. Given, it is checked."""
     dataset: str = "embedded"
     """Source of the passages: ``embedded``, ``wikitext``, ``pubmed_qa``, ``imdb``, ``squad``, or a hub id."""
     passages: int = Field(default=100, ge=1)
@@ -43,6 +58,11 @@ class MeasureConfig(Config):
         if bins & (bins - 1):
             raise ValueError(f"bins must be a power of two from 2 to 2048, got {bins}; the paper uses 128.")
         return bins
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_metrics(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(one_of("metric", name, [*METRIC_NAMES, "all"]) for name in metrics)
 
     @field_validator("passage_words")
     @classmethod

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from decondense.config.attach import DispersionConfig
 from decondense.config.base import Config, one_of
@@ -26,7 +27,12 @@ class ArmConfig(Config):
     active_forgetting: ActiveForgettingConfig | None = None
     distillation: DistillationConfig | None = None
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate of this arm; None: the one that the sweep finds, or the study's."""
+    """Peak learning rate of this arm; None: the one that the sweep chooses, or the study's. An arm with a rate of
+    its own takes no part in the sweep."""
+    warmup: float | None = Field(default=None, ge=0, lt=1)
+    """Fraction of the steps over which this arm's rate rises; None: the one that the sweep chooses, or the study's."""
+    gradient_clip: float | None = Field(default=None, gt=0)
+    """Largest global L2 norm of this arm's gradient; None: the one that the sweep chooses, or the study's."""
     model: ArmModelConfig | None = None
     untrained: bool = False
     """Evaluate the start as it is and train nothing (the paper's row "none")."""
@@ -34,7 +40,8 @@ class ArmConfig(Config):
     @model_validator(mode="after")
     def _untouched(self) -> ArmConfig:
         if self.untrained:
-            for name in ("dispersion", "noisy_embedding", "active_forgetting", "distillation", "learning_rate"):
+            treatments = ("dispersion", "noisy_embedding", "active_forgetting", "distillation")
+            for name in (*treatments, "learning_rate", "warmup", "gradient_clip"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"arm {self.name!r} is untrained; {name} would have no effect, leave it away.")
         return self
@@ -50,23 +57,61 @@ class PreparedConfig(Config):
 
 
 class SweepConfig(Config):
-    """A learning rate of its own for every arm, chosen before anything is compared.
+    """Settings of its own for every arm, chosen before anything is compared.
 
-    Each arm is trained at each rate with a seed that is not one of the study's, and takes the rate with the least loss
-    on held-out documents that are not those of the comparison.
+    Each arm is trained with every combination of the listed learning rates, warm-ups and clippings, on seeds that are
+    not the study's, and takes the setting with the least loss (mean over ``seeds``) on held-out documents that are not
+    those of the comparison. Every arm gets the same grid; what an arm fixes for itself is not varied for it.
     """
 
-    learning_rates: tuple[float, ...] = Field(min_length=2)
+    learning_rates: tuple[float, ...] = Field(min_length=1)
+    warmups: tuple[float, ...] = ()
+    """Warm-ups to try, as fractions of the run's steps; empty: the study's ``train.warmup`` alone."""
+    gradient_clips: tuple[float, ...] = ()
+    """Largest gradient norms to try; empty: the study's ``train.gradient_clip`` alone."""
     seed: int = Field(default=1000, ge=0)
+    """Seed of the trials."""
+    seeds: tuple[int, ...] = ()
+    """Several trial seeds instead of ``seed``: a setting is judged by its mean over them."""
     steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps of a trial; None: those of the study."""
+    """Optimizer steps of a trial; None: those of the study. A shorter trial keeps the warm-up of the run it stands for
+    in steps (``warmup_unit``) and lets the rate decay over the steps that are left to it."""
+    warmup_unit: Literal["steps", "fraction"] = "steps"
+    """Of a trial shorter than the run: ``steps``: as many warm-up steps as the run has; ``fraction``: the same share of
+    the trial's own steps, so that the trial is a scaled-down run. The rate that is best with a short warm-up need not
+    be the best one with a long warm-up."""
 
-    @field_validator("learning_rates")
+    @field_validator("learning_rates", "gradient_clips")
     @classmethod
-    def _ascending(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
-        if any(rate <= 0 for rate in rates) or len(set(rates)) != len(rates):
-            raise ValueError(f"learning_rates are different positive numbers, got {rates}.")
-        return tuple(sorted(rates))
+    def _positive(cls, values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        if any(not 0 < value < math.inf for value in values) or len(set(values)) != len(values):
+            raise ValueError(f"{info.field_name} are different positive numbers, got {values}.")
+        return tuple(sorted(values))
+
+    @field_validator("warmups")
+    @classmethod
+    def _fractions(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 <= value < 1 for value in values) or len(set(values)) != len(values):
+            raise ValueError(f"warmups are different fractions of the run, at least 0 and below 1, got {values}.")
+        return tuple(sorted(values))
+
+    @field_validator("seeds")
+    @classmethod
+    def _different(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) != len(seeds) or any(seed < 0 for seed in seeds):
+            raise ValueError(f"seeds must be different non-negative whole numbers, got {seeds}.")
+        return seeds
+
+    @model_validator(mode="after")
+    def _choice(self) -> SweepConfig:
+        if len(self.learning_rates) * max(1, len(self.warmups)) * max(1, len(self.gradient_clips)) < 2:
+            raise ValueError("a sweep has at least two settings to choose from; add learning_rates or warmups.")
+        return self
+
+    @property
+    def trial_seeds(self) -> tuple[int, ...]:
+        """The seeds of every setting's trials."""
+        return self.seeds or (self.seed,)
 
 
 class StudyConfig(Config):
@@ -130,10 +175,8 @@ class StudyConfig(Config):
                 raise ValueError(f"prepared.{name}: starts from another prepared model; that is not supported.")
         if self.arm(self.baseline).model is not None and self.measure is None:
             raise ValueError(f"the baseline {self.baseline!r} has a model of its own; give it as the study's model.")
-        if self.sweep is not None and self.sweep.seed in self.seeds:
-            raise ValueError(
-                f"sweep.seed {self.sweep.seed} is one of the study's seeds; rates are chosen on a seed of their own."
-            )
+        if self.sweep is not None:
+            self._check_sweep(self.sweep)
         start = self.model.start if self.model.prepared is None else None
         if start is not None and self.corpus.tokenizer is None and self.measure is None:
             raise ValueError(
@@ -146,6 +189,24 @@ class StudyConfig(Config):
                 f"{self.train.sequence_tokens}, the length that the model is trained on."
             )
         return self
+
+    def _check_sweep(self, sweep: SweepConfig) -> None:
+        for seed in sweep.trial_seeds:
+            if seed in self.seeds:
+                raise ValueError(
+                    f"sweep.seed {seed} is one of the study's seeds; settings are chosen on a seed of their own."
+                )
+        if sweep.steps is None or sweep.warmup_unit == "fraction":
+            return
+        own = [arm.warmup for arm in self.arms if self.swept(arm) and arm.warmup is not None]
+        longest = max((*(sweep.warmups or (self.train.warmup,)), *own))
+        steps = round(longest * self.train.steps)
+        if steps >= sweep.steps:
+            raise ValueError(
+                f"sweep.steps {sweep.steps}: such a trial ends within the run's warm-up of {steps} steps ({longest:g} "
+                f"of {self.train.steps}) and says nothing about the rate. Give sweep.steps above {steps}, omit it, or "
+                "state that trials are scaled-down runs with sweep.warmup_unit: fraction."
+            )
 
     def arm(self, name: str) -> ArmConfig:
         """The arm called ``name``; an unknown name raises with a suggestion."""
@@ -162,5 +223,5 @@ class StudyConfig(Config):
         return [name for name in wanted if name is not None]
 
     def swept(self, arm: ArmConfig) -> bool:
-        """Whether the sweep chooses the arm's learning rate."""
+        """Whether the sweep chooses the arm's settings."""
         return self.sweep is not None and not arm.untrained and arm.learning_rate is None

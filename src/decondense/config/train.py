@@ -6,21 +6,21 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from decondense.config.base import Config
+from decondense.config.base import Config, without_credentials
 
 
 class CorpusConfig(Config):
     """The text that is trained on and held out."""
 
     source: str = "python_docs"
-    """``python_docs`` (embedded default), the path of a text file or of a directory of text files, or the hub id of a
-    data set (``OWNER/NAME``)."""
+    """``python_docs`` (embedded default), the path of a file or directory of text, or the hub id of a data set
+    (``OWNER/NAME``). Of a URL, user, password and query are dropped."""
     subset: str | None = None
-    """Hub only: configuration of the data set."""
+    """Data sets only: configuration that is read."""
     split: str = "train"
-    """Hub only: split that is read; documents are held out of it."""
+    """Directories and data sets only: split that is read; documents are held out of it."""
     text_field: str | None = None
-    """Field that holds the text; None: ``text``, or the only field of strings."""
+    """Field that holds the text; None: ``text``, or the only field of strings that names no record (id, URL, date)."""
     streaming: bool = False
     """Hub only: read the rows one by one over the network instead of downloading the data set first."""
     most_characters: int | None = Field(default=None, ge=1)
@@ -34,6 +34,12 @@ class CorpusConfig(Config):
     """Entries of the BPE that is trained; not used when ``tokenizer`` is given."""
     held_out: float = Field(default=0.05, gt=0, lt=0.5)
     """Share of the documents held out, chosen by the hash of their text."""
+
+    # here, so that no message, study file or row ever holds them
+    @field_validator("source")
+    @classmethod
+    def _no_credentials(cls, value: str) -> str:
+        return without_credentials(value)
 
 
 class TrainConfig(Config):
@@ -91,6 +97,10 @@ class EvaluateConfig(Config):
     passages: int = Field(default=32, ge=1)
     """Held-out passages on which condensation is measured."""
     passage_tokens: int = Field(default=128, ge=2)
+    blocks: str | None = None
+    """Dotted path of the list of transformer blocks that is measured; None: found."""
+    tokens_first: bool | None = None
+    """Whether the blocks return [tokens, batch, width]; None: told by the shapes."""
     held_out_part: Literal["validation", "tuning"] = "validation"
     """Which held-out documents are scored: the first ones, or others at the end, on which learning rates are chosen."""
     tasks: tuple[str, ...] = ()

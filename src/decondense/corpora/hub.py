@@ -13,23 +13,24 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from decondense.config import suggest
-from decondense.corpora.passages import PassageError, choose_column
+from decondense.corpora.columns import NULL, PassageError, choose_column, kind_of_value
+from decondense.corpora.directories import data_files, is_saved
+from decondense.corpora.files import kind_of, kind_of_arrow
+from decondense.hashing import hash_file
 
 TIMEOUT = 8.0
 """Seconds after which a hub that does not answer counts as out of reach."""
 _HEAD = 1000
 """Rows looked at to tell documents from the lines of documents."""
+_TYPED = 100
+"""Rows looked at to tell the types of a stream that does not declare them."""
 _BATCH = 64  # rows fetched at once: they may be whole books
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_SPLIT_NAME = re.compile(r"(train|test|validation|valid|dev|eval)(?![A-Za-z])")
-_SPLIT_KINDS = frozenset({".jsonl", ".json", ".parquet", ".csv", ".arrow"})
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # an article's heading in WikiText; those of its sections have two and more signs on each side
 _TITLE = re.compile(r" ?= (?!=)\S(.*\S)?(?<!=) = ?\n?")
@@ -37,59 +38,14 @@ _TITLE = re.compile(r" ?= (?!=)\S(.*\S)?(?<!=) = ?\n?")
 
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form ``OWNER/NAME`` and not the suffix of a text file."""
-    return _ID.fullmatch(name) is not None and Path(name).suffix not in (".txt", ".md", *_SPLIT_KINDS)
-
-
-def is_hub_directory(path: Path) -> bool:
-    """Whether a directory is a data set in the hub's format rather than a collection of text files.
-
-    It is when ``save_to_disk`` wrote it, when its README.md declares ``configs`` or ``dataset_info``, or when one of
-    its JSON, parquet, CSV or Arrow files, or a folder with such files, is named after a split (``train.jsonl``,
-    ``data/train-00000-of-00002.parquet``, ``test/0.json``).
-    """
-    if not path.is_dir():
-        return False
-    if _saved(path) or {"configs", "dataset_info"} & _card(path).keys():
-        return True
-    return any(
-        _SPLIT_KINDS & set(file.suffixes[-2:]) and any(map(_SPLIT_NAME.match, file.relative_to(path).parts))
-        for file in data_files(path)
-    )
-
-
-def _saved(path: Path) -> bool:
-    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
-
-
-def _card(path: Path) -> dict[str, Any]:
-    """What the data set's README.md declares in its first lines."""
-    try:
-        text = (path / "README.md").read_text(encoding="utf-8")
-        front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-        found = yaml.safe_load(front.group(1)) if front else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def data_files(path: Path) -> list[Path]:
-    """The files below a directory without the hidden ones, sorted."""
-    return sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
+    return _ID.fullmatch(name) is not None and not kind_of(Path(name))
 
 
 def files_hash(files: Iterable[Path], root: Path) -> str:
     """Names and contents of files as a revision, ``files:`` and 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for file in files:
-        content = hashlib.sha256()
-        with file.open("rb") as handle:
-            while block := handle.read(1 << 20):
-                content.update(block)
-        digest.update(f"{file.relative_to(root).as_posix()}\0{content.hexdigest()}\n".encode())
+        digest.update(f"{file.relative_to(root).as_posix()}\0{hash_file(file)}\n".encode())
     return f"files:{digest.hexdigest()[:16]}"
 
 
@@ -145,7 +101,10 @@ class HubRows:
 
 
 class Column(Sequence[str]):
-    """The rows of a data set that was loaded as a whole, fetched one by one: wikitext-103 has 1.8 million."""
+    """The rows of a data set that was loaded as a whole, fetched one by one: wikitext-103 has 1.8 million.
+
+    A row without text (null) is an empty one, and empty rows stay: passages are drawn among all rows, as published.
+    """
 
     def __init__(self, rows: HubRows) -> None:
         self._rows = rows
@@ -154,7 +113,8 @@ class Column(Sequence[str]):
         return len(self._rows.data)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._rows.data[index][self._rows.column]
+        found = self._rows.data[index][self._rows.column]
+        return [value or "" for value in found] if isinstance(index, slice) else found or ""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
@@ -173,41 +133,46 @@ def find(name: str, subset: str | None, split: str, *, remedy: str) -> HubSource
     return HubSource(name, subset, split, revision, reason, remedy)
 
 
-def open_rows(source: HubSource, field: str | None, *, streaming: bool = False, only_field: bool = False) -> HubRows:
+def open_rows(source: HubSource, field: str | None, *, streaming: bool = False) -> HubRows:
     """Open a data set: the hub's, or, when the hub is out of reach, what the library's cache holds of it.
 
     Args:
         source: from :func:`find`.
-        field: column that holds the text; None: see :func:`~decondense.corpora.passages.choose_column`.
+        field: column that holds the text; None: see :func:`~decondense.corpora.columns.choose_column`.
         streaming: read rows one by one over the network instead of downloading the data set first.
-        only_field: without ``field`` and a column ``text``, refuse to choose among several columns of strings.
 
     Raises:
         PassageError: the data set cannot be reached, or has no such subset, split or field.
     """
-    data = _from_disk(source) if source.local and _saved(Path(source.name)) else _load(source, streaming)
-    features = data.features
-    if features is None:  # a stream whose files declare no types: the first row tells
-        try:
-            first = next(iter(data), None)
-        except Exception as error:
-            raise PassageError(f"{source.label} cannot be read: {_reason(error)}.") from error
-        if first is None:
-            raise PassageError(f"{source.label} has no rows in its split {source.split!r}.")
-        kinds = {name: type(value).__name__ for name, value in first.items()}
-    else:
-        kinds = {name: str(getattr(kind, "dtype", type(kind).__name__)) for name, kind in features.items()}
-    column = choose_column(list(kinds), kinds.__getitem__, field, source.label, only=only_field)
-    if "str" not in kinds[column]:
-        others = [name for name, kind in kinds.items() if "str" in kind]
-        raise PassageError(
-            f"field {column!r} of {source.label} holds {kinds[column]} and no text; fields of strings: "
-            f"{', '.join(others) or 'none'}."
-        )
+    data = _from_disk(source) if source.local and is_saved(Path(source.name)) else _load(source, streaming)
+    column = choose_column(_kinds(data, source), field, source.label)
     count = getattr(data, "num_rows", None)
     if count is None and (known := (data.info.splits or {}).get(source.split)) is not None:
         count = known.num_examples or None
     return HubRows(data.select_columns([column]), column, source.revision or _fingerprint(data), count, source.label)
+
+
+def _kinds(data: Any, source: HubSource) -> dict[str, str]:
+    """Name -> kind of the columns of a data set."""
+    import datasets
+
+    if data.features is not None:
+        return {
+            # a class label is stored as its number; anything else as what it is
+            name: kind_of_arrow(kind.pa_type) if isinstance(kind, datasets.Value) else type(kind).__name__
+            for name, kind in data.features.items()
+        }
+    kinds: dict[str, str] = {}  # a stream whose files declare no types: the first rows tell
+    try:
+        for row in islice(iter(data), _TYPED):
+            kinds |= {name: kind_of_value(value) for name, value in row.items() if kinds.get(name, NULL) == NULL}
+            if NULL not in kinds.values():
+                break
+    except Exception as error:
+        raise PassageError(f"{source.label} cannot be read: {_reason(error)}.") from error
+    if not kinds:
+        raise PassageError(f"{source.label} has no rows in its split {source.split!r}.")
+    return kinds
 
 
 def _fingerprint(data: Any) -> str:
@@ -374,7 +339,8 @@ def _joined(rows: Iterable[str]) -> Iterator[str]:
     before = ""
     for row in rows:
         if article and not before.strip() and _TITLE.fullmatch(row):
-            yield "".join(article)
+            if (text := "".join(article)).strip():
+                yield text
             article = []
         article.append(row if row.endswith("\n") else row + "\n")
         before = row

@@ -13,7 +13,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import heapq
-import io
 import json
 import os
 import shutil
@@ -33,8 +32,10 @@ import numpy as np
 from decondense.checkpoints import reason_of
 from decondense.config import ConfigError, CorpusConfig
 from decondense.corpora import hub
+from decondense.corpora.columns import TextWarning
 from decondense.corpora.embedded import Document, Progress, cache_directory
-from decondense.corpora.sources import END, Source, documents_of, find_source
+from decondense.corpora.sources import END, Dropped, Source, documents_of, find_source
+from decondense.hashing import hash_file
 from decondense.seeding import derive
 from decondense.tokenizers import read_tokenizer, vocabulary_of
 
@@ -220,16 +221,6 @@ def prepare(config: CorpusConfig, *, cache: Path | None = None, progress: Progre
     return _build(path, source, request, ready, config, progress)
 
 
-def read_documents(config: CorpusConfig, *, cache: Path, progress: Progress | None = None) -> Iterator[Document]:
-    """The documents of a source in its order, without repeats, up to ``most_characters``; none is kept.
-
-    A source is ``python_docs``, a local file or directory of text, JSON lines or parquet, a local directory of the
-    hub's format, or a hub id. A row of a data set is a document, but for rows that are lines of articles
-    (:func:`decondense.corpora.hub.join_articles`). The document that reaches ``most_characters`` is cut there.
-    """
-    return documents_of(find_source(config, cache=cache, progress=progress), config, "reading", progress)
-
-
 def _prepared_last(folder: Path, request: str) -> PackedCorpus | None:
     """The newest corpus that was prepared for a request, whatever the revision."""
     found = []
@@ -246,19 +237,11 @@ def load(path: Path) -> PackedCorpus | None:
     """A prepared corpus, or None when there is none or its files are not those of its manifest."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        if any(_file_hash(path / name) != expected for name, expected in manifest["files"].items()):
+        if any(hash_file(path / name) != expected for name, expected in manifest["files"].items()):
             return None
     except (OSError, ValueError, KeyError):
         return None
     return PackedCorpus(path, manifest)
-
-
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):  # a corpus may be larger than memory
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _load_tokenizer(name: str) -> Any:
@@ -289,7 +272,8 @@ def _build(
     held = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX)  # goes when this process goes, however it does
-        documents = documents_of(source, config, "reading" if ready is None else "tokenising", progress)
+        dropped = Dropped()
+        documents = documents_of(source, config, "reading" if ready is None else "tokenising", progress, dropped)
         if ready is None:
             # read once, kept on disk: the vocabulary must be learnt before the first token is written
             spool = folder / "text.jsonl"
@@ -310,7 +294,7 @@ def _build(
         (folder / "text.jsonl").unlink(missing_ok=True)
         for name in ("train", "held_out"):
             files += [f"{name}.npy", f"{name}_starts.npy", f"{name}_names.json"]
-        hashes = {name: _file_hash(folder / name) for name in files}
+        hashes = {name: hash_file(folder / name) for name in files}
         manifest = {
             "config": config.model_dump(mode="json"),
             "source": source.name,
@@ -324,6 +308,8 @@ def _build(
             "train_tokens": len(np.load(folder / "train.npy", mmap_mode="r")),
             "held_out_tokens": len(np.load(folder / "held_out.npy", mmap_mode="r")),
             "characters": tally.characters,
+            "empty_documents": dropped.empty,
+            "repeated_documents": dropped.repeated,
             "files": hashes,
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -334,6 +320,12 @@ def _build(
             if load(path) is None:
                 shutil.rmtree(path, ignore_errors=True)
                 os.rename(folder, path)
+        if dropped.empty:
+            warnings.warn(
+                f"corpus.source {source.name!r}: {dropped.empty:,} records hold no text and are skipped.",
+                TextWarning,
+                stacklevel=2,
+            )
         prepared = load(path)
         assert prepared is not None, f"a corpus just written to {path} must load"
         return prepared
@@ -433,14 +425,14 @@ def _pack(tokenizer: Any, documents: Iterable[Document], folder: Path, share: fl
     kind = np.dtype(np.uint16 if vocabulary_of(tokenizer) <= 2**16 else np.uint32)
     tally = _Tally()
     held_out: list[tuple[str, int, int]] = []
-    unsorted = folder / "held_out_unsorted.npy"
+    trained = kept = 0  # tokens
     with (
-        _GrowingArray(folder / "train.npy", kind) as tokens,
-        _GrowingArray(folder / "train_starts.npy", np.dtype(np.int64)) as starts,
+        (folder / "train.raw").open("wb") as tokens,
+        (folder / "train_starts.raw").open("wb") as starts,
         (folder / "train_names.json").open("w") as names,
-        _GrowingArray(unsorted, kind) as held_out_tokens,
+        (folder / "unsorted.raw").open("wb") as held_out_tokens,
     ):
-        starts.append(np.zeros(1, np.int64))
+        starts.write(np.int64(0).tobytes())
         names.write("[")
         for batch in _batches(documents):
             texts = [document.text for document in batch]
@@ -450,24 +442,28 @@ def _pack(tokenizer: Any, documents: Iterable[Document], folder: Path, share: fl
                 ids = np.asarray([*encoding.ids, end], dtype=kind)
                 tally.characters += len(document.text)
                 if is_held_out(document, share):
-                    held_out.append((document.identity, held_out_tokens.length, len(ids)))
-                    held_out_tokens.append(ids)
+                    held_out.append((document.identity, kept, len(ids)))
+                    kept += held_out_tokens.write(ids.tobytes()) // kind.itemsize
                 else:
                     names.write(f'{", " if tally.train_documents else ""}"{document.identity}"')
                     tally.train_documents += 1
-                    tokens.append(ids)
-                    starts.append(np.asarray([tokens.length], np.int64))
+                    trained += tokens.write(ids.tobytes()) // kind.itemsize
+                    starts.write(np.int64(trained).tobytes())
         names.write("]")
+    _saved(folder / "train.raw", kind)
+    _saved(folder / "train_starts.raw", np.dtype(np.int64))
     tally.held_out_documents = len(held_out)
     # by identity, so that a budget of held-out tokens takes a random part of the source and not the first one
     held_out.sort()
     lengths = array("q", [0, *(length for _, _, length in held_out)])
     np.save(folder / "held_out_starts.npy", np.cumsum(lengths, dtype=np.int64))
     (folder / "held_out_names.json").write_text(json.dumps([name for name, _, _ in held_out]))
-    with _GrowingArray(folder / "held_out.npy", kind) as tokens:
-        found = np.load(unsorted, mmap_mode="r") if held_out else np.empty(0, kind)
+    unsorted = _saved(folder / "unsorted.raw", kind)
+    found = np.load(unsorted, mmap_mode="r")
+    with (folder / "held_out.raw").open("wb") as tokens:
         for _, begin, length in held_out:
-            tokens.append(np.asarray(found[begin : begin + length]))
+            tokens.write(found[begin : begin + length].tobytes())
+    _saved(folder / "held_out.raw", kind)
     unsorted.unlink()
     return tally
 
@@ -485,32 +481,9 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-class _GrowingArray:
-    """A one-dimensional ``.npy`` file that is appended to; in the end, byte for byte what ``np.save`` writes."""
-
-    def __init__(self, path: Path, kind: np.dtype[Any]) -> None:
-        self.length = 0
-        self._kind = kind
-        self._file = path.open("wb")
-        self._header = self._file.write(self._head())
-
-    def _head(self) -> bytes:
-        head = io.BytesIO()
-        described = {"descr": np.lib.format.dtype_to_descr(self._kind), "fortran_order": False, "shape": (self.length,)}
-        np.lib.format.write_array_header_1_0(head, described)
-        return head.getvalue()
-
-    def append(self, values: IntArray) -> None:
-        self._file.write(values.tobytes())
-        self.length += len(values)
-
-    def __enter__(self) -> _GrowingArray:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        with self._file:
-            head = self._head()
-            # numpy leaves room in the header for an array that grows
-            assert len(head) == self._header, "the header of a growing array must keep its length"
-            self._file.seek(0)
-            self._file.write(head)
+def _saved(raw: Path, kind: np.dtype[Any]) -> Path:
+    """Turn a file of bare values into the ``.npy`` file that ``np.save`` writes, without holding the values."""
+    path = raw.with_suffix(".npy")
+    np.save(path, np.memmap(raw, kind, mode="r") if raw.stat().st_size else np.empty(0, kind))
+    raw.unlink()
+    return path

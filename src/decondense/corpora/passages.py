@@ -8,22 +8,22 @@ whatever the number of passages.
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import io
-import json
-import lzma
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
-from decondense.config import MeasureConfig, suggest
+from decondense.config import MeasureConfig, suggest, without_credentials
+from decondense.corpora import hub
+from decondense.corpora.columns import PassageError as PassageError
+from decondense.corpora.columns import TextWarning
+from decondense.corpora.directories import find_text
+from decondense.corpora.files import decoded, iterate_paragraphs, kind_of, read_texts
 
 _D = MeasureConfig()
 
@@ -37,12 +37,28 @@ DATASETS: dict[str, tuple[str, str | None, str]] = {
 }
 # a word is what NLTK's tokenizer would about take for one: punctuation marks count
 _WORD = re.compile(r"\w+(?:[-'’]\w+)*|[^\w\s]+")
-_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
-_KINDS = (".txt", ".md", ".rst", ".jsonl", ".json", ".parquet")
 
 
-class PassageError(ValueError):
-    """A source of text that cannot be used; the message names it and the remedy."""
+class Rows(list[str]):
+    """Rows of text that all hold text, and the number of those that did not."""
+
+    skipped: int = 0
+    """Records that were null, empty or nothing but white space."""
+
+    def take(self, text: str) -> None:
+        """Add a row if it holds text, else count it."""
+        if text.strip():
+            self.append(text)
+        else:
+            self.skipped += 1
+
+    def warn(self, source: object) -> None:
+        """Warn of the rows that were skipped (:class:`~decondense.corpora.columns.TextWarning`)."""
+        if self.skipped:
+            message = (
+                f"{source}: {self.skipped:,} of {self.skipped + len(self):,} records hold no text and are skipped."
+            )
+            warnings.warn(message, TextWarning, stacklevel=4)
 
 
 def count_words(text: str) -> int:
@@ -63,13 +79,15 @@ def sample_passages(
 
     Args:
         source: ``"embedded"``; ``"wikitext"``, ``"pubmed_qa"``, ``"imdb"`` or ``"squad"``; a hub id ``OWNER/NAME`` or
-            ``OWNER/NAME:CONFIGURATION``; the path of a text, JSON-lines or parquet file (``.xz``, ``.gz`` and ``.bz2``
-            too) or of a directory of them; ``"-"`` for standard input; or the rows themselves.
+            ``OWNER/NAME:CONFIGURATION``; the path of a file of text, JSON, JSON lines, CSV or parquet (``.gz``,
+            ``.bz2``, ``.xz`` and ``.zst`` too), of a directory of them, or of a data set in the hub's format or
+            written by ``save_to_disk``; ``"-"`` for standard input; or the rows themselves.
         count: Number of passages.
         words: Fewest and most words of a passage.
         seed: Passage r is drawn with ``seed + r``.
-        split: Split of a hub data set.
-        field: Column that holds the text; None: the published one, else ``text``, else the first column of strings.
+        split: Split of a data set.
+        field: Column that holds the text; None: the published one, else the rule of
+            :func:`~decondense.corpora.columns.choose_column`.
 
     Returns:
         ``count`` passages. They may overlap when the source is small.
@@ -121,14 +139,16 @@ def read_rows(source: str | Path | Sequence[str], *, split: str = "train", field
     if name == EMBEDDED:
         return _embedded()
     if name == "-":
-        return paragraphs(sys.stdin)
+        return _standard_input()
     if name in DATASETS:
         hub_id, configuration, published = DATASETS[name]
         return _hub(hub_id, configuration, split, field or published)
     path = Path(name)
     if path.exists():
-        return [row for file in text_files(path) for row in read_file(file, field=field)]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and not _kind(path):
+        return _local(path, split, field)
+    if "://" in name:
+        raise PassageError(f"{_named(name)} is a URL, and only local files are read; download it and give its path.")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and not kind_of(path):
         hub_id, _, configuration = name.partition(":")
         return _hub(hub_id, configuration or None, split, field)
     raise PassageError(
@@ -137,145 +157,59 @@ def read_rows(source: str | Path | Sequence[str], *, split: str = "train", field
     )
 
 
+def read_each(
+    source: str | Path | Sequence[str], *, split: str = "train", field: str | None = None, most: int | None = None
+) -> Rows:
+    """The records of a source as passages of their own, at most ``most``; those without text are skipped and counted.
+
+    Raises:
+        PassageError: the source cannot be used, or no record holds text.
+    """
+    found = Rows()
+    for row in read_rows(source, split=split, field=field):
+        if len(found) == most:
+            break
+        found.take(row)
+    if not found:
+        raise PassageError(f"{_named(source)} holds no text.")
+    found.warn(source)
+    return found
+
+
 def paragraphs(stream: TextIO | str) -> list[str]:
     """Paragraphs (separated by blank lines) of a text, each ending in a blank line of its own."""
     return list(iterate_paragraphs(io.StringIO(stream) if isinstance(stream, str) else stream))
 
 
-def iterate_paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """The same, one after the other; never more than one paragraph is held."""
-    found: list[str] = []
-    for number, line in enumerate(lines):
-        # a blank line separates only when there is a line end on both sides of it
-        if not number or line.strip() or not line.endswith("\n"):
-            found.append(line)
-            continue
-        if (text := "".join(found)).strip():
-            yield text.strip("\n") + "\n\n"
-        found = []
-    if (text := "".join(found)).strip():
-        yield text.strip("\n") + "\n\n"
+def read_file(path: str | Path, *, field: str | None = None) -> Rows:
+    """Rows of one local file that hold text: paragraphs of a text, records of a table or of JSON."""
+    return _of_files((Path(path),), field)
 
 
-@dataclass
-class Position:
-    """How far a reader has come in a source."""
-
-    done: int = 0
-    total: int = 0
-
-
-def read_file(path: str | Path, *, field: str | None = None) -> list[str]:
-    """Rows of one local file: paragraphs of a text file, records of a ``.jsonl``, ``.json`` or ``.parquet`` file."""
-    return list(iterate_file(path, field=field))
+def _of_files(files: Sequence[Path], field: str | None) -> Rows:
+    rows = Rows()
+    for file in files:
+        for text in read_texts(file, field=field):
+            rows.take(text)
+    return rows
 
 
-def iterate_file(
-    path: str | Path, *, field: str | None = None, only_field: bool = False, position: Position | None = None
-) -> Iterator[str]:
-    """The same rows, one after the other, in bounded memory (but for ``.json``, which is one value).
+def _local(path: Path, split: str, field: str | None) -> Sequence[str]:
+    found = find_text(path, split=split)
+    if found is None:
+        return _hub(str(path), None, split, field)
+    found.warn()
+    rows = _of_files(found.files, field)
+    rows.warn(path)
+    return rows
 
-    Args:
-        path: the file.
-        field: field that holds the text; None: see :func:`choose_column`.
-        only_field: without ``field`` and a field ``text``, refuse to choose among several fields of strings.
-        position: its ``done`` is moved on by the bytes of the file that were read.
-    """
-    path = Path(path)
-    kind = _kind(path) or ".txt"
-    position = position or Position()
-    begin = position.done
+
+def _standard_input() -> list[str]:
+    raw = getattr(sys.stdin, "buffer", None)
     try:
-        if kind == ".parquet":
-            import pyarrow.parquet as parquet
-
-            with parquet.ParquetFile(path) as file:
-                schema = file.schema_arrow
-                column = choose_column(schema.names, lambda c: str(schema.field(c).type), field, path, only=only_field)
-                rows = 0
-                for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                    rows += batch.num_rows
-                    position.done = begin + path.stat().st_size * rows // file.metadata.num_rows
-                    yield from (str(value) for value in batch.column(0).to_pylist() if value)
-            return
-        with path.open("rb") as raw, _OPENERS.get(path.suffix, _plain)(raw) as opened:
-            stream = io.TextIOWrapper(opened, encoding="utf-8")
-            if kind not in (".jsonl", ".json"):
-                rows_of_file = iterate_paragraphs(stream)
-            else:
-                rows_of_file = _records(stream, kind, field, path, only_field)
-            for row in rows_of_file:
-                position.done = begin + raw.tell()
-                yield row
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
-        raise PassageError(f"{path} cannot be read as UTF-8 text ({error}).") from error
-
-
-@contextmanager
-def _plain(raw: IO[bytes]) -> Iterator[IO[bytes]]:
-    yield raw
-
-
-def _records(stream: TextIO, kind: str, field: str | None, path: Path, only: bool) -> Iterator[str]:
-    for value in _values(stream, kind, path):
-        if isinstance(value, dict):
-            kinds = {name: type(entry).__name__ for name, entry in value.items()}
-            column = choose_column(list(value), kinds.__getitem__, field, path, only=only)
-            value = value[column]
-        if not isinstance(value, str):
-            raise PassageError(
-                f"{path}: expected records with a text, got a {type(value).__name__}; name it: field=..."
-            )
-        if value:
-            yield value
-
-
-def _values(stream: TextIO, kind: str, path: Path) -> Iterator[Any]:
-    place = str(path)
-    try:
-        if kind == ".json":
-            loaded = json.load(stream)
-            yield from loaded if isinstance(loaded, list) else [loaded]
-        else:
-            for number, line in enumerate(stream, 1):
-                place = f"{path}, line {number}"
-                if line.strip():
-                    yield json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PassageError(f"{place}: no valid JSON ({error}).") from error
-
-
-def choose_column(
-    names: Sequence[str], kind_of: Callable[[str], str], field: str | None, where: object, *, only: bool = False
-) -> str:
-    """The field that holds the text: the one named, else ``text``, else the first (``only``: the only) of strings."""
-    if field is not None:
-        if field not in names:
-            raise PassageError(f"{where} has no field {field!r}.{suggest(field, names)} It has: {', '.join(names)}.")
-        return field
-    if "text" in names:
-        return "text"
-    found = [name for name in names if kind_of(name) in ("str", "string", "large_string")]
-    if not found:
-        raise PassageError(f"{where} has no field of strings; it has: {', '.join(names)}.")
-    if only and len(found) > 1:
-        raise PassageError(f"{where} has several fields of strings; say which one holds the text: {', '.join(found)}.")
-    return found[0]
-
-
-def _kind(path: Path) -> str:
-    suffixes = [s for s in path.suffixes[-2:] if s not in _OPENERS]
-    return suffixes[-1] if suffixes and suffixes[-1] in _KINDS else ""
-
-
-def text_files(path: Path) -> list[Path]:
-    """The file itself, or every file of a known kind below a directory, sorted."""
-    if path.is_file():
-        return [path]
-    found = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
-    if not found:
-        raise PassageError(f"{path} holds no text file; expected {', '.join(_KINDS)}, compressed or not.")
-    return found
+        return paragraphs(sys.stdin if raw is None else decoded(io.BytesIO(raw.read()), "standard input"))
+    except UnicodeDecodeError as error:
+        raise PassageError(f"standard input cannot be read as UTF-8 text ({error}).") from error
 
 
 def _embedded() -> list[str]:
@@ -286,8 +220,6 @@ def _embedded() -> list[str]:
 
 
 def _hub(hub_id: str, configuration: str | None, split: str, field: str | None) -> Sequence[str]:
-    from decondense.corpora import hub
-
     remedy = (
         f"Without network, use a local file (--text FILE), the embedded corpus (--dataset {EMBEDDED}), or a filled "
         "cache (HF_HOME)."
@@ -296,4 +228,6 @@ def _hub(hub_id: str, configuration: str | None, split: str, field: str | None) 
 
 
 def _named(source: Any) -> str:
-    return f"the source {str(source)!r}" if isinstance(source, (str, Path)) else "the list of texts"
+    return (
+        f"the source {without_credentials(str(source))!r}" if isinstance(source, (str, Path)) else "the list of texts"
+    )

@@ -11,19 +11,22 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate, groupby
 from pathlib import Path
 
 from decondense.config import ConfigError, CorpusConfig
 from decondense.corpora import hub
+from decondense.corpora.columns import PassageError
+from decondense.corpora.directories import LocalText, find_text
 from decondense.corpora.embedded import Document, Progress, python_docs
-from decondense.corpora.passages import PassageError, Position, iterate_file, text_files
+from decondense.corpora.files import RECORDS, Position, kind_of, read_texts
 
 END = "<|endoftext|>"
 _PIECE = 4_000
 """Characters after which an undivided text file is cut at the next paragraph."""
-_READER = 1  # raise when the code below would read other documents from the same files or rows
+# raise one when the code below would read other documents from the same files or rows
+_READER = {"files": 2, "hub": 1}
 _TOLD_EVERY = 64  # documents between two calls of progress
-_RECORDS = (".jsonl", ".json", ".parquet")
 _REMEDY = "Without network, give the path of a local copy in corpus.source, or a filled cache (HF_HOME)."
 
 
@@ -55,26 +58,42 @@ def find_source(config: CorpusConfig, *, cache: Path, progress: Progress | None 
         if config.source == "python_docs":
             _no_hub_options(config)
             return _embedded(config, cache, progress)
-        if path.is_dir() and (config.subset is not None or config.split != "train" or hub.is_hub_directory(path)):
-            return _hub(config)
         if path.exists():
-            _no_hub_options(config)
-            return _files(config)
+            found = find_text(path, subset=config.subset, split=config.split)
+            return _hub(config) if found is None else _files(config, found)
         if hub.is_hub_id(config.source):
             return _hub(config)
     except PassageError as error:
         raise ConfigError(f"corpus.source: {error}") from error
+    if "://" in config.source:
+        raise ConfigError(
+            f"corpus.source {config.source!r} is a URL, and only local files are read; download it and give its path."
+        )
     raise ConfigError(
         f"corpus.source {config.source!r} is neither 'python_docs' nor an existing file or directory of text, nor the "
         "id of a data set on the hub (OWNER/NAME)."
     )
 
 
-def documents_of(source: Source, config: CorpusConfig, what: str, progress: Progress | None) -> Iterator[Document]:
+@dataclass
+class Dropped:
+    """Documents that a source has and a corpus does not."""
+
+    empty: int = 0
+    """Null, empty or nothing but white space."""
+    repeated: int = 0
+    """Equal to an earlier one."""
+
+
+def documents_of(
+    source: Source, config: CorpusConfig, what: str, progress: Progress | None, dropped: Dropped | None = None
+) -> Iterator[Document]:
     """The documents of a source in its order: without empty and repeated ones, ``most_characters`` in all.
 
-    The document in which ``most_characters`` is reached is cut there, and nothing is read after it.
+    The document in which ``most_characters`` is reached is cut there, and nothing is read after it. ``dropped`` counts
+    what is left out.
     """
+    dropped = dropped or Dropped()
     try:
         documents, position, unit = source.read()
         seen: set[int] = set()
@@ -90,7 +109,11 @@ def documents_of(source: Source, config: CorpusConfig, what: str, progress: Prog
             document = _encodable(document)
             # 8 bytes of the hash, as in the identity: a set of numbers, because there may be millions of documents
             identity = int(document.identity, 16)
-            if not document.text.strip() or identity in seen:
+            if not document.text.strip():
+                dropped.empty += 1
+                continue
+            if identity in seen:
+                dropped.repeated += 1
                 continue
             seen.add(identity)
             if left is not None and len(document.text) >= left:
@@ -132,7 +155,7 @@ def _no_hub_options(config: CorpusConfig) -> None:
 
 def _request(config: CorpusConfig, kind: str, *names: str) -> tuple[str, ...]:
     chosen = {name: getattr(config, name) for name in ("text_field", "most_characters", *names)}
-    return (json.dumps({"reader": _READER, "kind": kind, **chosen}, sort_keys=True),)
+    return (json.dumps({"reader": _READER[kind], "kind": kind, **chosen}, sort_keys=True),)
 
 
 def _embedded(config: CorpusConfig, cache: Path, progress: Progress | None) -> Source:
@@ -154,36 +177,40 @@ def _counted(documents: Iterable[Document], position: Position) -> Iterator[Docu
         yield document
 
 
-def _files(config: CorpusConfig) -> Source:
-    path = Path(config.source)
-    files = text_files(path)
-
+def _files(config: CorpusConfig, found: LocalText) -> Source:
     def read() -> tuple[Iterable[Document], Position, str]:
-        position = Position(total=sum(file.stat().st_size for file in files))
-        return _documents_of_files(files, config.text_field, position), position, "bytes"
+        found.warn()
+        position = Position(total=sum(file.stat().st_size for file in found.files))
+        return _documents_of_files(found.files, config.text_field, position), position, "bytes"
 
-    revision = hub.files_hash(files, path if path.is_dir() else path.parent)
-    return Source(config.source, revision, _request(config, "files"), read)
+    # the path of a copy is not part of the key
+    return Source(config.source, hub.files_hash(found.files, found.root), _request(config, "files"), read)
 
 
 def _documents_of_files(files: Sequence[Path], field: str | None, position: Position) -> Iterator[Document]:
-    """Documents of local files: a record each, or a part of a text file each.
+    """Documents of local files: a record each (or an article, where records are its lines), or a part of a text file.
 
     A text file is divided at ``<|endoftext|>``; one without any is a document when it stands in a directory with
     others, and is cut between paragraphs when it is all there is, because a single document cannot be held out.
     """
-    begin = 0
-    for path in files:
-        position.done = begin
-        if any(kind in path.suffixes for kind in _RECORDS):
-            texts = iterate_file(path, field=field, only_field=True, position=position)
-        elif len(files) == 1 and not any(END in paragraph for paragraph in iterate_file(path)):
-            texts = _cut(iterate_file(path, position=position))
-        else:
-            texts = _divided(iterate_file(path, position=position))
-        for number, text in enumerate(texts):
-            yield Document(f"{path.name}#{number}", text.strip())
-        begin += path.stat().st_size
+
+    def read(file: Path) -> Iterator[str]:
+        position.done = begins[file]
+        return read_texts(file, field=field, position=position)
+
+    sizes = [file.stat().st_size for file in files]
+    begins = dict(zip(files, accumulate([0, *sizes]), strict=False))
+    for of_records, group in groupby(files, key=lambda file: kind_of(file) in RECORDS):
+        if of_records:  # an article may go over several files
+            texts = hub.join_articles(text for file in group for text in read(file))
+            for number, text in enumerate(texts):
+                yield Document(f"#{number}", text.strip())
+            continue
+        for file in group:
+            cut = len(files) == 1 and not any(END in paragraph for paragraph in read(file))
+            for number, text in enumerate((_cut if cut else _divided)(read(file))):
+                if text.strip():
+                    yield Document(f"{file.name}#{number}", text.strip())
 
 
 def _divided(paragraphs: Iterable[str]) -> Iterator[str]:
@@ -210,7 +237,7 @@ def _cut(paragraphs: Iterable[str]) -> Iterator[str]:
 
 def _hub(config: CorpusConfig) -> Source:
     found = hub.find(config.source, config.subset, config.split, remedy=_REMEDY)
-    open_rows = partial(hub.open_rows, found, config.text_field, streaming=config.streaming, only_field=True)
+    open_rows = partial(hub.open_rows, found, config.text_field, streaming=config.streaming)
     # streaming is not part of the key: it gives the same documents. Nor is the path of a local copy
     names = ("subset", "split") if found.local else ("source", "subset", "split")
     source = Source(

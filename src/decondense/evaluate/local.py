@@ -2,22 +2,32 @@
 
     DIR/arc_easy/train.jsonl     DIR/arc_easy/test.jsonl     DIR/mmlu/test.parquet ...
 
-A split is ``SPLIT.jsonl``, ``SPLIT.parquet`` or the hub's own ``SPLIT-00000-of-00002.parquet``; ``all_SPLIT`` is the
-same (MMLU's subjects in one file, told apart by the column ``subject``). Files are looked for and checked before any
-model is loaded, and everything that is missing is said at once.
+A split is ``SPLIT.jsonl`` or ``SPLIT.json`` (compressed or not), ``SPLIT.parquet``, or the hub's own
+``SPLIT-00000-of-00002.parquet``; ``all_SPLIT`` is the same (MMLU's subjects in one file, told apart by the column
+``subject``). Files are looked for and checked before any model is loaded, and everything that is missing is said at
+once.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from decondense.config import suggest
+from decondense.corpora.columns import PassageError
+from decondense.corpora.files import COMPRESSED, read_records
 from decondense.evaluate.catalogue import TASKS, EvaluationError, TaskInfo
+
+# not CSV: there every value is a string, and a label need not be one
+_SUFFIXES = (
+    ".jsonl",
+    ".json",
+    ".parquet",
+    *(f"{kind}{suffix}" for kind in (".jsonl", ".json") for suffix in COMPRESSED),
+)
 
 
 @dataclass(frozen=True)
@@ -89,12 +99,12 @@ def _folder(root: Path, name: str, info: TaskInfo | None) -> Path | None:
 def split_files(folder: Path, split: str) -> list[Path]:
     """The files of a split in the order of reading; empty when there are none."""
     for stem in (split, f"all_{split}"):
-        for suffix in (".jsonl", ".parquet"):
+        for suffix in _SUFFIXES:
             if (folder / f"{stem}{suffix}").is_file():
                 return [folder / f"{stem}{suffix}"]
-        parts = sorted(folder.glob(f"{stem}-*-of-*.parquet"))
-        if parts:
-            return parts
+        for suffix in _SUFFIXES:
+            if parts := sorted(folder.glob(f"{stem}-*-of-*{suffix}")):
+                return parts
     return []
 
 
@@ -107,7 +117,7 @@ def _splits(
         if folder is None:
             hint = suggest(name, TASKS)
             return {}, [f"{shown}/ (a folder for the task{hint})"], None
-        stems = {path.name.split(".")[0].split("-")[0] for path in folder.iterdir() if path.suffix in _READERS}
+        stems = {path.name.split(".")[0].split("-")[0] for path in folder.iterdir() if path.name.endswith(_SUFFIXES)}
         files = {split: split_files(folder, split) for split in sorted(stems)}
         return files, [] if files else [f"{shown}/SPLIT.jsonl"], None
     splits: dict[str, list[Path]] = {}
@@ -162,35 +172,14 @@ def _has(row: Any, field: str) -> bool:
     return True
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of one file; a broken one is named with its line."""
     rows = []
-    # by line feeds alone: texts hold other characters that str.splitlines takes for line ends
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise EvaluationError(f"{path}, line {number}: is no JSON ({error}).") from error
+    try:
+        for number, row in read_records(path):
             if not isinstance(row, dict):
                 raise EvaluationError(f"{path}, line {number}: expected an object with named fields.")
             rows.append(row)
+    except PassageError as error:
+        raise EvaluationError(str(error)) from error
     return rows
-
-
-def _read_table(path: Path) -> list[dict[str, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise EvaluationError(f"{path}: is no parquet file ({error}).") from error
-    return rows
-
-
-_READERS = {".jsonl": _read_lines, ".parquet": _read_table}
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of one file; a broken one is named with its line."""
-    return _READERS[path.suffix](path)

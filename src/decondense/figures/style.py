@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -93,14 +94,27 @@ def figure_style() -> Iterator[None]:
 
 
 class Looks:
-    """Colour, dash and marker of each arm: the baseline is grey, the first dispersion arm blue."""
+    """Colour, dash and marker of each arm: the baseline is grey, the first arm with a dispersion loss blue.
 
-    def __init__(self, arms: Sequence[str], baseline: str | None, labels: Mapping[str, str] | None = None) -> None:
+    Args:
+        arms: ids of the arms.
+        baseline: id of the baseline; None: there is none.
+        labels: what the arms are called; default: their ids.
+        dispersed: ids of the arms with a dispersion loss. Without any, the first treated arm is blue.
+    """
+
+    def __init__(
+        self,
+        arms: Sequence[str],
+        baseline: str | None,
+        labels: Mapping[str, str] | None = None,
+        dispersed: Sequence[str] = (),
+    ) -> None:
         self.labels = dict(labels or {})
         self._colour: dict[str, str] = {}
         self._number: dict[str, int] = {}
         treated = [arm for arm in arms if arm != baseline]
-        favourite = next((arm for arm in treated if "dispers" in arm.lower()), treated[0] if treated else None)
+        favourite = next((arm for arm in treated if arm in dispersed), treated[0] if treated else None)
         spare = iter(range(10_000))
         for arm in ([baseline] if baseline in arms else []) + treated:
             assert arm is not None
@@ -144,6 +158,24 @@ def new_figure(width: float, height: float, panels: int = 1, **keywords: Any) ->
 def grid(axes: Axes, which: Literal["x", "y", "both"] = "y") -> None:
     """Faint lines behind the data."""
     axes.grid(True, axis=which)
+
+
+def legend_above(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend above all panels, where it hides no data, in as many rows as it needs."""
+    found: dict[str, Any] = {}
+    for place in axes:
+        for handle, label in zip(*place.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if not found:
+        return
+    room = 16 * figure.get_figwidth()  # characters that fit a row
+    columns = len(found)
+    while columns > 1 and sum(sorted(len(label) + 7 for label in found)[-columns:]) > room:
+        columns -= 1
+    rows = math.ceil(len(found) / columns)
+    if rows > 2:  # a high legend must not eat the panels
+        figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 2))
+    figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=columns, columnspacing=1.4)
 
 
 _METADATA: dict[str, dict[str, Any]] = {

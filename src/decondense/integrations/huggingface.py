@@ -22,7 +22,6 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from decondense.attaching import AttachError, DispersionHandle, attach, attached
-from decondense.sequences import SequencesError, count_in_batch
 
 
 def attach_trainer(trainer: Any, *arguments: Any, **keywords: Any) -> DispersionHandle:
@@ -90,10 +89,7 @@ class _TrainerHandle:
         self.follow()
         if self.handle.is_off or not batches:
             return batches, items
-        try:
-            counts = [1 if self.handle.counts_batches else count_in_batch(_mapping(batch)) for batch in batches]
-        except SequencesError as error:
-            raise AttachError(str(error)) from None
+        counts = [1 if self.handle.counts_batches else self.handle.count_sequences(_mapping(b)) for b in batches]
         device = self.trainer.args.device
         count = torch.stack([torch.as_tensor(count, device=device) for count in counts]).sum().float()
         self.expected = self.expected.to(device) + count

@@ -18,7 +18,8 @@ tokens have equal operands, whose forces cancel; and what remains along :math:`\
 ``docs/math.md`` has the errors.
 
 No atomics: bit-identical from run to run as far as the BLAS is. Double backward is not defined (the gradient is saved,
-not its graph). float64 and the forms that are not in ``SUPPORTED`` are the chunked implementation's.
+not its graph). float64 and the forms without a :class:`decondense.losses.pair_forms.Kernel` are the chunked
+implementation's.
 
 With ``TRITON_INTERPRET=1`` set before triton is imported the kernels run on a CPU, which is how the tests prove them;
 the interpreter cannot multiply bfloat16, so there the (already rounded) operands are upcast, which changes no product.
@@ -38,12 +39,10 @@ import triton.language as tl
 from torch import Tensor
 
 from decondense.geometry import ZERO_NORM
-from decondense.losses import chunked
-from decondense.losses.forms import FORMS, Settings
+from decondense.losses import vectors
+from decondense.losses.pair_forms import PairForm
 
-__all__ = ["SUPPORTED", "available", "sweep"]
-
-SUPPORTED = tuple(name for name, info in FORMS.items() if info.fused)
+__all__ = ["available", "sweep"]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -68,7 +67,7 @@ _ANGULAR = tl.constexpr(0)
 _ORTHOGONALIZATION = tl.constexpr(1)
 _EXPONENTIAL = tl.constexpr(2)
 _HINGE = tl.constexpr(3)
-_KINDS = {"angular": 0, "orthogonalization": 1, "cosine_infonce": 2, "uniformity": 2, "hinge": 3}
+_FUNCTIONS = {"angular": 0, "orthogonalization": 1, "exponential": 2, "hinge": 3}
 
 
 def available(device: torch.device) -> bool:
@@ -332,11 +331,12 @@ def _chunk_rows(rows: int, n: int, width: int, operand_bytes: int) -> int:
 
 
 def sweep(
-    z_RND: Tensor, valid_RN: Tensor | None, label_RN: Tensor | None, s: Settings, want_gradient: bool
+    z_RND: Tensor, valid_RN: Tensor | None, label_RN: Tensor | None, form: PairForm, want_gradient: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As :func:`decondense.losses.chunked.sweep`: sums per token, gradient of the unit's sum per token, its factor."""
-    assert s.form in SUPPORTED, s
-    assert s.clamp is None, s
+    """As :func:`decondense.losses.chunked.sweep`: sums per token, gradient of the segment's sum per token, its
+    factor."""
+    kernel = form.kernel()
+    assert kernel is not None, form
     assert z_RND.dtype != torch.float64
     assert available(z_RND.device), z_RND.device
     z_RND = z_RND.contiguous()
@@ -350,10 +350,9 @@ def sweep(
     gradient = torch.empty(rows, n, width, dtype=kept, device=device) if want_gradient else None
     valid = None if valid_RN is None else valid_RN.to(torch.uint8).contiguous()
     label = None if label_RN is None else label_RN.to(torch.int32).contiguous()
-    narrow = operand == torch.float32 and chunked.rounds_products(z_RND)
-    rate, slope = _rate_and_slope(s)
+    narrow = operand == torch.float32 and vectors.rounds_products(z_RND)
     # where rounding (of products to 24, or of operands to 8 bits) may put a pair below delta
-    floor = max(0.25 * s.delta**2, 1e-12)
+    floor = max(0.25 * kernel.delta**2, 1e-12)
     block_d = min(256, triton.next_power_of_2(width))
     block_m = 16
     blocks = triton.cdiv(n, block_m)
@@ -391,12 +390,12 @@ def sweep(
             weight_sum,
             gap_sum,
             n,
-            rate,
-            s.shrink,
+            kernel.rate,
+            kernel.kappa,
             floor,
-            s.margin,
-            KIND=_KINDS[s.form],
-            DIAGONAL=s.diagonal,
+            kernel.margin,
+            KIND=_FUNCTIONS[kernel.function],
+            DIAGONAL=form.diagonal,
             HAS_VALID=has_valid,
             HAS_LABEL=has_label,
             GRADIENT=want_gradient,
@@ -409,19 +408,5 @@ def sweep(
             _tangent[grid](
                 z, x, A, inverse, weight_sum, gap_sum, mean, gradient[part], n, width, BM=block_m, BD=block_d
             )
-    factor_RN = inverse_RN.mul_(2.0 * slope) if want_gradient else None
+    factor_RN = inverse_RN.mul_(2.0 * kernel.slope) if want_gradient else None
     return sums_RN, gradient, factor_RN
-
-
-def _rate_and_slope(s: Settings) -> tuple[float, float]:
-    """Rate of the exponential, and the constant factor of f'(c) that the kernel leaves out."""
-    if s.form == "angular":
-        rate = 1.0 / (math.pi * s.tau)
-        return rate, rate * s.shrink
-    if s.form == "orthogonalization":
-        return 0.0, 2.0 * s.shrink / math.pi
-    if s.form == "cosine_infonce":
-        return 1.0 / s.tau, 1.0 / s.tau
-    if s.form == "uniformity":
-        return 4.0 / s.tau, 4.0 / s.tau
-    return 0.0, 2.0

@@ -1,21 +1,26 @@
 """The sweep over pairs as one operator of torch: opaque to ``torch.compile``, with shapes and a derivative of its own.
 
 Inside ``torch.compile(fullgraph=True)`` the tiles must not be traced; the operator carries either engine, the chunked
-one or the Triton one, past the tracer. The number that it differentiates is a sum per token; what comes back from
-above must be the same for all tokens of a unit, which it is behind a sum over the unit.
+one or the Triton one, past the tracer. The number that it differentiates is a sum per token; the incoming gradient
+must be the same for all tokens of a segment, which it is behind a sum over the segment.
+
+``options`` are the values of the options that the form uses, in the order of :attr:`decondense.forms.FormInfo.uses`.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from decondense.config import LossConfig
 from decondense.geometry import statistics_dtype
 from decondense.losses import chunked
-from decondense.losses.forms import Settings
-from decondense.losses.scope import DOUBLE_BACKWARD, Scope
+from decondense.losses.forms import FORMS, form_of
+from decondense.losses.pair_forms import PairForm
+from decondense.losses.pair_mask import DOUBLE_BACKWARD, PairMask
 
 __all__ = ["pair_sums"]
 
@@ -23,28 +28,25 @@ __all__ = ["pair_sums"]
 @torch.library.custom_op(
     "decondense::pair_sums",
     mutates_args=(),
-    schema="(Tensor z, Tensor? valid, Tensor? label, str form, float tau, float delta, float margin, float clamp, "
-    "str engine, bool want_gradient) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor z, Tensor? valid, Tensor? label, str form, float[] options, str? compat, str engine, "
+    "bool want_gradient) -> (Tensor, Tensor, Tensor)",
 )
 def _pair_sums(
     z: Tensor,
     valid: Tensor | None,
     label: Tensor | None,
     form: str,
-    tau: float,
-    delta: float,
-    margin: float,
-    clamp: float,
+    options: list[float],
+    compat: str | None,
     engine: str,
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    settings = _settings(form, tau, delta, margin, clamp)
+    pair = _pair_form(form, tuple(options), compat)
     if engine == "fused":
         from decondense.losses import fused
 
-        sums, gradient, factor = fused.sweep(z, valid, label, settings, want_gradient)
+        sums, gradient, factor = fused.sweep(z, valid, label, pair, want_gradient)
     else:
-        pair = chunked.pair_form(settings)
         sums, gradient, factor = chunked.sweep(z, valid, label, pair, want_gradient)
         if factor is None and want_gradient:
             factor = torch.ones_like(sums)
@@ -52,11 +54,14 @@ def _pair_sums(
     return sums, nothing if gradient is None else gradient, nothing.clone() if factor is None else factor
 
 
-def _settings(form: str, tau: float, delta: float, margin: float, clamp: float) -> Settings:
-    base = Settings.of(form, tau=tau, delta=delta, margin=margin)
-    if clamp < 0:
-        return base
-    return Settings(**{**base.__dict__, "clamp": clamp})
+@lru_cache
+def _pair_form(form: str, options: tuple[float, ...], compat: str | None) -> PairForm:
+    config = LossConfig.model_validate(
+        {"form": form, "compat": compat, **dict(zip(FORMS[form].uses, options, strict=True))}
+    )
+    pair_form = form_of(config).pair_form
+    assert pair_form is not None, form
+    return pair_form(config)
 
 
 @_pair_sums.register_fake
@@ -65,10 +70,8 @@ def _(
     valid: Tensor | None,
     label: Tensor | None,
     form: str,
-    tau: float,
-    delta: float,
-    margin: float,
-    clamp: float,
+    options: list[float],
+    compat: str | None,
     engine: str,
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,16 +94,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     ctx.dtype = z.dtype
 
 
-def _backward(ctx: Any, above_RN: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_output_RN: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(DOUBLE_BACKWARD)
-    nothing = (None,) * 9
-    if above_RN is None:
+    nothing = (None,) * 7
+    if grad_output_RN is None:
         return None, *nothing
     z, valid, label, gradient, factor = ctx.saved_tensors
     if gradient is None:
         _, gradient, factor = _pair_sums(z, valid, label, *ctx.rest, True)
-    scale_RN = above_RN * factor
+    scale_RN = grad_output_RN * factor
     if valid is not None:
         scale_RN = torch.where(valid, scale_RN, 0.0)
     return (gradient * scale_RN.unsqueeze(-1)).to(ctx.dtype), *nothing
@@ -109,11 +112,9 @@ def _backward(ctx: Any, above_RN: Tensor | None, *unused: Tensor | None) -> tupl
 _pair_sums.register_autograd(_backward, setup_context=_setup)
 
 
-def pair_sums(z_RND: Tensor, scope: Scope, s: Settings, gradient: str, *, engine: str) -> Tensor:
-    """Sum over pairs of each unit of a form of kind ``pairs``, ``[U]``; differentiable once."""
-    want = gradient == "forward" and z_RND.requires_grad and torch.is_grad_enabled()
-    clamp = -1.0 if s.clamp is None else s.clamp
-    sums_RN = _pair_sums(z_RND, scope.valid_RN, scope.label_RN, s.form, s.tau, s.delta, s.margin, clamp, engine, want)[
-        0
-    ]
-    return scope.to_units(sums_RN)
+def pair_sums(z_RND: Tensor, pairs: PairMask, s: LossConfig, *, engine: str) -> Tensor:
+    """Sum over pairs of each segment of a form of kind ``pairs``, ``[U]``; differentiable once."""
+    want = s.gradient == "forward" and z_RND.requires_grad and torch.is_grad_enabled()
+    options = [getattr(s, name) for name in s.info.uses]
+    sums_RN = _pair_sums(z_RND, pairs.valid_RN, pairs.label_RN, s.form, options, s.compat, engine, want)[0]
+    return pairs.to_segments(sums_RN)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from decondense.losses.scope import differentiated_once
+from decondense.losses.pair_mask import differentiated_once
 
 __all__ = ["gather"]
 
@@ -33,8 +33,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @differentiated_once
-    def backward(ctx: Any, above_SD: Tensor) -> tuple[Tensor | None, ...]:
-        return above_SD[ctx.own] * ctx.world, None, None
+    def backward(ctx: Any, grad_output_SD: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_output_SD[ctx.own] * ctx.world, None, None
 
 
 def gather(z_BTD: Tensor, mask_BT: Tensor | None, group: Any = None) -> tuple[Tensor, Tensor | None]:

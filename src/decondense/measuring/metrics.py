@@ -8,14 +8,16 @@ singular values as its eigenvalues, and all arithmetic is in float64.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import eigsh
+from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor
 
-from decondense.config import one_of
+from decondense.config import METRIC_NAMES, one_of
+from decondense.geometry import unit
 
 Metric = Callable[[Tensor, Tensor], float]
 
@@ -32,11 +34,13 @@ def _gram(z_ND: Tensor) -> Tensor:
 
 def _largest_eigenvalue(gram_MM: Tensor) -> float:
     m = gram_MM.shape[0]
-    if m < 32:
-        return float(torch.linalg.eigvalsh(gram_MM)[-1])
-    # Lanczos to machine precision from a fixed start: O(M^2) an iteration instead of the O(M^3) of all eigenvalues
-    start = np.cos(np.arange(m) + 0.5)
-    return float(eigsh(gram_MM.cpu().numpy(), k=1, which="LA", tol=0, v0=start, return_eigenvectors=False)[0])
+    if m >= 32:
+        # Lanczos to machine precision from a fixed start: O(M^2) an iteration instead of the O(M^3) of all eigenvalues
+        start = np.cos(np.arange(m) + 0.5)
+        with contextlib.suppress(ArpackError):  # a matrix of zeros, or a start that an eigenspace does not contain
+            largest = eigsh(gram_MM.cpu().numpy(), k=1, which="LA", tol=0, v0=start, return_eigenvectors=False)
+            return float(largest[0])
+    return float(torch.linalg.eigvalsh(gram_MM)[-1])
 
 
 def _singular_values(z_ND: Tensor) -> Tensor:
@@ -121,25 +125,15 @@ def mean_square_cosine(z_ND: Tensor, unit_ND: Tensor | None = None) -> float:
     With the mean cosine it gives the standard deviation of the cosines. Route: the smaller Gram matrix of unit rows.
     """
     if unit_ND is None:
-        unit_ND = torch.nn.functional.normalize(z_ND, dim=-1, eps=torch.finfo(z_ND.dtype).tiny)
+        unit_ND = unit(z_ND)
     return float(_gram(_wide(unit_ND)).square().sum()) / z_ND.shape[0] ** 2
 
 
-METRICS: dict[str, Metric] = {
-    "effective_rank": effective_rank,
-    "singular_value_entropy": singular_value_entropy,
-    "explainable_variance": explainable_variance,
-    "hfc_lfc": hfc_lfc,
-    "isoscore": isoscore,
-    "participation_ratio": participation_ratio,
-    "mean_square_cosine": mean_square_cosine,
-}
+METRICS: dict[str, Metric] = {name: globals()[name] for name in METRIC_NAMES}
 """Side metrics by name; ``measure(metrics=...)`` takes any of them, or ``"all"``."""
 
 
 def resolve_metrics(names: str | Iterable[str]) -> dict[str, Metric]:
     """The metrics of a choice of names (or ``"all"``); an unknown name raises ValueError and says what was meant."""
-    chosen = [names] if isinstance(names, str) else list(names)
-    if chosen == ["all"]:
-        return dict(METRICS)
-    return {one_of("metric", name, [*METRICS, "all"]): METRICS[name] for name in chosen}
+    chosen = [one_of("metric", name, [*METRICS, "all"]) for name in ([names] if isinstance(names, str) else names)]
+    return {name: METRICS[name] for name in (METRICS if "all" in chosen else chosen)}

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decondense.config import MeasureConfig, one_of, suggest
+from decondense.layers import Layer, parse
 from decondense.measuring import depth
 from decondense.records import atomic_path, atomic_write
 
@@ -45,8 +46,8 @@ class Profile:
     mean of that over passages, each passage counting the same. Intervals resample passages (percentile bootstrap).
     """
 
-    all_layers: tuple[str, ...]
-    """Names of all measured states, in the order of the computation."""
+    states: tuple[Layer, ...]
+    """All measured states, in the order of the computation."""
     lengths: NDArray[np.int64]
     """Tokens of each passage [P]."""
     cosine: Array
@@ -75,6 +76,11 @@ class Profile:
     # ---- layers ----------------------------------------------------------------------------------------------------
 
     @property
+    def all_layers(self) -> tuple[str, ...]:
+        """Names of all measured states, in the order of the computation."""
+        return tuple(state.label for state in self.states)
+
+    @property
     def n_passages(self) -> int:
         """Number of passages."""
         return len(self.lengths)
@@ -87,16 +93,15 @@ class Profile:
     @property
     def has_final_norm(self) -> bool:
         """Whether the model does something to the last block's output before its head."""
-        return any(name in self.all_layers for name in ("final norm", "stack output"))
+        return any(state.follows_blocks for state in self.states)
 
     def _rows(self) -> list[int]:
         if self.final == "all":
-            return list(range(len(self.all_layers)))
-        blocks = [i for i, name in enumerate(self.all_layers) if name == "embedding" or name.startswith("block ")]
+            return list(range(len(self.states)))
+        rows = [i for i, state in enumerate(self.states) if state.counts_as_depth]
         if self.final == "after" and self.has_final_norm:
-            last = next(i for i, name in enumerate(self.all_layers) if name in ("final norm", "stack output"))
-            blocks[-1] = last
-        return blocks
+            rows[-1] = next(i for i, state in enumerate(self.states) if state.follows_blocks)
+        return rows
 
     def row(self, layer: str | int) -> int:
         """Position of a state in the arrays: by its name in ``all_layers``, or by depth in ``layers``."""
@@ -277,7 +282,7 @@ class Profile:
         """
         every = (self, *others)
         for other in others:
-            if other.all_layers != self.all_layers:
+            if other.states != self.states:
                 raise ValueError(
                     f"profiles of different layers cannot be merged: {len(self.all_layers)} states ending in "
                     f"{self.all_layers[-1]!r} against {len(other.all_layers)} ending in {other.all_layers[-1]!r}."
@@ -408,7 +413,7 @@ class Profile:
             with np.load(arrays_path, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
             return cls(
-                all_layers=tuple(head["all_layers"]),
+                states=tuple(parse(label) for label in head["all_layers"]),
                 metrics={n.removeprefix("metric:"): arrays.pop(n) for n in list(arrays) if n.startswith("metric:")},
                 no_averaged=head["no_averaged"],
                 final=head["final"],

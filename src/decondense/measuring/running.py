@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from decondense.blocks import Blocks, base_model, find_blocks, unwrap
 from decondense.config import MeasureConfig, one_of
+from decondense.layers import LOGITS, Layer
+from decondense.layout import StateReader
 from decondense.limits import model_positions, text_config, vocabulary_size
 from decondense.measuring.metrics import resolve_metrics
 from decondense.measuring.profile import Profile, unequal
 from decondense.measuring.states import StateTap, accepts
 from decondense.measuring.statistics import LayerStatistics
 from decondense.seeding import undisturbed
+from decondense.sequences import SequencesError, is_batch_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +46,8 @@ def measure(
     histograms: Sequence[str] = _D.histograms,
     metrics: str | Iterable[str] = _D.metrics,
     logits: bool = _D.logits,
-    blocks: str | None = None,
+    blocks: str | None = _D.blocks,
+    tokens_first: bool | None = _D.tokens_first,
     batch_size: int | None = _D.batch_size,
     progress: Progress | None = None,
 ) -> Profile:
@@ -67,6 +71,7 @@ def measure(
         metrics: Names of side metrics (``decondense.measuring.METRICS``), or ``"all"``.
         logits: Measure the logits as one more state (needs a model with a head).
         blocks: Dotted path of the list of blocks, where it cannot be found.
+        tokens_first: Whether the blocks return [tokens, batch, width]. None: told by the shapes; given, it is checked.
         batch_size: Passages of one forward pass; None: from the memory that is free. The statistics do not depend
             on it; the model's own rounding may.
         progress: Called with ("measuring", passages done, passages in all).
@@ -91,8 +96,10 @@ def measure(
         if tuple(histograms) == ("averaged",):
             raise MeasureError(no_averaged)
 
-    def attempt(size: int | None) -> tuple[dict[str, LayerStatistics], int]:
-        return _run(found, passages, lengths, size, chosen, "pooled" in histograms, averaged, logits, progress)
+    def attempt(size: int | None) -> tuple[dict[Layer, LayerStatistics], int]:
+        return _run(
+            found, tokens_first, passages, lengths, size, chosen, "pooled" in histograms, averaged, logits, progress
+        )
 
     with undisturbed(model):
         size = batch_size
@@ -111,7 +118,7 @@ def measure(
     pooled = [row.pairs.pooled_counts() for row in rows if row.pairs is not None]
     summed = [row.pairs.packed_sum() for row in rows if row.pairs is not None]
     return Profile(
-        all_layers=tuple(layers),
+        states=tuple(layers),
         lengths=lengths,
         cosine=np.stack([row.cosine_P for row in rows]),
         cosine_others=np.stack([row.cosine_others_P for row in rows]),
@@ -227,6 +234,7 @@ def _from_ids(input_ids: Tensor | Sequence[Any], attention_mask: Tensor | None) 
 
 def _run(
     found: Blocks,
+    tokens_first: bool | None,
     passages: list[Tensor],
     lengths: np.ndarray[Any, Any],
     batch_size: int | None,
@@ -235,24 +243,28 @@ def _run(
     averaged: bool,
     logits: bool,
     progress: Progress | None,
-) -> tuple[dict[str, LayerStatistics], int]:
+) -> tuple[dict[Layer, LayerStatistics], int]:
     root = found.root
     target = _forward_module(root, logits)
-    layers: dict[str, LayerStatistics] = {}
+    layers: dict[Layer, LayerStatistics] = {}
     batch: list[int] = []
     longest = int(lengths.max())
 
-    def observe(name: str, state: Tensor) -> None:
+    def orient(state: Tensor) -> Tensor:
+        # a batch never has as many passages as tokens, so the shape tells
+        return state.transpose(0, 1) if tuple(state.shape[:2]) == (int(lengths[batch[0]]), len(batch)) else state
+
+    def observe(layer: Layer, state: Tensor) -> None:
         wanted = (len(batch), int(lengths[batch[0]]))
         if state.ndim != 3 or tuple(state.shape[:2]) != wanted:
             raise MeasureError(
-                f"layer '{name}' has states of shape {tuple(state.shape)} for {wanted[0]} passages of {wanted[1]} "
+                f"layer '{layer}' has states of shape {tuple(state.shape)} for {wanted[0]} passages of {wanted[1]} "
                 "tokens: its tokens are not those of the passage (prompt tuning, merged or flattened tokens), so they "
                 "cannot be compared."
             )
-        if name not in layers:
-            layers[name] = LayerStatistics(
-                name,
+        if layer not in layers:
+            layers[layer] = LayerStatistics(
+                layer.label,
                 passages=len(passages),
                 device=state.device,
                 pooled=pooled,
@@ -260,7 +272,7 @@ def _run(
                 tokens=longest,
                 metrics=metrics,
             )
-        layers[name].add(state, batch)
+        layers[layer].add(state, batch)
 
     device = _input_device(root)
     size = batch_size or _batch_size(root, found, longest, logits, device)
@@ -268,15 +280,23 @@ def _run(
     # which some models turn into NaN that spreads; without padding nothing of that kind can happen.
     order = np.argsort(-lengths, kind="stable").tolist()
     done = 0
-    tap = StateTap(found, observe)
+    transposed = _takes_tokens_first(found, tokens_first, target, passages[order[0]].to(device))
+    tap = StateTap(found, observe, orient)
     with tap.attached():
         while done < len(order):
             batch = [p for p in order[done : done + size] if lengths[p] == lengths[order[done]]]
+            if len(batch) == lengths[batch[0]]:
+                batch.pop()  # as many passages as tokens: no shape would tell which axis is which
             tap.start()
-            output = target(**_inputs(target, [passages[p] for p in batch], device))
+            output = target(**_inputs(target, [passages[p] for p in batch], device, transposed))
             tap.finish()
+            if tokens_first is not None and tap.tokens_first != tokens_first:
+                raise MeasureError(
+                    f"tokens_first={tokens_first} was given, and the blocks of {found.path!r} return "
+                    f"{'[tokens, batch, width]' if tap.tokens_first else '[batch, tokens, width]'}."
+                )
             if logits:
-                observe("logits", _logits(output, root))
+                observe(LOGITS, orient(_logits(output, root)))
             del output
             done += len(batch)
             if progress is not None:
@@ -301,9 +321,21 @@ def _forward_module(root: nn.Module, logits: bool) -> nn.Module:
     return root
 
 
-def _inputs(target: nn.Module, passages: list[Tensor], device: torch.device) -> dict[str, Any]:
+def _takes_tokens_first(found: Blocks, tokens_first: bool | None, target: nn.Module, ids: Tensor) -> bool:
+    """Whether the model takes [tokens, passages]: unless its argument says otherwise by name, settled by a probe."""
+    name = _ids_name(target)
+    if is_batch_first(name):
+        return False
+    ids = ids[:5]
+    try:
+        return StateReader(found, tokens_first).input_layout(target, {name: ids.expand(3 if len(ids) == 2 else 2, -1)})
+    except SequencesError as error:
+        raise MeasureError(str(error)) from error
+
+
+def _inputs(target: nn.Module, passages: list[Tensor], device: torch.device, tokens_first: bool) -> dict[str, Any]:
     # token ids alone: what else a tokenizer returns may change the states (GPT-2 adds token types as embeddings)
-    ids = torch.stack(passages).to(device)
+    ids = torch.stack(passages, dim=1 if tokens_first else 0).to(device)
     inputs: dict[str, Any] = {_ids_name(target): ids}
     if getattr(getattr(target, "config", None), "is_encoder_decoder", False) and accepts(target, "decoder_input_ids"):
         inputs["decoder_input_ids"] = ids

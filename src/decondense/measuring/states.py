@@ -9,37 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from decondense.blocks import Blocks
+from decondense.layers import EMBEDDING, FINAL_NORM, STACK_OUTPUT, Layer, block
+from decondense.layout import hidden_state
 
-Observer = Callable[[str, Tensor], None]
+Observer = Callable[[Layer, Tensor], None]
+Orient = Callable[[Tensor], Tensor]
 
 
 class StateError(ValueError):
     """The hidden states of a model cannot be observed; the message says which and what to do."""
 
 
-def _tensor(output: Any) -> Tensor | None:
-    """The hidden state in a module's output: the tensor itself, the named field, or the first entry."""
-    if isinstance(output, Tensor):
-        return output
-    named = getattr(output, "last_hidden_state", None)
-    if isinstance(named, Tensor):
-        return named
-    if isinstance(output, dict):
-        named = output.get("last_hidden_state")
-        return named if isinstance(named, Tensor) else None
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        return output[0]
-    return None
-
-
-def _first_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def first_state(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The hidden state with which a block is called."""
     if args and isinstance(args[0], Tensor):
         return args[0]
     named = kwargs.get("hidden_states")
@@ -58,10 +47,19 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 class StateTap:
-    """Hooks on one model; ``observe(name, state)`` is called for the embedding, every block and the final norm."""
+    """Hooks on one model; ``observe(layer, state)`` is called for the embedding, every block and the final norm.
 
-    def __init__(self, blocks: Blocks, observe: Observer) -> None:
+    Args:
+        blocks: The blocks of the model.
+        observe: Called with each state.
+        orient: Brings a state to [batch, tokens, width], so that states of both layouts can be compared.
+    """
+
+    def __init__(self, blocks: Blocks, observe: Observer, orient: Orient = lambda state: state) -> None:
         self._blocks = blocks
+        self._orient = orient
+        self.tokens_first = False
+        """Whether the blocks of the last pass returned [tokens, batch, width]."""
         self._observe = observe
         self._calls = 0
         self._last: Tensor | None = None
@@ -104,47 +102,51 @@ class StateTap:
             )
         if self._stack is not None and not _same(self._stack, self._last):
             named = self._normed is not None and self._stack.shape == self._normed.shape
-            self._observe("final norm" if named else "stack output", self._stack)
+            self._observe(FINAL_NORM if named else STACK_OUTPUT, self._stack)
         elif self._stack is None and self._normed is not None:
-            self._observe("final norm", self._normed)
+            self._observe(FINAL_NORM, self._normed)
         self.start()
 
     def _on_entry(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._calls:  # a block that runs more than once (ALBERT) has one entry
             return
-        state = _first_state(args, kwargs)
+        state = first_state(args, kwargs)
         if state is None:
             raise StateError(
                 f"the first block ({type(module).__name__}) was called without a recognisable hidden state: its first "
                 "argument must be the tensor [batch, tokens, width]."
             )
-        self._observe("embedding", state)
+        self._observe(EMBEDDING, self._orient(state))
 
     def _on_block(self, module: nn.Module, args: Any, output: Any) -> None:
-        state = _tensor(output)
+        state = hidden_state(output)
         if state is None or state.ndim != 3 or not state.is_floating_point():
             what = f"{tuple(state.shape)}" if state is not None else type(output).__name__
             raise StateError(
-                f"block {self._calls + 1} ({type(module).__name__}) returned {what}; expected hidden states "
+                f"{block(self._calls + 1)} ({type(module).__name__}) returned {what}; expected hidden states "
                 "[batch, tokens, width], alone or first in a tuple."
             )
         self._calls += 1
+        oriented = self._orient(state)
+        self.tokens_first = oriented is not state
+        state = oriented
         self._last, self._normed, self._stack = state, None, None
-        self._observe(f"block {self._calls}", state)
+        self._observe(block(self._calls), state)
 
     def _on_norm(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._last is None or self._normed is not None or not args or not isinstance(args[0], Tensor):
             return
-        if isinstance(output, Tensor) and _same(args[0], self._last):
-            self._normed = output
+        if isinstance(output, Tensor) and output.ndim == 3 and _same(self._orient(args[0]), self._last):
+            self._normed = self._orient(output)
 
     def _on_stack(self, module: nn.Module, args: Any, output: Any) -> None:
         # owners finish from the inside out; the first one to finish after the last block owns the stack
         if self._last is None or self._stack is not None:
             return
-        state = _tensor(output)
+        state = hidden_state(output)
         if state is None or state.ndim != 3 or not state.is_floating_point():
             return
+        state = self._orient(state)
         explicit = not isinstance(output, Tensor) and hasattr(output, "last_hidden_state")
         # a plain module may return logits here: only a declared hidden state may change its width
         if state.shape[:2] == self._last.shape[:2] and (explicit or state.shape[2] == self._last.shape[2]):

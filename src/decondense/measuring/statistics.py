@@ -22,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from decondense.geometry import inverse_norm
+
 FINE_BINS = 2048
 """Cells of the counted histogram on [-1, 1]. Any coarser power of two is an exact sum of them."""
 _HALF = FINE_BINS // 2
@@ -60,25 +62,6 @@ def fold(counts_K: NDArray[np.int64]) -> NDArray[np.int64]:
     return folded
 
 
-def coarsen(counts_K: NDArray[np.int64], bins: int) -> NDArray[np.int64]:
-    """Sum neighbouring fine cells to ``bins`` (a power of two); exact, because the cells are nested."""
-    return np.asarray(counts_K.reshape(*counts_K.shape[:-1], bins, -1).sum(axis=-1))
-
-
-def count_cosines(cos: Tensor) -> NDArray[np.int64]:
-    """Counts of cosines in the FINE_BINS equal bins on [-1, 1]; equal to ``numpy.histogram`` of the clipped values.
-
-    floor(c * bins / 2) is exact for a power of two: the product only moves the exponent.
-    """
-    return fold(_cells(cos.reshape(-1) * _HALF).cpu().numpy())
-
-
-def _cells(scaled: Tensor) -> Tensor:
-    """Counts [_CELLS] of cosines that come multiplied by _HALF. Overwrites its argument."""
-    index = scaled.floor_().add_(_HALF + 1).to(torch.int16)  # int16 halves the memory traffic of the count
-    return torch.bincount(index.reshape(-1), minlength=_CELLS)
-
-
 class PairStream:
     """Pair statistics of one layer: pooled counts and, if wanted, the sum of the matrices over passages."""
 
@@ -104,6 +87,7 @@ class PairStream:
             if self.strips is not None:
                 self.strips[strip] += cos
             if self.pooled is not None:
+                # floor(c * bins / 2) is exact for a power of two; int16 halves the memory traffic of the count
                 index = cos.floor_().add_(_HALF + 1).to(torch.int16)
                 square = index[:, : index.shape[0]]
                 every = torch.bincount(index.reshape(-1), minlength=_CELLS)
@@ -169,25 +153,25 @@ class LayerStatistics:
     def _add_passage(self, z_ND: Tensor, passage: int) -> Tensor | None:
         """The statistics that need no pairs; returns the unit rows if pairs are wanted."""
         n = z_ND.shape[0]
-        norm_N = torch.linalg.vector_norm(z_ND, dim=-1)
+        inverse_N, norm_N = inverse_norm(z_ND, wait=True)
         norms = norm_N.cpu().numpy()
         if not (norms.min() > 1e-15 and norms.max() < np.inf):
             # in float32 the squares of very large and very small states overflow and vanish, in float64 they do not
             z_ND = z_ND.double()
-            norm_N = torch.linalg.vector_norm(z_ND, dim=-1)
+            inverse_N, norm_N = inverse_norm(z_ND, wait=True)
             norms = norm_N.cpu().numpy()
-            if not np.isfinite(norms).all():
+            finite = torch.isfinite(z_ND).all(dim=-1).cpu().numpy()
+            if not finite.all():
                 raise NotFiniteError(
                     f"the hidden states of layer '{self.name}' are NaN or infinite for passage {passage} (first at "
-                    f"token {int(np.argmin(np.isfinite(norms)))} of {n}). The model itself computes them: load it in "
+                    f"token {int(np.argmin(finite))} of {n}). The model itself computes them: load it in "
                     "float32 or bfloat16 instead of float16, or check its weights."
                 )
         # a zero row has no direction: its cosine with everything, itself included, counts as 0
-        inverse_N = torch.where(norm_N > 0, norm_N.reciprocal(), 0)
         total_D = _weighted_sum(inverse_N, z_ND)
         square = float(total_D @ total_D)
         self.cosine_P[passage] = square / n**2
-        self.cosine_others_P[passage] = (square - np.count_nonzero(norms)) / (n * (n - 1))
+        self.cosine_others_P[passage] = (square - int((inverse_N > 0).sum())) / (n * (n - 1))
         norms = norms.astype(np.float64)
         self.norm_P[passage] = norms.mean()
         self.norm_sd_P[passage] = norms.std()

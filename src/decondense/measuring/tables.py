@@ -1,120 +1,97 @@
-"""Profiles as tables: plain cells, Markdown and CSV."""
+"""Profiles as tables: one row for every layer, or one for every model."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
+from decondense.formatting import NONE, count, fitting, interval, number
 from decondense.measuring.profile import Profile
+from decondense.table import Entry, Table
 
-Table = tuple[list[str], list[list[Any]]]
+_QUANTILES = (0.05, 0.5, 0.95)
 
 
 def layer_table(profile: Profile) -> Table:
-    """One line for every measured state: means with intervals, norms, quantiles and side metrics, as numbers."""
-    head = ["layer", "mean cosine", "low", "high", "mean cosine i!=j", "norm"]
-    if profile.pooled is not None:
-        head += ["5 %", "50 %", "95 %"]
-    head += list(profile.metrics)
+    """One row for every measured state: means with intervals, norms, quantiles and side metrics."""
+    quantiles = [f"{100 * q:.0f} %" for q in _QUANTILES] if profile.pooled is not None else []
+    columns = ("layer", "mean cosine", "95 % interval", "mean cosine i!=j", "norm", *quantiles, *profile.metrics)
     whole = profile.with_all_layers()
     low, high = whole.interval("mean_cosine")
-    quantiles = whole.quantiles((0.05, 0.5, 0.95)) if profile.pooled is not None else None
-    lines = []
+    shares = whole.quantiles(_QUANTILES) if profile.pooled is not None else None
+    rows: list[tuple[Entry, ...]] = []
     for i, name in enumerate(profile.all_layers):
-        line: list[Any] = [
-            name,
-            whole.mean_cosine[i],
-            low[i],
-            high[i],
-            whole.mean_cosine_others[i],
-            whole.norms[i],
+        cells = [
+            _number(whole.mean_cosine[i]),
+            _interval(low[i], high[i]),
+            _number(whole.mean_cosine_others[i]),
+            _number(whole.norms[i]),
         ]
-        if quantiles is not None:
-            line += quantiles[i].tolist()
-        line += [float(values[i].mean()) for values in profile.metrics.values()]
-        lines.append(line)
-    return head, lines
+        if shares is not None:
+            cells += [_number(value) for value in shares[i].tolist()]
+        cells += [_number(float(values[i].mean())) for values in profile.metrics.values()]
+        rows.append((name, *cells))
+    return Table("layers", "", columns, tuple(rows))
+
+
+def terminal_layers(profile: Profile) -> Table:
+    """The columns of :func:`layer_table` that a terminal has room for: no side metrics."""
+    hidden = {"mean cosine i!=j", *profile.metrics}
+    table = layer_table(profile)
+    return table.select([column for column in table.columns if column not in hidden])
 
 
 def model_table(profiles: Sequence[tuple[str, Profile]]) -> Table:
-    """One line a model: size, first, last and mean-of-the-last-half cosine, rank correlations with intervals."""
-    head = ["model", "parameters", "layers", "passages", "embedding", "last layer", "last half"]
-    head += ["Spearman", "low", "high", "Kendall", "low", "high"]
-    lines = []
+    """One row for every model: size, first, last and mean-of-the-last-half cosine, rank correlations with intervals."""
+    columns = ("model", "parameters", "layers", "passages", "embedding", "last layer", "last half", "Spearman",
+               "95 % interval", "Kendall", "95 % interval of Kendall")  # fmt: skip
+    rows: list[tuple[Entry, ...]] = []
     for label, profile in profiles:
-        line: list[Any] = [
-            label,
-            profile.info.get("parameters"),
-            len(profile.layers) - 1,
-            profile.n_passages,
-            profile.mean_cosine[0],
-            profile.mean_cosine[-1],
-            profile.last(),
-        ]
-        for name in ("spearman", "kendall"):
-            line += [getattr(profile, name), *profile.interval(name)]
-        lines.append(line)
-    return head, lines
-
-
-def columns(table: Table, names: Sequence[str]) -> Table:
-    """Only the named columns."""
-    places = [table[0].index(name) for name in names]
-    return list(names), [[line[i] for i in places] for line in table[1]]
-
-
-def compact(table: Table) -> Table:
-    """For a terminal: the interval of a mean as one column, norms and quantiles, no side metrics."""
-    head, lines = table
-    keep = head[: head.index("95 %") + 1] if "95 %" in head else head[: head.index("norm") + 1]
-    places = [i for i, name in enumerate(keep) if name not in ("low", "high", "mean cosine i!=j")]
-    intervals = {i - 1 for i, name in enumerate(keep) if name == "low"}
-    shown: list[str] = []
-    for i in places:
-        shown += [keep[i], "95 % interval"] if i in intervals else [keep[i]]
-    result = []
-    for line in lines:
-        cells: list[Any] = []
-        for i in places:
-            value = line[i]
-            cells.append(f"{value:.3f}" if isinstance(value, float) and 0 < abs(value) < 10 else value)
-            if i in intervals:
-                low, high = float(line[i + 1]), float(line[i + 2])
-                cells.append("-" if math.isnan(low) else f"{low:.3f}..{high:.3f}")
-        result.append(cells)
-    return shown, result
-
-
-def format_cell(value: Any) -> str:
-    """A cell for people: four significant digits, thousands separated, a dash for what is not known."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "-"
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int):
-        return f"{value:,}"
-    value = float(value)
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
-
-
-def to_markdown(table: Table) -> str:
-    """The table in Markdown, numbers to the right."""
-    head, lines = table
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    rows = [head, rule, *([format_cell(cell) for cell in line] for line in lines)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
-
-
-def to_csv(table: Table) -> str:
-    """The table as CSV, numbers in full precision."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(table[0])
-    for line in table[1]:
-        writer.writerow(
-            ["" if cell is None else (repr(float(cell)) if isinstance(cell, float) else cell) for cell in line]
+        size = profile.info.get("parameters")
+        rows.append(
+            (
+                label,
+                (NONE if size is None else f"{size:,}", size),
+                (str(len(profile.layers) - 1), len(profile.layers) - 1),
+                (str(profile.n_passages), profile.n_passages),
+                _number(profile.mean_cosine[0]),
+                _number(profile.mean_cosine[-1]),
+                _number(profile.last()),
+                _number(profile.spearman),
+                _interval(*profile.interval("spearman")),
+                _number(profile.kendall),
+                _interval(*profile.interval("kendall")),
+            )
         )
-    return buffer.getvalue()
+    return Table("models", "", columns, tuple(rows))
+
+
+def _number(value: float) -> Entry:
+    return (fitting(value), float(value))
+
+
+def _interval(low: float, high: float) -> Entry:
+    """Without signs: most of these bounds are positive."""
+    low, high = float(low), float(high)
+    return NONE if math.isnan(low) else (f"[{number(low)}, {number(high)}]", (low, high))
+
+
+def metric_table(profile: Profile) -> Table:
+    """The side metrics of :func:`layer_table`, with names that break where words end."""
+    table = layer_table(profile).select(["layer", *profile.metrics])
+    return replace(table, columns=tuple(column.replace("_", " ") for column in table.columns))
+
+
+def terminal_models(profiles: Sequence[tuple[str, Profile]]) -> Table:
+    """The columns of :func:`model_table` that a terminal has room for."""
+    columns = ("model", "size", "first", "last", "last half", "Spearman", "95 % interval", "Kendall")
+    rows: list[tuple[Entry, ...]] = []
+    for label, profile in profiles:
+        means = (profile.mean_cosine[0], profile.mean_cosine[-1], profile.last())
+        low, high = profile.interval("spearman")
+        bounds = NONE if math.isnan(low) else interval((float(low), float(high)), 2)
+        size = count(profile.info["parameters"], short=True)
+        trend = (number(profile.spearman, 2, sign=True), bounds, number(profile.kendall, 2, sign=True))
+        rows.append((label, size, *map(_number, means), *trend))
+    return Table("models", "", columns, tuple(rows))

@@ -17,9 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from decondense.blocks import find_blocks
+from decondense.geometry import inverse_norm
+from decondense.layers import EMBEDDING, Layer, block
+from decondense.layout import Call, StateReader, hidden_state
 from decondense.measuring.depth import spearman
-from decondense.measuring.states import _tensor
+from decondense.measuring.states import StateError, first_state
 from decondense.measuring.statistics import exact_matmul
+from decondense.sequences import SequencesError
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -32,19 +36,21 @@ else:
 _PREFIX = "condensation"
 
 
-def batch_means(z_BTD: Tensor, mask_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def batch_means(
+    z_BTD: Tensor, mask_BT: Tensor | None = None, segments_BT: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     r"""Mean cosine and mean norm of a batch, as 0-dim float64 tensors.
 
     Per sequence of N real tokens :math:`\mu = \lvert \sum_i \hat z_i \rvert^2 / N^2` (diagonal included), then the mean
-    over sequences with at least two tokens. Padding (``mask_BT`` 0) counts for nothing.
+    over sequences with at least two tokens. Padding (``mask_BT`` 0) counts for nothing; each document of a packed row
+    (``segments_BT``, its number from 0) is a sequence.
     """
     z_BTD = z_BTD.detach()
     if z_BTD.dtype not in (torch.float32, torch.float64):
         z_BTD = z_BTD.float()
     wide = torch.float32 if z_BTD.device.type == "mps" else torch.float64
     with torch.no_grad(), exact_matmul(z_BTD.device):
-        norm_BT = torch.linalg.vector_norm(z_BTD, dim=-1)
-        scale_BT = norm_BT.clamp_min(torch.finfo(norm_BT.dtype).tiny).reciprocal()
+        scale_BT, norm_BT = inverse_norm(z_BTD)
         if mask_BT is None:
             tokens_B = torch.full((z_BTD.shape[0],), z_BTD.shape[1], dtype=wide, device=z_BTD.device)
             norm_sum_B = norm_BT.sum(dim=1, dtype=wide)
@@ -53,18 +59,31 @@ def batch_means(z_BTD: Tensor, mask_BT: Tensor | None = None) -> tuple[Tensor, T
             scale_BT = torch.where(real_BT, scale_BT, torch.zeros_like(scale_BT))
             tokens_B = real_BT.sum(dim=1).to(wide)
             norm_sum_B = torch.where(real_BT, norm_BT, torch.zeros_like(norm_BT)).sum(dim=1, dtype=wide)
-        # the sum of unit vectors as a product: one pass over the states instead of three
-        sum_BD = torch.bmm(scale_BT[:, None], z_BTD)[:, 0].to(wide)
-        mu_B = sum_BD.square().sum(dim=-1) / tokens_B.clamp_min(1) ** 2
-        counted_B = tokens_B >= 2
-        sequences = counted_B.sum().clamp_min(1)
-        cosine = torch.where(counted_B, mu_B, torch.zeros_like(mu_B)).sum() / sequences
+        if segments_BT is None:
+            # the sum of unit vectors as a product: one pass over the states instead of three
+            sum_SD = torch.bmm(scale_BT[:, None], z_BTD)[:, 0].to(wide)
+            tokens_S = tokens_B
+        else:
+            segments_BT = segments_BT.to(z_BTD.device)
+            documents = int(segments_BT.max()) + 1
+            place_BT = segments_BT + documents * torch.arange(len(z_BTD), device=z_BTD.device)[:, None]
+            unit_BTD = z_BTD.to(wide) * scale_BT.to(wide)[..., None]
+            empty = torch.zeros(documents * len(z_BTD), dtype=wide, device=z_BTD.device)
+            sum_SD = empty[:, None].repeat(1, z_BTD.shape[-1]).index_add(0, place_BT.flatten(), unit_BTD.flatten(0, 1))
+            real = torch.ones_like(norm_BT) if mask_BT is None else real_BT
+            tokens_S = empty.index_add(0, place_BT.flatten(), real.flatten().to(wide))
+        mu_S = sum_SD.square().sum(dim=-1) / tokens_S.clamp_min(1) ** 2
+        counted_S = tokens_S >= 2
+        cosine = torch.where(counted_S, mu_S, torch.zeros_like(mu_S)).sum() / counted_S.sum().clamp_min(1)
         norm = norm_sum_B.sum() / tokens_B.sum().clamp_min(1)
     return cosine, norm
 
 
 class CondensationWatch:
     """Per-layer mean cosine, Spearman and norms of a training model, for any loop.
+
+    Padding, documents of packed rows and the axis of the tokens are read as :func:`decondense.attach` reads them; what
+    cannot be told raises :class:`decondense.sequences.SequencesError`.
 
     Use as a context manager, or :meth:`close` it. Call :meth:`arm` before a forward pass that shall be watched (or give
     ``every`` and call :meth:`step` after each optimizer step), and :meth:`read` the numbers afterwards::
@@ -77,17 +96,20 @@ class CondensationWatch:
                     tracker.log(numbers)
     """
 
-    def __init__(self, model: nn.Module, *, every: int = 50, blocks: str | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, *, every: int = 50, blocks: str | None = None, tokens_first: bool | None = None
+    ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}.")
         self.every = every
         found = find_blocks(model, blocks)
-        self._blocks = len(found.modules)
+        self._reader = StateReader(found, tokens_first)
         self._steps = 0
         self._armed = True
         self._owner: nn.Module | None = None
-        self._mask: Tensor | None = None
-        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._call: Call | None = None
+        self._sequences: tuple[Tensor | None, Tensor | None] | None = None  # of this pass: real tokens, documents
+        self._pending: dict[Layer, tuple[Tensor, Tensor]] = {}
         parts = found.path.split(".")
         # whichever of them is called first owns the pass: Lightning calls the model inside the module, not the module
         owners = [found.root.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
@@ -119,12 +141,11 @@ class CondensationWatch:
         """
         if not self._pending or self._owner is not None:
             return {}
-        values = torch.stack([torch.stack(pair) for pair in self._pending]).tolist()
-        self._pending = []
-        digits = max(2, len(str(len(values) - 1)))
-        names = ["embedding", *(f"block_{i:0{digits}d}" for i in range(1, len(values)))]
+        values = torch.stack([torch.stack(pair) for pair in self._pending.values()]).tolist()
+        layers, self._pending = list(self._pending), {}
         numbers: dict[str, float] = {}
-        for name, (cosine, norm) in zip(names, values, strict=True):
+        for layer, (cosine, norm) in zip(layers, values, strict=True):
+            name = layer.key(len(layers) - 1)
             numbers[f"{_PREFIX}/mean_cosine/{name}"] = cosine
             numbers[f"{_PREFIX}/norm/{name}"] = norm
         means = [cosine for cosine, _ in values]
@@ -151,28 +172,41 @@ class CondensationWatch:
     def _begin(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         if not (self._armed and module.training and torch.is_grad_enabled()):
             return
-        self._owner, self._armed, self._pending = module, False, []
-        mask = kwargs.get("attention_mask")
-        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self._armed, self._pending, self._sequences = False, {}, None
+        self._call = self._reader.begin(module, args, kwargs)
+        self._owner = module
 
     def _entry(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         if self._owner is not None and not self._pending:
-            state = args[0] if args else kwargs.get("hidden_states")
-            if isinstance(state, Tensor):
-                self._take(state)
+            state = first_state(args, kwargs)
+            if state is None:
+                raise StateError(
+                    f"the first block ({type(module).__name__}) was called without a recognisable hidden state."
+                )
+            self._take(EMBEDDING, state)
 
     def _block(self, module: nn.Module, args: Any, output: Any) -> None:
-        state = _tensor(output)
-        if self._owner is not None and state is not None:
-            self._take(state)
+        if self._owner is None:
+            return
+        layer, state = block(len(self._pending)), hidden_state(output)
+        if state is None:
+            raise StateError(f"{layer} ({type(module).__name__}) returned a {type(output).__name__} without a state.")
+        self._take(layer, state)
 
-    def _take(self, state: Tensor) -> None:
-        mask = self._mask if self._mask is not None and self._mask.shape == state.shape[:2] else None
-        self._pending.append(batch_means(state, mask))
+    def _take(self, layer: Layer, state: Tensor) -> None:
+        assert self._call is not None
+        try:
+            z_BTD = self._reader.states(self._call, state, str(layer))
+            if self._sequences is None:
+                self._sequences = self._reader.read(self._call, z_BTD.device)
+        except SequencesError:
+            self._pending = {}  # half a pass is not a measurement
+            raise
+        self._pending[layer] = batch_means(z_BTD, *self._sequences)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if module is self._owner:
-            self._owner = self._mask = None
+            self._owner = self._call = self._sequences = None
 
 
 class CondensationCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
@@ -186,14 +220,16 @@ class CondensationCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
     micro-batch, on rank 0.
     """
 
-    def __init__(self, *, blocks: str | None = None) -> None:
-        self.blocks = blocks
+    def __init__(self, *, blocks: str | None = None, tokens_first: bool | None = None) -> None:
+        self.blocks, self.tokens_first = blocks, tokens_first
         self._watch: CondensationWatch | None = None
 
     @classmethod
-    def add_to(cls, trainer: Any, *, blocks: str | None = None) -> CondensationCallback:
+    def add_to(
+        cls, trainer: Any, *, blocks: str | None = None, tokens_first: bool | None = None
+    ) -> CondensationCallback:
         """Create the callback and put it before the trainer's trackers."""
-        callback = cls(blocks=blocks)
+        callback = cls(blocks=blocks, tokens_first=tokens_first)
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
 
@@ -201,7 +237,7 @@ class CondensationCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         """Install the hooks."""
         model = keywords.get("model")
         if model is not None and self._watch is None and getattr(state, "is_world_process_zero", True):
-            self._watch = CondensationWatch(model, blocks=self.blocks)
+            self._watch = CondensationWatch(model, blocks=self.blocks, tokens_first=self.tokens_first)
             self._watch._armed = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
@@ -230,7 +266,7 @@ class CondensationCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         return step % every == 0 or (step == 1 and bool(getattr(args, "logging_first_step", False)))
 
 
-def lightning_callback(*, every: int = 50, blocks: str | None = None) -> Any:
+def lightning_callback(*, every: int = 50, blocks: str | None = None, tokens_first: bool | None = None) -> Any:
     """A Lightning callback that logs the same numbers through ``LightningModule.log_dict`` every ``every`` steps."""
     for package in ("lightning.pytorch", "pytorch_lightning"):
         try:
@@ -247,7 +283,7 @@ def lightning_callback(*, every: int = 50, blocks: str | None = None) -> Any:
         watch: CondensationWatch | None = None
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            self.watch = CondensationWatch(pl_module, every=every, blocks=blocks)
+            self.watch = CondensationWatch(pl_module, every=every, blocks=blocks, tokens_first=tokens_first)
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             if self.watch is not None and (numbers := self.watch.step()):

@@ -42,8 +42,9 @@ def measure_cell(
         ValueError: the text cannot be read, which no model can be measured without.
     """
     from decondense.corpora.passages import sample_passages
+    from decondense.stopping import stop_if_requested
     from decondense.training.cell import device_name
-    from decondense.training.checkpoints import claim
+    from decondense.training.claim import claim
 
     assert study.measure is not None
     settings = study.measure
@@ -54,6 +55,7 @@ def measure_cell(
     def progress(*_: Any) -> None:
         try:
             watch()
+            stop_if_requested()
         except BaseException as stop:  # whoever watches stops the run; that is no fault of the model's
             stopped.append(stop)
             raise
@@ -119,6 +121,8 @@ def _measured(
         histograms=settings.histograms,
         metrics=settings.metrics,
         logits=settings.logits,
+        blocks=settings.blocks,
+        tokens_first=settings.tokens_first,
         batch_size=settings.batch_size,
         progress=progress,
     )

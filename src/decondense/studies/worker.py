@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import argparse
-import os
+import errno
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from decondense.config import StudyConfig
+from decondense.lifeline import HeldFolder, end_without
 from decondense.records import Row, make_row, write_rows
-from decondense.studies.runner import Task, opened_corpus, prepared_models, resolved_arm, task_end, tasks
+from decondense.stopping import Stopped, stop_if_requested, stop_on_signals
+from decondense.studies.directory import (
+    CORPUS,
+    StudyFailed,
+    make_below,
+    opened_corpus,
+    resolved_arm,
+    study_of,
+    task_end,
+)
+from decondense.studies.plan import Task, prepared_models, tasks
 
 if TYPE_CHECKING:
     from decondense.corpora.packed import PackedCorpus
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOLCK)
+"""Refusals that meet every task alike; after any other error the next task is taken."""
 
 
 def run_task(
     study: StudyConfig,
     task: Task,
+    listed: Sequence[Task],
     corpus: PackedCorpus | None,
     out: Path,
     *,
@@ -36,6 +52,7 @@ def run_task(
     from decondense.studies.measuring import measure_cell
     from decondense.training.hf import run_cell
 
+    make_below(out, task.folder)
     if study.measure is not None:
         arm, watched = study.arm(task.arm), watch or (lambda: None)
         return measure_cell(study, arm, task.seed, task.folder, watched, retry_failed=retry_failed)
@@ -44,7 +61,7 @@ def run_task(
         ended = task_end(path.parent) if path.parent in task.needs else None
         if ended is not None and ended["status"] == "failed":
             return _cannot_start(task, f"it needs the prepared model {name!r}, whose training failed: {ended['error']}")
-    arm = resolved_arm(study, task.arm, out) if task.kind == "cell" else task.study.arm(task.arm)
+    arm = resolved_arm(study, task.arm, listed) if task.kind == "cell" else task.study.arm(task.arm)
     return run_cell(
         task.study,
         arm,
@@ -81,29 +98,33 @@ def run_one(
 
     Raises:
         CellBusy: another process holds the cell, or, on several ranks, something that it needs.
+        Stopped: a signal asked for the end; the rows and checkpoints written so far are complete.
     """
     from decondense.training.hf import CellBusy, world_size
 
-    everything = tasks(study, out)
-    (cell,) = [task for task in everything if (task.kind, task.arm, task.seed) == ("cell", arm, seed)]
-    trials = [task for task in everything if task.folder in cell.needs]
-    wanted = {folder for task in [cell, *trials] for folder in task.needs}
+    listed = tasks(study, out)
+    (cell,) = [task for task in listed if (task.kind, task.arm, task.seed) == ("cell", arm, seed)]
+    trials = [task for task in listed if task.folder in cell.needs]
+    needed = {folder for task in [cell, *trials] for folder in task.needs}
     corpus = None if study.measure is not None else opened_corpus(out)
     row: Row = {}
-    for task in [task for task in everything if task.folder in wanted] + [cell]:
+    with stop_on_signals():
+        for task in [task for task in listed if task.folder in needed] + [cell]:
 
-        def tell(task: Task = task) -> None:
-            if watch is not None:
-                watch(task)
+            def tell(task: Task = task) -> None:
+                if watch is not None:
+                    watch(task)
 
-        while True:
-            try:
-                row = run_task(study, task, corpus, out, retry_failed=retry_failed and task is cell, watch=tell)
-                break
-            except CellBusy:
-                if task is cell or world_size() > 1:
-                    raise
-                time.sleep(1.0)  # another cell of the study is having the same thing done
+            while True:
+                stop_if_requested()
+                try:
+                    retry = retry_failed and task is cell
+                    row = run_task(study, task, listed, corpus, out, retry_failed=retry, watch=tell)
+                    break
+                except CellBusy:
+                    if task is cell or world_size() > 1:
+                        raise
+                    time.sleep(1.0)  # another cell of the study is having the same thing done
     return row
 
 
@@ -120,59 +141,92 @@ def _cannot_start(task: Task, reason: str) -> Row:
         steps=task.steps,
         error=reason,
     )
-    write_rows(task.folder / "rows.jsonl", [row])
+    write_rows(task.rows, [row])
     return row
 
 
-def work(out: Path, *, retry_failed: bool = False, parent: int | None = None) -> None:
+def work(out: Path) -> None:
     """Run every task of the study in ``out`` that nobody else runs, and return when all of them are done.
+
+    A task that cannot be run does not keep the others from being run; the first such error is raised at the end.
 
     Args:
         out: directory with ``study.yaml`` and ``corpus.json``.
-        retry_failed: start failed tasks again.
-        parent: process that must be alive for the work to go on; None: nobody.
+
+    Raises:
+        StudyFailed: ``out`` was removed while its study ran.
+        Stopped: SIGUSR1 asked for the end, and a checkpoint was saved.
+        ConfigError: a task cannot be run here.
+        OSError: rows or checkpoints cannot be written.
     """
     from decondense.training.hf import CellBusy
 
-    def watch() -> None:
-        if parent is not None and os.getppid() != parent:
-            raise SystemExit("the process that started this worker is gone; stopping where the run can be resumed.")
+    held = HeldFolder(out)
 
-    study = StudyConfig.from_yaml(out / "study.yaml")
-    while study.measure is None and not (out / "corpus.json").exists():  # the parent is still preparing the text
+    def watch() -> None:
+        if not held.is_there():
+            raise StudyFailed(f"{out} was removed while its study ran; nothing is written there any more.")
+
+    while not (out / CORPUS).exists() and study_of(out).measure is None:  # the runner is still preparing the text
         watch()
+        stop_if_requested()
         time.sleep(0.1)
+    study = study_of(out)
     corpus = None if study.measure is not None else opened_corpus(out)
-    left = tasks(study, out)
+    listed = tasks(study, out)
+    left = list(listed)
     ended: set[Path] = set()
+    stuck: set[Path] = set()
+    errors: list[Exception] = []
     while left:
         waiting = []
         for task in left:
+            stop_if_requested()
+            watch()
+            if stuck.intersection(task.needs):
+                stuck.add(task.folder)
+                continue
             ended |= {folder for folder in task.needs if folder not in ended and task_end(folder) is not None}
             if not ended.issuperset(task.needs):
                 waiting.append(task)
                 continue
             try:
-                run_task(study, task, corpus, out, retry_failed=retry_failed, watch=watch)
+                run_task(study, task, listed, corpus, out, watch=watch)
                 ended.add(task.folder)
             except CellBusy:
                 waiting.append(task)
+            except StudyFailed:
+                raise
+            except (ValueError, OSError, RuntimeError) as error:
+                if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                    raise
+                errors.append(error)
+                stuck.add(task.folder)
         # a task that another process holds ends there, or is left behind by it when it dies: look again later
         if len(waiting) == len(left):
-            watch()
             time.sleep(0.5)
         left = waiting
+    if errors:
+        raise errors[0]
 
 
 def main() -> int:
-    """Entry point of ``python -m decondense.studies.worker OUT``."""
+    """Entry point of ``python -m decondense.lifeline DESCRIPTOR decondense.studies.worker OUT``."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("--retry-failed", action="store_true")
     arguments = parser.parse_args()
     try:
-        work(arguments.out, retry_failed=arguments.retry_failed, parent=os.getppid())
-    except (ValueError, OSError, RuntimeError) as error:
+        end_without(arguments.out)
+        with stop_on_signals(at_once=False):  # SIGTERM ends a worker where it stands: that is safe at every moment
+            work(arguments.out)
+    except Stopped as stopped:
+        print(f"{stopped.signal.name}: stopped where the run can be resumed.", file=sys.stderr)
+        return int(stopped.code or 0)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not isinstance(error, (ValueError, OSError, RuntimeError)):
+            traceback.print_exc()
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -44,8 +44,17 @@ class Cell:
         if self.distillation is not None and (name := self.distillation.prepared) is not None:
             self.distillation = self.distillation.model_copy(update={"teacher": str(prepared[name])})
         self.train = study.train.model_copy(
-            update={} if arm.learning_rate is None else {"learning_rate": arm.learning_rate}
+            update={
+                name: value
+                for name in ("learning_rate", "warmup", "gradient_clip")
+                if (value := getattr(arm, name)) is not None
+            }
         )
+        self.setting = {
+            "learning_rate": self.train.learning_rate,
+            "warmup": self.train.warmup,
+            "gradient_clip": self.train.gradient_clip,
+        }
         self.tokens_per_step = self.train.batch_sequences * self.train.sequence_tokens
         self.steps = 0 if arm.untrained else self.train.steps
         self.identity: dict[str, Any] = {
@@ -55,12 +64,27 @@ class Cell:
             "seed": seed,
         }
         self.rows_path = folder / "rows.jsonl"
+        self.ignored: list[str] = []
+        """Checkpoints and rows that could not be used, and why."""
         self.benchmarks: list[Row] = []
         """Of the final checkpoint; written together with the terminal row, so that they are there once."""
+
+    def differs(self, row: Row) -> bool:
+        """Whether a run row was written at another learning rate, warm-up or clipping; rows without them fit."""
+        return any(
+            row[name] is not None and row[name] != getattr(self.train, name)
+            for name in ("learning_rate", "warmup", "gradient_clip")
+        )
+
+    def check_there(self) -> None:
+        """Raise when the folder was removed: neither rows nor a checkpoint may make it again."""
+        if is_main_process() and not self.folder.is_dir():
+            raise RuntimeError(f"{self.folder} was removed while its run was training; nothing is written there.")
 
     def write(self, *rows: Row) -> None:
         """Append rows; on the main process only."""
         self.watch()
+        self.check_there()
         if is_main_process():
             append_rows(self.rows_path, rows)
 
@@ -115,7 +139,12 @@ class Cell:
         ids = torch.from_numpy(self.corpus.passages(settings.passages, settings.passage_tokens).astype(np.int64))
         # the row has no use for matrices averaged over passages, which cost a float64 [T, T] a layer
         return measure(
-            model, input_ids=ids, tokens=settings.passage_tokens, histograms=("pooled",), blocks=self._blocks()
+            model,
+            input_ids=ids,
+            tokens=settings.passage_tokens,
+            histograms=("pooled",),
+            blocks=settings.blocks or self._blocks(),
+            tokens_first=settings.tokens_first,
         ).to_row()
 
     def _blocks(self) -> str | None:

@@ -1,47 +1,136 @@
-"""The folder of a cell: who works on it, and which of its checkpoints count."""
+"""Checkpoints that a run may resume from: one counts only with a mark, and the mark with what it lists.
+
+The mark is the file ``COMPLETE``, written after everything else. It holds the step, an inventory of the checkpoint's
+files (name, size, SHA-256) and the number and hash of the rows that the run had written up to that step. Resuming from
+a checkpoint with a file missing or changed, or beside rows that were cut, would give other results without a word; so
+such a checkpoint is passed over, with the reason, for an older one or for the start.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import hashlib
+import json
+import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from decondense.training.trainer import is_main_process
+from decondense.records import atomic_write
 
 COMPLETE = "COMPLETE"
-"""Name of the file that makes a checkpoint one to resume from."""
+"""Name of the file that makes a checkpoint one that a run may resume from."""
 
 
-class CellBusy(RuntimeError):
-    """Another process is working on this cell."""
+class Checkpoint(NamedTuple):
+    """A checkpoint whose files and rows are those of its mark."""
+
+    step: int
+    path: Path
 
 
-@contextlib.contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Own the cell while the block runs. The lock is the operating system's: it goes when the process does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CellBusy(f"{folder}: another process is training this cell.") from error
-        yield
-
-
-def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
-    """Step and folder of the newest checkpoint that counts."""
-    complete = [
-        (int(path.name.rsplit("-", 1)[1]), path)
-        for path in folder.glob("checkpoint-*")
-        if (path / COMPLETE).exists() and path.name.rsplit("-", 1)[1].isdigit()
+def mark(folder: Path, step: int, rows: Path) -> None:
+    """Say that ``folder`` is complete: its files are on the disk, and ``rows`` holds the rows up to ``step``."""
+    (folder / COMPLETE).unlink(missing_ok=True)  # of a run that saved here before
+    files = [
+        {"name": str(path.relative_to(folder)), "size": path.stat().st_size, "sha256": _hash(path, flush=True)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     ]
-    return max(complete, default=None)
+    count, digest = _rows_up_to(rows, step)
+    inventory = {"step": step, "files": files, "rows": {"count": count, "sha256": digest}}
+    atomic_write(folder / COMPLETE, json.dumps(inventory, indent=1))
 
 
-def discard_checkpoints(folder: Path) -> None:
-    """Remove all checkpoints of a cell; on the main process only."""
-    if is_main_process():
-        for path in folder.glob("checkpoint-*"):
+def newest(folder: Path, rows: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint below ``folder`` that can be resumed from, and why newer ones with a mark cannot."""
+    there = sorted(
+        (
+            (int(path.name.rsplit("-", 1)[1]), path)
+            for path in folder.glob("checkpoint-*")
+            if path.name.rsplit("-", 1)[1].isdigit()
+        ),
+        reverse=True,
+    )
+    ignored = []
+    for step, path in there:
+        reason = fault(path, step, rows)
+        if reason is None:
+            return Checkpoint(step, path), ignored
+        if (path / COMPLETE).exists():  # without it, a kill in the middle of saving left it, as kills do
+            ignored.append(f"{path.name} was not used: {reason}")
+    return None, ignored
+
+
+def fault(folder: Path, step: int, rows: Path) -> str | None:
+    """Why a run must not resume from ``folder``; None: it may."""
+    path = folder / COMPLETE
+    if not path.is_file():
+        return f"it was not finished (no file {COMPLETE})"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        return f"its {COMPLETE} cannot be read ({error})"
+    if not text.strip():
+        return f"its {COMPLETE} has no inventory (an earlier release wrote it)"
+    try:
+        inventory: dict[str, Any] = json.loads(text)
+        files = {str(entry["name"]): (int(entry["size"]), str(entry["sha256"])) for entry in inventory["files"]}
+        marked, kept = int(inventory["step"]), (int(inventory["rows"]["count"]), str(inventory["rows"]["sha256"]))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"its {COMPLETE} is damaged ({type(error).__name__}: {error})"
+    if marked != step:
+        return f"its {COMPLETE} is that of step {marked}"
+    for name, (size, _) in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    try:
+        for name, (_, digest) in files.items():
+            if _hash(folder / name) != digest:
+                return f"{name} has changed since it was written"
+    except OSError as error:
+        return f"{error.filename or folder.name} cannot be read ({error.strerror or error})"
+    count, digest = _rows_up_to(rows, step)
+    if count != kept[0]:
+        return f"{rows.name} has {count} rows up to step {step}, it was saved beside {kept[0]}"
+    if digest != kept[1]:
+        return f"rows of {rows.name} up to step {step} have changed since it was saved"
+    return None
+
+
+def discard(folder: Path, *, keep: Path | None = None) -> None:
+    """Remove the checkpoints below ``folder`` but for ``keep`` and older ones."""
+    for path in folder.glob("checkpoint-*"):
+        number = path.name.rsplit("-", 1)[1]
+        if keep is None or not number.isdigit() or int(number) > int(keep.name.rsplit("-", 1)[1]):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _hash(path: Path, *, flush: bool = False) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        if flush:
+            os.fsync(handle.fileno())  # the mark must not reach the disk before what it marks
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _rows_up_to(path: Path, step: int) -> tuple[int, str]:
+    """Number and hash of the whole lines that belong to ``step`` or an earlier one; run rows belong to none."""
+    count, digest = 0, hashlib.sha256()
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return 0, ""
+    for line in data[: data.rfind(b"\n") + 1].split(b"\n"):
+        try:
+            at = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if isinstance(at, int) and at <= step:
+            count += 1
+            digest.update(line + b"\n")
+    return count, digest.hexdigest()

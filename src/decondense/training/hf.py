@@ -3,7 +3,7 @@
 The same code runs in one process, under ``torchrun`` and under ``accelerate launch``. A cell owns a folder:
 
     rows.jsonl        what happened so far; the cell is done when its last run row has a terminal status
-    checkpoint-K/     Trainer checkpoints; one counts only when it holds the file COMPLETE
+    checkpoint-K/     Trainer checkpoints; one counts only with its inventory (decondense.training.checkpoints)
     final/            the trained model and its tokenizer (safetensors), written in one move
 
 A killed cell starts again from its newest complete checkpoint: rows of later steps are dropped first, so that a
@@ -31,12 +31,14 @@ from decondense.corpora.packed import PackedCorpus
 from decondense.evaluate import benchmark_rows
 from decondense.integrations.huggingface import attach_trainer
 from decondense.models import build_model
-from decondense.records import Row, make_row, provenance, read_rows, terminal_row, write_rows
+from decondense.records import RecordError, Row, make_row, provenance, read_rows, terminal_row, write_rows
 from decondense.seeding import hash_parameters, seed_everything
+from decondense.stopping import stop_if_requested
 from decondense.tokenizers import vocabulary_of
+from decondense.training import checkpoints
 from decondense.training.baselines import ActiveForgetting, NoisyEmbedding, Teacher
 from decondense.training.cell import Cell, Diverged, device_name
-from decondense.training.checkpoints import COMPLETE, CellBusy, claim, discard_checkpoints, newest_checkpoint
+from decondense.training.claim import CellBusy, claim
 from decondense.training.recording import Recorder
 from decondense.training.trainer import (
     OrderedSequences,
@@ -51,7 +53,7 @@ from decondense.training.trainer import (
 if TYPE_CHECKING:
     from decondense.attaching import DispersionHandle
 
-__all__ = ["COMPLETE", "CellBusy", "Diverged", "build_model", "is_main_process", "run_cell", "world_size"]
+__all__ = ["CellBusy", "Diverged", "build_model", "is_main_process", "run_cell", "world_size"]
 
 
 def run_cell(
@@ -86,18 +88,21 @@ def run_cell(
         if is_main_process():
             stack.enter_context(claim(folder))
         cell = Cell(study, arm, seed, corpus, folder, watch or (lambda: None), prepared or {})
-        rows = read_rows(cell.rows_path) if cell.rows_path.exists() else []
+        rows = _existing_rows(cell)
         foreign = [row for row in rows if any(row[key] != value for key, value in cell.identity.items())]
         if foreign:
             raise ConfigError(
                 f"{cell.rows_path} holds rows of another run ({foreign[0]['study']!r}); choose another directory."
             )
         ended = terminal_row(rows)
-        if ended is not None and not (retry_failed and ended["status"] == "failed"):
+        repeated = retry_failed and ended is not None and ended["status"] == "failed"
+        # rows of a setting that a repeated trial no longer chooses: seeds of an arm must not train at different ones
+        other = [row for row in rows if row["kind"] == "run" and not arm.untrained and cell.differs(row)]
+        if ended is not None and not repeated and not other:
             return ended
-        if ended is not None:
+        if ended is not None or other:
             rows = []
-            discard_checkpoints(folder)
+            _discard_checkpoints(folder)
         if study.train.threads is not None and not torch.cuda.is_available():
             torch.set_num_threads(study.train.threads)
         try:
@@ -111,12 +116,13 @@ def run_cell(
                 status="failed",
                 config=study.model_dump(mode="json"),
                 steps=cell.steps,
-                learning_rate=None if arm.untrained else cell.train.learning_rate,
+                **({} if arm.untrained else cell.setting),
                 error=reason,
+                timing={"ignored_checkpoints": cell.ignored} if cell.ignored else {},
                 provenance=provenance(device=device_name()),
             )
         cell.write(*cell.benchmarks, row)
-        discard_checkpoints(folder)
+        _discard_checkpoints(folder)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # what comes next reads these rows on every rank
         return row
@@ -141,7 +147,7 @@ def _train(cell: Cell, rows: list[Row]) -> Row:
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": train.steps,
         "tokens": train.steps * cell.tokens_per_step,
-        "learning_rate": train.learning_rate,
+        **cell.setting,
     }
     if cell.model.lora is not None and train.fsdp and world_size() > 1:
         raise ConfigError("train.fsdp with model.lora is not supported; adapters are small, use DDP (fsdp: false).")
@@ -193,6 +199,10 @@ def _train(cell: Cell, rows: list[Row]) -> Row:
     resumed = [row["timing"]["from_step"] for row in rows if row["kind"] == "run" and row["status"] == "resumed"]
     if resume is not None:
         resumed.append(int(resume.name.rsplit("-", 1)[1]))
+    earlier = [
+        reason for row in rows if row["kind"] == "run" for reason in row["timing"].get("ignored_checkpoints", ())
+    ]
+    cell.ignored = [*earlier, *cell.ignored]
     if is_main_process():
         # how often the run was interrupted is no result: it moves into the terminal row's timing
         write_rows(cell.rows_path, [row for row in read_rows(cell.rows_path) if row.get("status") != "resumed"])
@@ -208,6 +218,7 @@ def _train(cell: Cell, rows: list[Row]) -> Row:
             "peak_rss_bytes": _peak_rss(),
             **_peak_cuda(),
             "resumed_from_steps": resumed,
+            **({"ignored_checkpoints": cell.ignored} if cell.ignored else {}),
         },
         provenance=provenance(device=device_name(), threads=torch.get_num_threads(), world_size=world_size()),
     )
@@ -259,21 +270,44 @@ def _keep(cell: Cell, model: PreTrainedModel, tokenizer: Any, trained: dict[str,
         {**cell.identity, "step": cell.steps, "tokens": cell.steps * cell.tokens_per_step},
         cell.folder / "benchmarks",
         threads=cell.train.threads,
-        progress=lambda *_: cell.watch(),
+        progress=lambda *_: (cell.watch(), stop_if_requested()),
     )
+
+
+def _existing_rows(cell: Cell) -> list[Row]:
+    """The rows of a cell. A damaged file is set aside and named: the cell then starts again."""
+    if not cell.rows_path.exists():
+        return []
+    try:
+        return read_rows(cell.rows_path)
+    except RecordError as error:
+        if is_main_process():
+            cell.rows_path.replace(cell.rows_path.with_suffix(".damaged"))
+        cell.ignored.append(f"{error} The file is kept as {cell.rows_path.stem}.damaged and the run starts again.")
+        return []
+
+
+def _discard_checkpoints(folder: Path) -> None:
+    if is_main_process():
+        checkpoints.discard(folder)
 
 
 def _prepare_rows(cell: Cell, rows: list[Row], described: dict[str, Any]) -> Path | None:
     """Bring the rows to the state of the checkpoint to go on from, and return its folder (None: start afresh)."""
-    newest = newest_checkpoint(cell.folder)
+    newest, ignored = checkpoints.newest(cell.folder, cell.rows_path)
     started = [row for row in rows if row["kind"] == "run" and row["status"] == "started"]
+    instead = "the run starts again" if newest is None or not started else f"the run resumes from step {newest.step}"
+    cell.ignored += [f"{reason}; {instead}." for reason in ignored]
+    for reason in cell.ignored if is_main_process() else ():
+        print(f"{cell.folder}: {reason}", file=sys.stderr)
+    timing: dict[str, Any] = {"ignored_checkpoints": cell.ignored} if cell.ignored else {}
     if newest is None or not started:
-        discard_checkpoints(cell.folder)
+        _discard_checkpoints(cell.folder)
         if is_main_process():
-            write_rows(
-                cell.rows_path,
-                [make_row("run", **described, status="started", provenance=provenance(device=device_name()))],
+            row = make_row(
+                "run", **described, status="started", timing=timing, provenance=provenance(device=device_name())
             )
+            write_rows(cell.rows_path, [row])
         return None
     step, path = newest
     for key in ("init_hash", "order_hash", "corpus_hash"):
@@ -283,8 +317,10 @@ def _prepare_rows(cell: Cell, rows: list[Row], described: dict[str, Any]) -> Pat
                 "(another version of torch, transformers or of the text?). Start again in another directory."
             )
     kept = [row for row in rows if row["kind"] == "run" or row["step"] <= step]
-    marker = make_row("run", **described, status="resumed", timing={"from_step": step}, provenance=provenance())
+    timing = {"from_step": step, **timing}
+    marker = make_row("run", **described, status="resumed", timing=timing, provenance=provenance())
     if is_main_process():
+        checkpoints.discard(cell.folder, keep=path)  # those that cannot be used would be in the way of new ones
         write_rows(cell.rows_path, [*kept, marker])
     return path
 

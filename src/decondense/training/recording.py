@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from decondense.records import make_row
+from decondense.stopping import SAVE_FIRST, Stopped, save_requested
+from decondense.training import checkpoints
 from decondense.training.cell import Cell
-from decondense.training.checkpoints import COMPLETE
 from decondense.training.trainer import StudyTrainer, is_main_process, world_size
 
 
@@ -26,6 +27,7 @@ class Recorder(TrainerCallback):
         self.step_wall: list[float] = []
         self.step_cpu: list[float] = []
         self.since_log = 0
+        self.stopping = False
         self._began = (0.0, 0.0)
 
     def on_train_begin(
@@ -48,6 +50,10 @@ class Recorder(TrainerCallback):
         self.since_log += 1
         if state.global_step >= state.max_steps:
             control.should_log = True
+        self.cell.check_there()
+        # on a logged step only: a logged value is a mean since the last one, and a resumed run knows no half of it
+        if state.global_step % args.logging_steps == 0 and self._must_save():
+            control.should_save = True
         if state.global_step in self.due:
             self.cell.evaluate(self.model, state.global_step)
 
@@ -92,7 +98,24 @@ class Recorder(TrainerCallback):
             total = total / world_size()
         return float(total) / self.since_log
 
+    def _must_save(self) -> bool:
+        """Whether SIGUSR1 has come, on any rank: all of them save, or none."""
+        if world_size() == 1:
+            return save_requested()
+        asked = torch.tensor(float(save_requested()), device=self.trainer.args.device)
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        self.stopping = bool(asked)
+        return self.stopping
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Mark the checkpoint as complete."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every rank has written its part
         if is_main_process():
-            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            checkpoints.mark(folder, state.global_step, self.cell.rows_path)
+        if (self.stopping or (world_size() == 1 and save_requested())) and state.global_step < state.max_steps:
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()
+            assert SAVE_FIRST is not None
+            raise Stopped(SAVE_FIRST)

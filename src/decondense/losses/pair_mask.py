@@ -1,11 +1,11 @@
 """Which pairs of tokens a loss is about: masks, packed documents, random groups and subsets, one sequence or a batch.
 
-Every implementation works on *rows* of tokens ``z_RND`` and a :class:`Scope` that says which of the pairs within a row
-count and to which *unit* (the thing that gets one log-mean-exp or one mean: a sequence, or a document of a packed
+Every implementation works on *rows* of tokens ``z_RND`` and a :class:`PairMask` that says which of the pairs within a
+row count and to which *segment* (what gets one log-mean-exp or one mean: a sequence, or a document of a packed
 sequence) they belong. Nothing here looks at the value of a tensor from Python, so nothing waits for a device.
 
 Shape suffixes: ``B`` sequences, ``T`` tokens of a sequence, ``D`` features, ``R`` rows, ``N`` tokens of a row,
-``U`` units.
+``U`` segments.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DOUBLE_BACKWARD", "Scope", "differentiated_once", "gather_rows", "sum_by_index"]
+__all__ = ["DOUBLE_BACKWARD", "PairMask", "differentiated_once", "gather_rows", "sum_by_index"]
 
 DOUBLE_BACKWARD = (
     "the dispersion loss is differentiated once: its gradient is a saved number, not a graph, and create_graph=True "
@@ -32,10 +32,10 @@ def differentiated_once(backward: Backward) -> Backward:
     """Make a backward refuse ``create_graph=True``."""
 
     @wraps(backward)
-    def checked(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+    def checked(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(DOUBLE_BACKWARD)
-        return backward(ctx, *above)
+        return backward(ctx, *grad_outputs)
 
     return checked
 
@@ -58,60 +58,61 @@ def _dense(label_BT: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Scope:
-    """The pairs that count. ``None`` tensors mean the common case: every token is real, a unit is a block of rows."""
+class PairMask:
+    """The pairs that count. ``None`` tensors: every token is real, a segment is a block of rows (the common case)."""
 
     rows: int
     row_size: int
-    n_units: int
+    n_segments: int
     valid_RN: Tensor | None
     """True for real tokens."""
     label_RN: Tensor | None
     """Pairs need equal labels; -1 for tokens that are not real. None: all pairs of the row."""
-    unit_RN: Tensor | None
-    """Unit of each token, int64. None: unit u holds the rows ``u * rows_per_unit ... (u + 1) * rows_per_unit - 1``."""
+    segment_RN: Tensor | None
+    """Segment of each token, int64. None: segment u holds the rows ``u * rows_per_segment ...
+    (u + 1) * rows_per_segment - 1``."""
     tokens_U: Tensor
-    """Real tokens of each unit (float)."""
+    """Real tokens of each segment (float)."""
     pairs_U: Tensor
-    """Ordered pairs i != j of each unit (float)."""
+    """Ordered pairs i != j of each segment (float)."""
 
     @property
-    def rows_per_unit(self) -> int:
-        """Rows of a unit where units are blocks of rows."""
-        assert self.unit_RN is None
-        return self.rows // self.n_units
+    def rows_per_segment(self) -> int:
+        """Rows of a segment where segments are blocks of rows."""
+        assert self.segment_RN is None
+        return self.rows // self.n_segments
 
     def count_U(self, *, least: int = 1) -> Tensor:
-        """1.0 for units that have at least ``least`` ordered pairs, else 0.0."""
+        """1.0 for segments that have at least ``least`` ordered pairs, else 0.0."""
         return (self.pairs_U >= least).to(self.pairs_U.dtype)
 
-    def to_units(self, values_RN: Tensor) -> Tensor:
-        """Sum a quantity per token over the real tokens of each unit: ``[R, N]`` to ``[U]``."""
+    def to_segments(self, values_RN: Tensor) -> Tensor:
+        """Sum a quantity per token over the real tokens of each segment: ``[R, N]`` to ``[U]``."""
         if self.valid_RN is not None:
             values_RN = torch.where(self.valid_RN, values_RN, 0.0)
-        if self.unit_RN is None:
-            return values_RN.reshape(self.n_units, -1).sum(dim=1)
-        return sum_by_index(values_RN, self.unit_RN, self.n_units)
+        if self.segment_RN is None:
+            return values_RN.reshape(self.n_segments, -1).sum(dim=1)
+        return sum_by_index(values_RN, self.segment_RN, self.n_segments)
 
-    def features_to_units(self, values_RND: Tensor) -> Tensor:
-        """Sum a vector per token over the real tokens of each unit: ``[R, N, D]`` to ``[U, D]``."""
+    def features_to_segments(self, values_RND: Tensor) -> Tensor:
+        """Sum a vector per token over the real tokens of each segment: ``[R, N, D]`` to ``[U, D]``."""
         width = values_RND.shape[-1]
         if self.valid_RN is not None:
             values_RND = torch.where(self.valid_RN.unsqueeze(-1), values_RND, 0.0)
-        if self.unit_RN is None:
-            return values_RND.reshape(self.n_units, -1, width).sum(dim=1)
-        out = values_RND.new_zeros(self.n_units, width)
-        index = self.unit_RN.reshape(-1)
+        if self.segment_RN is None:
+            return values_RND.reshape(self.n_segments, -1, width).sum(dim=1)
+        out = values_RND.new_zeros(self.n_segments, width)
+        index = self.segment_RN.reshape(-1)
         if out.device.type == "cpu":
             return out.index_add(0, index, values_RND.reshape(-1, width))
         return out.index_put((index,), values_RND.reshape(-1, width), accumulate=True)
 
     def to_tokens(self, values_U: Tensor) -> Tensor:
-        """Give every token the value of its unit: ``[U, ...]`` to ``[R, N, ...]`` (a view where it can be)."""
-        if self.unit_RN is not None:
-            return values_U[self.unit_RN]
+        """Give every token the value of its segment: ``[U, ...]`` to ``[R, N, ...]`` (a view where it can be)."""
+        if self.segment_RN is not None:
+            return values_U[self.segment_RN]
         rest = values_U.shape[1:]
-        rows = values_U.unsqueeze(1).expand(self.n_units, self.rows_per_unit, *rest).reshape(self.rows, *rest)
+        rows = values_U.unsqueeze(1).expand(self.n_segments, self.rows_per_segment, *rest).reshape(self.rows, *rest)
         return rows.unsqueeze(1).expand(self.rows, self.row_size, *rest)
 
     def pairs_RNN(self, *, diagonal: bool = False, device: torch.device | None = None) -> Tensor:
@@ -135,7 +136,7 @@ class Scope:
         *,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> Scope:
+    ) -> PairMask:
         """All pairs of each sequence, or of each segment of it."""
         rows, size = shape
         valid = None if mask_BT is None else mask_BT.bool()
@@ -147,21 +148,21 @@ class Scope:
             return cls(rows, size, rows, valid, None, None, tokens, tokens * (tokens - 1))
         label = _dense(segments_BT.long())
         real = torch.ones_like(label) if valid is None else valid.long()
-        unit = label + size * torch.arange(rows, device=device).unsqueeze(1)
+        segment = label + size * torch.arange(rows, device=device).unsqueeze(1)
         # integers: the order of the atomics does not matter
         tokens_long = torch.zeros(rows * size, dtype=torch.long, device=device)
-        tokens = tokens_long.scatter_add_(0, unit.reshape(-1), real.reshape(-1)).to(dtype)
+        tokens = tokens_long.scatter_add_(0, segment.reshape(-1), real.reshape(-1)).to(dtype)
         if valid is not None:
             label = torch.where(valid, label, -1)
-        return cls(rows, size, rows * size, valid, label, unit, tokens, tokens * (tokens - 1))
+        return cls(rows, size, rows * size, valid, label, segment, tokens, tokens * (tokens - 1))
 
-    def grouped(self, group_size: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Scope]:
+    def grouped(self, group_size: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, PairMask]:
         """Random groups of ``group_size`` tokens, pairs within a group only.
 
-        Returns the token that each place of a group takes, int64 ``[B, groups * group_size]``, and the scope of the
+        Returns the token that each place of a group takes, int64 ``[B, groups * group_size]``, and the pairs of the
         groups (one row per group). Tokens that are not real come last, segments stay together.
         """
-        assert self.unit_RN is None or self.label_RN is not None
+        assert self.segment_RN is None or self.label_RN is not None
         rows, size = self.rows, self.row_size
         key = torch.rand(rows, size, generator=generator, device=generator.device, dtype=torch.float64).to(device)
         if self.label_RN is not None:
@@ -174,25 +175,25 @@ class Scope:
         padding = groups * group_size - size
         valid = None if self.valid_RN is None else self.valid_RN.gather(1, order)
         label = None if self.label_RN is None else self.label_RN.gather(1, order)
-        unit = None if self.unit_RN is None else self.unit_RN.gather(1, order)
+        segment = None if self.segment_RN is None else self.segment_RN.gather(1, order)
         if padding:
             if valid is None:
                 valid = torch.ones(rows, size, dtype=torch.bool, device=device)
             pad = torch.nn.functional.pad
             order, valid = pad(order, (0, padding)), pad(valid, (0, padding))
             label = None if label is None else pad(label, (0, padding), value=-1)
-            unit = None if unit is None else pad(unit, (0, padding))
+            segment = None if segment is None else pad(segment, (0, padding))
         shape = (rows * groups, group_size)
         valid = None if valid is None else valid.reshape(shape)
         label = None if label is None else label.reshape(shape)
-        if unit is None:
+        if segment is None:
             if valid is None:
                 in_group = torch.full((rows, groups), float(group_size), dtype=self.pairs_U.dtype, device=device)
             else:
                 in_group = valid.sum(dim=1).to(self.pairs_U.dtype).reshape(rows, groups)
             pairs = (in_group * (in_group - 1)).sum(dim=1)
         else:
-            unit = unit.reshape(shape)
+            segment = segment.reshape(shape)
             assert label is not None
             # a cell is a segment's share of a group; its tokens are counted, then its pairs go to the segment
             cell = _dense(label) + group_size * torch.arange(shape[0], device=device).unsqueeze(1)
@@ -200,10 +201,10 @@ class Scope:
             in_cell = torch.zeros(cell.numel(), dtype=torch.long, device=device)
             in_cell.scatter_add_(0, cell.reshape(-1), real.reshape(-1))
             partners = (in_cell[cell] - 1) * real
-            pairs = torch.zeros(self.n_units, dtype=torch.long, device=device)
-            pairs = pairs.scatter_add_(0, unit.reshape(-1), partners.reshape(-1)).to(self.pairs_U.dtype)
-        scope = Scope(shape[0], group_size, self.n_units, valid, label, unit, self.tokens_U, pairs)
-        return order, scope
+            pairs = torch.zeros(self.n_segments, dtype=torch.long, device=device)
+            pairs = pairs.scatter_add_(0, segment.reshape(-1), partners.reshape(-1)).to(self.pairs_U.dtype)
+        grouped = PairMask(shape[0], group_size, self.n_segments, valid, label, segment, self.tokens_U, pairs)
+        return order, grouped
 
 
 def gather_rows(z_BTD: Tensor, order_BS: Tensor, row_size: int) -> Tensor:

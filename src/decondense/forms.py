@@ -1,51 +1,65 @@
-r"""The objectives by name: what each one is, where it comes from, what its parameters do (no torch in here).
+r"""The registry of the objectives: what each form is, where it comes from, what its options do. No torch in here.
 
-:data:`FORMS` is the only list of them; :class:`Settings` is a validated choice of form and parameters that every
-implementation takes. All forms are *minimised* to spread the hidden states of a sequence apart.
+:data:`FORMS` is the only list of them. Configuration, documentation and cost estimates read it; the form itself, its
+definition and its engine, is the file ``losses/forms/<name>.py``. All forms are *minimised* to spread the hidden
+states of a sequence apart.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
-from decondense.config import LossConfig, suggest
-
-__all__ = ["COMPAT", "FORMS", "FormInfo", "Settings", "form_info"]
+__all__ = ["COMPAT", "COMPAT_EPSILON", "FORMS", "FormInfo"]
 
 _PAPER = "Liu et al. 2026, arXiv:2602.00217"
 _PARENT = "Wang & He 2025 (Diffuse and Disperse), arXiv:2506.09027"
 
 Kind = Literal["pairs", "rows", "features"]
+Cost = Literal["pairs", "gram", "mean", "slices"]
 
 
 @dataclass(frozen=True)
 class FormInfo:
-    """What a form is. ``equation`` is LaTeX over the real tokens i, j of one unit (n of them, D features)."""
+    """What a form is. ``equation`` is LaTeX over the real tokens i, j of one segment (n of them, D features).
+
+    A segment is a sequence, or a document of a packed sequence.
+    """
 
     name: str
     equation: str
-    """Loss of one unit (a sequence, or a document of a packed one)."""
+    """Loss of one segment."""
     source: str
     kind: Kind
     """``pairs``: a sum over pairs; ``rows``: a statistic of each token against the others; ``features``: no pairs."""
+    extremes: str
+    """The value when all tokens are equal, and the least value."""
     uses: tuple[str, ...] = ()
-    """Keywords of :func:`decondense.dispersion_loss` that change this form."""
+    """Options of :class:`decondense.config.LossConfig` that change this form."""
     defaults: Mapping[str, float] = field(default_factory=dict)
     """Published values where they differ from this package's defaults (to be passed explicitly)."""
-    extremes: str = ""
-    """What the value is when all tokens agree, and the least it can be."""
     euclidean: bool = False
     """True if lengths matter, not directions alone: not scale invariant."""
+    diagonal: Literal["no", "yes", "compat"] = "no"
+    """Whether the pairs i = j belong to the mean; ``compat``: only with ``compat=``."""
+    compat: bool = False
+    """True if ``compat=`` reproduces what the research code does for it."""
+    tiled: bool = True
+    """True if ``impl="chunked"`` covers it; else ``auto`` takes the dense reference."""
     fused: bool = False
     """True if ``impl="fused"`` covers it."""
-    compat: bool = False
-    """True if ``compat=`` knows what the research code does for it."""
     random: bool = False
     """True if the form itself draws (and therefore needs a generator)."""
+    cost: Cost = "pairs"
+    """Products per token: with its partners (``pairs``), the smaller of n and D (``gram``), one (``mean``), ``slices``.
+    """
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        """What ``impl=`` can be for this form, besides ``auto``."""
+        return ("reference", *(("chunked",) if self.tiled else ()), *(("fused",) if self.fused else ()))
 
 
 def _forms() -> dict[str, FormInfo]:
@@ -79,6 +93,7 @@ def _forms() -> dict[str, FormInfo]:
             "pairs",
             uses=("tau", "norm_weight"),
             defaults={"norm_weight": 0.1},
+            diagonal="compat",
             extremes="all equal: the norm term alone; no least value without it",
             euclidean=True,
             compat=True,
@@ -89,6 +104,7 @@ def _forms() -> dict[str, FormInfo]:
             f"{_PAPER}, rival form (the paper sums over a != b; here the mean, so that a weight carries over "
             "between widths)",
             "features",
+            cost="gram",
             extremes="perfectly correlated features: 1; least 0",
             compat=True,
         ),
@@ -99,6 +115,7 @@ def _forms() -> dict[str, FormInfo]:
             f"research code of {_PAPER}, not in the paper (tau is its sigma squared)",
             "rows",
             uses=("tau",),
+            tiled=False,
             extremes="all distances equal (so also all tokens equal): -log(n-1), the least; greatest 0",
             euclidean=True,
         ),
@@ -109,6 +126,7 @@ def _forms() -> dict[str, FormInfo]:
             "pairs",
             uses=("tau",),
             defaults={"tau": 0.5},
+            diagonal="yes",
             extremes="all equal: 1/tau",
             fused=True,
         ),
@@ -119,6 +137,7 @@ def _forms() -> dict[str, FormInfo]:
             "pairs",
             uses=("tau",),
             defaults={"tau": 0.5},
+            diagonal="yes",
             extremes="all equal: 0; least -log n, at infinite distances",
             euclidean=True,
         ),
@@ -128,6 +147,7 @@ def _forms() -> dict[str, FormInfo]:
             f"{_PARENT}, hinge with D = -cosine, diagonal included (margin is the paper's epsilon)",
             "pairs",
             uses=("margin",),
+            diagonal="yes",
             extremes="all equal: (1 + margin)^2; least (1 + margin)^2 / n, from the diagonal",
             fused=True,
         ),
@@ -137,6 +157,7 @@ def _forms() -> dict[str, FormInfo]:
             r"\quad \mathrm{Cov} = D \cdot \mathrm{cov}(\hat z_1 \dots \hat z_n)",
             f"{_PARENT}, covariance (unit vectors scaled to length sqrt(D): the value depends on no norm, nor on D)",
             "features",
+            cost="gram",
             extremes="all equal: 0 (a covariance cannot see a common direction); least 0",
         ),
         FormInfo(
@@ -144,6 +165,7 @@ def _forms() -> dict[str, FormInfo]:
             r"\frac{1}{n(n-1)} \sum_{i \ne j} c_{ij} = \frac{|\sum_i \hat z_i|^2 - \sum_i |\hat z_i|^2}{n(n-1)}",
             "Gao et al. 2019 (Representation Degeneration), the cosine regulariser, on tokens",
             "features",
+            cost="mean",
             extremes="all equal: 1; least -1/(n-1), when the unit vectors sum to 0",
         ),
         FormInfo(
@@ -161,6 +183,7 @@ def _forms() -> dict[str, FormInfo]:
             r"\lambda_{cov} \frac1D \sum_{a \ne b} \mathrm{Cov}_{ab}^2",
             "Bardes et al. 2022 (VICReg), arXiv:2105.04906, the variance and covariance terms, over tokens",
             "features",
+            cost="gram",
             uses=("variance_weight", "covariance_weight", "target_std"),
             extremes="all equal: about lambda_var * gamma; least 0",
             euclidean=True,
@@ -171,6 +194,7 @@ def _forms() -> dict[str, FormInfo]:
             "Zbontar et al. 2021 (Barlow Twins), arXiv:2103.03230, the redundancy term of one view: "
             "(D - 1) times `decorrelation`",
             "features",
+            cost="gram",
             extremes="perfectly correlated features: D - 1; least 0",
         ),
         FormInfo(
@@ -187,6 +211,7 @@ def _forms() -> dict[str, FormInfo]:
             "Balestriero & LeCun 2025 (LeJEPA), arXiv:2511.08544: Epps-Pulley statistic on M random unit "
             "directions a_m, trapezoidal rule on t in [-3, 3]",
             "features",
+            cost="slices",
             uses=("slices", "knots"),
             extremes="least 0: an isotropic standard normal cloud",
             euclidean=True,
@@ -204,81 +229,3 @@ COMPAT: Mapping[str, float] = MappingProxyType({"lm-dispersion:t=0.25": 0.25, "l
 
 COMPAT_EPSILON = 1e-2
 """What the research code adds inside its log-sum-exp and to the norms."""
-
-
-def form_info(name: str) -> FormInfo:
-    """Return the :class:`FormInfo` of a name, or raise a ValueError that lists the names."""
-    info = FORMS.get(name)
-    if info is None:
-        raise ValueError(f"unknown form {name!r}.{suggest(name, FORMS)} Known forms: {', '.join(FORMS)}.")
-    return info
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A form and its parameters, validated; what every implementation takes."""
-
-    form: str
-    tau: float
-    delta: float
-    margin: float
-    norm_weight: float
-    variance_weight: float
-    covariance_weight: float
-    target_std: float
-    slices: int
-    knots: int
-    clamp: float | None
-    """Compatibility: cosines beyond 1 - clamp keep the value and the slope of the boundary."""
-
-    @property
-    def info(self) -> FormInfo:
-        """The form."""
-        return FORMS[self.form]
-
-    @property
-    def epsilon(self) -> float:
-        """What is added to a norm before dividing by it (0 but in compatibility mode)."""
-        return 0.0 if self.clamp is None else COMPAT_EPSILON
-
-    @property
-    def shrink(self) -> float:
-        """The factor on the cosine inside the smoothed angle (1 in compatibility mode, where the clamp protects)."""
-        return 1.0 / math.sqrt(1.0 + self.delta**2) if self.clamp is None else 1.0
-
-    @property
-    def diagonal(self) -> bool:
-        """True if the pairs i = j belong to the mean."""
-        if self.form in ("cosine_infonce", "l2_infonce", "hinge"):
-            return True
-        return self.form == "l2_repel" and self.clamp is not None
-
-    @classmethod
-    def of(cls, form: str, *, compat: str | None = None, **given: Any) -> Settings:
-        """Validate a form's name and parameters; missing parameters take the defaults of ``LossConfig``."""
-        info = form_info(form)
-        defaults = LossConfig()
-        names = [name for name in cls.__dataclass_fields__ if name not in ("form", "clamp")]
-        unknown = set(given) - set(names)
-        assert not unknown, unknown
-        values = {name: given.get(name, getattr(defaults, name)) for name in names}
-        for name in ("tau", "target_std"):
-            if not (math.isfinite(values[name]) and values[name] > 0):
-                raise ValueError(f"{name} is {values[name]!r}; it must be a positive number.")
-        if not 0 <= values["delta"] < 1:
-            raise ValueError(f"delta is {values['delta']!r}; it must lie in [0, 1) (1e-3 is a good choice).")
-        for name in ("margin", "norm_weight", "variance_weight", "covariance_weight"):
-            if not (math.isfinite(values[name]) and values[name] >= 0):
-                raise ValueError(f"{name} is {values[name]!r}; it must be a number of at least 0.")
-        for name, least in (("slices", 1), ("knots", 2)):
-            if values[name] < least:
-                raise ValueError(f"{name} is {values[name]!r}; it must be at least {least}.")
-        clamp = None
-        if compat is not None:
-            if compat not in COMPAT:
-                raise ValueError(f"unknown compat {compat!r}.{suggest(compat, COMPAT)} Known: {', '.join(COMPAT)}.")
-            if not info.compat:
-                known = ", ".join(name for name, other in FORMS.items() if other.compat)
-                raise ValueError(f"compat={compat!r} does not cover form {form!r}, only {known}; leave compat out.")
-            clamp = COMPAT[compat]
-        return cls(form=form, clamp=clamp, **values)

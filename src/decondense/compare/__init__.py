@@ -1,0 +1,175 @@
+r"""Paired comparison of the arms of a study, computed from its rows alone (numpy and scipy, no torch).
+
+What is compared is fixed before anything is looked at: the *final* checkpoint of every run. Within a seed all arms
+start from the same weights and read the same sequences in the same order, which the recorded hashes prove; so the unit
+of evidence is the difference d_s = arm - baseline of seed s, and nothing else about the runs has to be assumed.
+An arm with a model of its own starts from other weights by design: it is paired by the order of the data alone, and a
+note says so. A study that only measures starts trains nothing: there a seed is one choice of passages.
+
+**Interval.** Two 95 % intervals of the mean difference are computed, and the wider one is shown:
+
+* over seeds: ``mean +- t(S-1) sd(d) / sqrt(S)``, Student's interval. It answers for other seeds *on the same items*.
+* over seeds and items: ``mean +- t(nu) se``, where ``se`` is the standard deviation of the mean difference under a
+  two-level bootstrap that resamples seeds and items independently (Owen 2007, "The pigeonhole bootstrap"), after the
+  seed effects have been inflated by ``sqrt(S / (S-1))``, the narrowness of a bootstrap of few seeds (Hesterberg 2015).
+  With ``v_s = sd(d)^2 / S`` and ``v_i = se^2 - v_s``, ``nu = se^4 / (v_s^2/(S-1) + v_i^2/(I-1))`` (Satterthwaite). It
+  answers for other seeds and other items.
+
+A plain percentile bootstrap of three seeds covers far less than it says, and an interval over seeds alone rejects a
+true null in 11 to 17 % of simulated studies in which the items differ; the wider of the two stays at or below 5 %.
+
+**Tests.** ``p`` belongs to the interval that is shown; ``p_sign_flip`` is the exact two-sided permutation test over all
+2^S sign patterns, which assumes only that a difference is symmetric under the null, and can never fall below 2^(1-S).
+Both are corrected over arms by Holm's method. With one seed there is neither interval nor test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from decondense.compare.condensation import by_arm, family_of, layers, measures, size_trend
+from decondense.compare.context import Context, common
+from decondense.compare.cost import costs, speeds, tokens_to_reach
+from decondense.compare.notes import item_notes, task_notes
+from decondense.compare.notes import notes as all_notes
+from decondense.compare.pairing import faults_of, pairings, unpaired
+from decondense.compare.quality import selections, task, task_means
+from decondense.compare.quantities import QUANTITIES
+from decondense.compare.quantity import Quantity
+from decondense.compare.rates import learning_rates, sweeps
+from decondense.compare.results import (
+    FEWEST_MODELS,
+    SIZE_QUANTITIES,
+    ArmCondensation,
+    Comparison,
+    Cost,
+    Layers,
+    Measure,
+    Pairing,
+    Selection,
+    SizeCorrelation,
+    SizePoint,
+    SizeTrend,
+    Speed,
+    Sweep,
+    TaskMean,
+    TaskMeasure,
+    Trial,
+    Values,
+)
+from decondense.compare.statistics import (
+    CONFIDENCE,
+    RESAMPLES,
+    Difference,
+    Interval,
+    Items,
+    holm,
+    paired_difference,
+    sign_flip_p,
+    smallest_sign_flip_p,
+    two_level_bootstrap,
+)
+from decondense.compare.study import VALIDATION, Cell, CellId, CompareError, Fault, Key, Study
+from decondense.config import one_of
+from decondense.records import Row
+
+__all__ = [
+    "CONFIDENCE", "FEWEST_MODELS", "QUANTITIES", "RESAMPLES", "SIZE_QUANTITIES", "VALIDATION",
+    "ArmCondensation", "Cell", "CellId", "CompareError", "Comparison", "Cost", "Difference", "Fault",
+    "Interval", "Items", "Key", "Layers", "Measure", "Pairing", "Quantity", "Selection", "SizeCorrelation",
+    "SizePoint", "SizeTrend", "Speed", "Study", "Sweep", "TaskMean", "TaskMeasure", "Trial", "Values",
+    "compare", "family_of", "holm", "paired_difference", "sign_flip_p", "smallest_sign_flip_p",
+    "tokens_to_reach", "two_level_bootstrap",
+]  # fmt: skip
+
+
+def compare(
+    rows: Iterable[Row] | Study,
+    baseline: str | None = None,
+    *,
+    incomplete: Literal["refuse", "omit"] = "refuse",
+    resamples: int = RESAMPLES,
+) -> Comparison:
+    """Compare the arms of one study with its baseline, at the final checkpoints, paired by seed and by item.
+
+    Args:
+        rows: the rows of one study (``records.read_rows``), or a :class:`Study`.
+        baseline: the arm that the others are compared with; default: what the study names.
+        incomplete: ``"refuse"`` (default) raises when any run is missing, failed, unfinished, duplicated or not paired;
+            ``"omit"`` leaves those runs out, and names them in ``Comparison.omitted``.
+        resamples: replicates of the two-level bootstrap.
+
+    Raises:
+        CompareError: runs that cannot be compared, named one by one.
+        ConfigError: an unknown baseline.
+    """
+    study = rows if isinstance(rows, Study) else Study.from_rows(rows)
+    if baseline is None and study.baseline is None:
+        raise CompareError(f"the rows name no baseline; choose one of the arms: {', '.join(study.arms)}.")
+    base = one_of("baseline arm", str(baseline or study.baseline), study.arms)
+
+    faults: list[Fault] = []
+    good: dict[tuple[str, int], Cell] = {}
+    for place, cell in study.cells.items():
+        found = faults_of(cell, measured=study.measured)
+        faults += found
+        if not found:
+            good[place] = cell
+    for seed in study.seeds:
+        cells = [good[arm, seed] for arm in study.arms if (arm, seed) in good]
+        found = unpaired(cells, base, study)
+        faults += found
+        for cell in cells:
+            if any(fault.cell == cell.id for fault in found):
+                del good[cell.arm, seed]
+    if faults and incomplete == "refuse":
+        raise CompareError(
+            f"study {study.name} cannot be compared",
+            faults,
+            "Finish or repeat these runs. The report, and compare(..., incomplete='omit'), compare what is left.",
+        )
+    if not good:
+        raise CompareError(f"study {study.name} has no finished run", faults)
+    # an arm is compared over the seeds that it shares with the baseline
+    pairs = {arm: [seed for seed in study.seeds if (arm, seed) in good and (base, seed) in good] for arm in study.arms}
+    arms = [base, *(arm for arm in study.arms if arm != base and any((arm, seed) in good for seed in study.seeds))]
+    seeds = [seed for seed in study.seeds if any((arm, seed) in good for arm in arms)]
+    context = Context(study, base, arms, seeds, good, pairs, resamples)
+
+    keys = [key for key in study.task_keys() if any(key in cell.scores for cell in good.values())]
+    tasks = tuple(task(context, key) for key in keys)
+    final = [cell.run for cell in good.values()]
+    notes = all_notes(context)
+    return Comparison(
+        study=study.name,
+        fingerprint=study.fingerprint,
+        title=study.title,
+        question=study.question,
+        baseline=base,
+        arms=tuple(arms),
+        labels={arm: study.labels[arm] for arm in arms},
+        seeds=tuple(seeds),
+        steps=common(row.get("steps") for row in final),
+        tokens=common(row.get("tokens") for row in final),
+        parameters=common(cell.recorded("parameters") for cell in good.values()),
+        tasks=tasks,
+        condensation=measures(context),
+        layers=layers(context),
+        means=task_means(context, keys),
+        speed=speeds(context),
+        cost=costs(context),
+        selection=selections(context, keys),
+        pairing=pairings(context),
+        omitted=tuple(faults),
+        notes=tuple(notes),
+        task_notes=(*item_notes(tasks), *task_notes(context)),
+        measured=study.measured,
+        untrained=tuple(arm for arm in arms if context.untrained(arm)),
+        dispersed=tuple(arm for arm in study.dispersed if arm in arms),
+        other_starts=tuple(context.other_starts()),
+        condensation_by_arm=by_arm(context),
+        size=size_trend(context),
+        trials=tuple(sweeps(context)),
+        learning_rates=learning_rates(context),
+    )

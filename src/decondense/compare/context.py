@@ -1,0 +1,121 @@
+"""What every part of a comparison needs: the cells that take part, their pairs, and one way to measure them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from decondense.compare.quantity import Quantity
+from decondense.compare.results import Measure, Values
+from decondense.compare.statistics import Difference, Items, holm_over_arms, paired_difference
+from decondense.compare.study import Cell, Key, Study
+
+
+def common(values: Iterable[Any]) -> int | None:
+    """The value that all have in common, None where they differ."""
+    found = {value for value in values if value is not None}
+    return int(found.pop()) if len(found) == 1 else None
+
+
+def weights_of(items: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """The weight of each item."""
+    return {name: weight for name, (_, weight) in items.items()}
+
+
+PairedItems = Callable[[str, Sequence[int]], tuple[list[Items] | None, str]]
+"""Arm and seeds -> per-item differences, one entry a task, or None and why there are none."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """The runs of one comparison: ``cells`` take part, ``pairs`` are an arm's seeds that the baseline has too."""
+
+    study: Study
+    base: str
+    arms: list[str]
+    seeds: list[int]
+    cells: dict[tuple[str, int], Cell]
+    pairs: dict[str, list[int]]
+    resamples: int
+
+    def measure(self, quantity: Quantity, items: PairedItems | None = None) -> Measure:
+        """The values of a quantity by arm, and every arm's paired difference to the baseline."""
+        known = {place: value for place, cell in self.cells.items() if (value := quantity.of(cell)) is not None}
+        values: list[Values] = []
+        differences: list[Difference] = []
+        for arm in self.arms:
+            own = [(seed, known[arm, seed]) for seed in self.seeds if (arm, seed) in known]
+            if own:
+                values.append(Values.of(arm, own))
+            seeds = [seed for seed in self.pairs[arm] if (arm, seed) in known and (self.base, seed) in known]
+            if arm == self.base or not seeds:
+                continue
+            per_item, why = items(arm, seeds) if items else (None, "a run has one value")
+            differences.append(
+                paired_difference(
+                    [known[self.base, seed] for seed in seeds],
+                    [known[arm, seed] for seed in seeds],
+                    quantity=quantity.id,
+                    unit=quantity.unit,
+                    arm=arm,
+                    baseline=self.base,
+                    seeds=seeds,
+                    higher_is_better=quantity.higher_is_better,
+                    items=per_item,
+                    no_items=why,
+                    resamples=self.resamples,
+                )
+            )
+        count = next((d.items for d in differences if d.items), None)
+        return Measure(
+            quantity.id,
+            quantity.title,
+            quantity.unit,
+            quantity.higher_is_better,
+            tuple(values),
+            tuple(holm_over_arms(differences)),
+            count,
+        )
+
+    def per_item(self, key: Key, arm: str, seeds: Sequence[int]) -> Items | None:
+        """Differences item by item, or None unless every run of both arms has the same items."""
+        mine = [self.cells[arm, seed].final_items(key) for seed in seeds]
+        theirs = [self.cells[self.base, seed].final_items(key) for seed in seeds]
+        first = weights_of(mine[0])
+        if not first or any(weights_of(items) != first for items in [*mine, *theirs]):
+            return None
+        names = sorted(first)
+        difference_SI = np.array(
+            [[a[name][0] - b[name][0] for name in names] for a, b in zip(mine, theirs, strict=True)]
+        )
+        return Items(difference_SI, np.array([first[name] for name in names]))
+
+    def direction(self, key: Key) -> bool:
+        """Whether a higher score is better."""
+        rows = [row for cell in self.cells.values() for row in cell.scores.get(key, {}).values()]
+        return bool(rows[0]["higher_is_better"])
+
+    def values(self, arm: str, of: Callable[[Cell], float | None]) -> Values | None:
+        """One quantity of an arm's runs, of those that have it."""
+        cells = [self.cells[arm, seed] for seed in self.seeds if (arm, seed) in self.cells]
+        found = [(cell.seed, value) for cell in cells if (value := of(cell)) is not None]
+        return Values.of(arm, found) if found else None
+
+    def untrained(self, arm: str) -> bool:
+        """Whether every run of the arm ended where it started."""
+        return all(self.cells[arm, seed].untrained for seed in self.seeds if (arm, seed) in self.cells)
+
+    def other_starts(self) -> list[str]:
+        """Arms that start from other weights than the baseline by design."""
+        own = [arm for arm in self.arms if arm != self.base and self.study.has_own_model(arm)]
+        if self.study.has_own_model(self.base) and not self.study.measured:
+            return [arm for arm in self.arms if arm != self.base]
+        return own
+
+    def named(self, arms: Iterable[str]) -> str:
+        """Labels of arms as a list in words."""
+        words = [self.study.labels[arm] for arm in arms]
+        return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

@@ -1,0 +1,57 @@
+"""What a quantity of a checkpoint is: an id for programs, a title for people, and how a run gives its value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from decondense.compare.study import VALIDATION, Cell, Key
+
+Place = Literal["summary", "size"]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One number of a run's final checkpoint."""
+
+    id: str
+    """Names the quantity between modules and in JSON: ``mean_cosine.blocks``."""
+    title: str
+    of: Callable[[Cell], float | None]
+    """The value of a run; None where its rows do not have it."""
+    unit: str = ""
+    higher_is_better: bool | None = None
+    """None: neither direction is better."""
+    short: str = ""
+    """Title where a column or an axis is narrow."""
+    shown: frozenset[Place] = frozenset({"summary"})
+    """``summary``: compared with the baseline in every table of results. ``size``: drawn and tested against model size.
+    """
+
+    @property
+    def short_title(self) -> str:
+        """The short title, or the title where there is none."""
+        return self.short or self.title
+
+
+_TASK_UNITS = {"loss": "nats/token", "mean_cosine": "cosine"}
+
+
+def task_id(key: Key) -> str:
+    """The id of a task's score: ``validation.loss``."""
+    return f"{key[0]}.{key[1]}"
+
+
+def task_quantity(key: Key, *, higher_is_better: bool) -> Quantity:
+    """A task's score as a quantity."""
+    return Quantity(
+        id=task_id(key),
+        title=f"{key[0]} {key[1]}",
+        of=lambda cell: cell.final_score(key),
+        unit=_TASK_UNITS.get(key[1], ""),
+        higher_is_better=higher_is_better,
+    )
+
+
+VALIDATION_ID = task_id(VALIDATION)

@@ -1,0 +1,370 @@
+"""What a comparison holds: plain values, no text but names and notes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from decondense.compare.quantities import shown_in
+from decondense.compare.statistics import Difference
+from decondense.compare.study import VALIDATION, Fault
+
+
+@dataclass(frozen=True)
+class Values:
+    """One arm's values of a quantity at its final checkpoints."""
+
+    arm: str
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]
+    mean: float
+    sd: float | None
+
+    @classmethod
+    def of(cls, arm: str, pairs: Sequence[tuple[int, float]]) -> Values:
+        """Summarise (seed, value) pairs."""
+        values = np.array([value for _, value in pairs])
+        sd = float(values.std(ddof=1)) if len(values) > 1 else None
+        return cls(arm, tuple(s for s, _ in pairs), tuple(values.tolist()), float(values.mean()), sd)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One quantity of the final checkpoints: every arm's values and its difference to the baseline."""
+
+    quantity: str
+    """Id of the quantity (:class:`decondense.compare.quantity.Quantity`)."""
+    title: str
+    unit: str
+    higher_is_better: bool | None
+    values: tuple[Values, ...]
+    differences: tuple[Difference, ...]
+    items: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The title."""
+        return self.title
+
+    def of(self, arm: str) -> Values | None:
+        """The values of an arm."""
+        return next((values for values in self.values if values.arm == arm), None)
+
+    def difference(self, arm: str) -> Difference | None:
+        """The difference of an arm."""
+        return next((d for d in self.differences if d.arm == arm), None)
+
+
+@dataclass(frozen=True)
+class TaskMeasure(Measure):
+    """A task's score."""
+
+    task: str = ""
+    metric: str = ""
+    scored: tuple[int, ...] = ()
+    """Numbers of items that were scored at the final checkpoints: one, unless the runs differ."""
+    official: int | None = None
+    """Items that the benchmark has officially; None: no benchmark, or not known."""
+
+    @property
+    def deviation(self) -> str:
+        """How the scored items differ in number from the official ones, in words; empty when they do not."""
+        if self.official is None or set(self.scored) <= {self.official}:
+            return ""
+        return f"{' or '.join(f'{count:,}' for count in self.scored)} of {self.official:,} items"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Training tokens an arm needed to reach the validation loss with which its baseline of the same seed ended."""
+
+    arm: str
+    n: int
+    reached: int
+    seeds: tuple[int, ...]
+    targets: tuple[float, ...]
+    """The baseline's final validation loss, by seed."""
+    tokens: tuple[float | None, ...]
+    """Linear interpolation between evaluated checkpoints; None: not reached."""
+    brackets: tuple[tuple[float, float] | None, ...]
+    """The two evaluated checkpoints (in tokens) between which the target was reached."""
+    token_ratios: tuple[float | None, ...]
+    """Baseline's tokens over the arm's: 2 means half the tokens."""
+    time_ratios: tuple[float | None, ...]
+    """The same in step time."""
+    median_token_ratio: float | None
+    """Over seeds; None unless every seed got there and :attr:`resolved`."""
+    median_time_ratio: float | None
+    resolved: bool
+    """Whether the checkpoints around the target are close enough (at most 60 % of training apart) to interpolate."""
+
+    @property
+    def words(self) -> str:
+        """In words."""
+        if not self.reached:
+            return "not reached"
+        if not self.resolved:
+            return "evaluated too rarely"
+        if self.reached < self.n:
+            return f"reached by {self.reached} of {self.n} seeds"
+        return f"{self.median_token_ratio:.2f}x fewer tokens"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an arm costs, paired by seed with the baseline."""
+
+    arm: str
+    n: int
+    seeds: tuple[int, ...]
+    step_wall_ms: tuple[float | None, ...]
+    step_cpu_ms: tuple[float | None, ...]
+    train_wall_s: tuple[float | None, ...]
+    peak_rss_bytes: tuple[float | None, ...]
+    peak_cuda_bytes: tuple[float | None, ...]
+    """Most GPU memory that was allocated at once; None: not recorded, or no GPU."""
+    wall_ratio: tuple[float, float, float] | None
+    """Median, least and greatest over seeds of the arm's step time over the baseline's."""
+    cpu_ratio: tuple[float, float, float] | None
+    cuda_ratio: tuple[float, float, float] | None
+    """The same of the GPU memory."""
+    resumed: int
+    """Runs that were interrupted: their total time is only that of the last attempt."""
+    untrained: bool = False
+    """Nothing was trained, so there is no cost of training: every entry is None."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What choosing the best checkpoint on the reported score itself would have shown. Never the result."""
+
+    arm: str
+    quantity: str
+    """Id of the task's score."""
+    checkpoints: int
+    final: float
+    best: float
+    gain: float
+    """best - final of the arm, mean over seeds: the selection effect."""
+    difference_final: float | None
+    """Arm - baseline at the final checkpoint."""
+    difference_best: float | None
+    """Arm - baseline when both take their best checkpoint."""
+
+
+@dataclass(frozen=True)
+class TaskMean:
+    """Mean over tasks that share a metric, and the mean rank among the arms (1 = best)."""
+
+    metric: str
+    tasks: tuple[str, ...]
+    measure: Measure
+    mean_rank: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """What proves that the arms of a seed are a pair: they share these hashes (None: there is none to share)."""
+
+    seed: int
+    arms: tuple[str, ...]
+    init_hash: str | None
+    order_hash: str | None
+    corpus_hash: str | None
+    other_starts: tuple[str, ...] = ()
+    """Arms with a model of their own: they share the order of the data, not the initial weights."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One learning rate that was tried."""
+
+    learning_rate: float
+    steps: int
+    seed: int
+    value: float | None
+    """Loss on the documents set aside for this choice; None: the trial failed."""
+    chosen: bool
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The learning rates tried for an arm, ascending."""
+
+    arm: str
+    trials: tuple[Trial, ...]
+
+    @property
+    def chosen(self) -> Trial | None:
+        """The trial whose rate the arm's runs take."""
+        return next((trial for trial in self.trials if trial.chosen), None)
+
+    @property
+    def edge(self) -> Literal["smallest", "largest"] | None:
+        """Whether the chosen rate ends the grid, so that a better one may lie outside; a failed rate bounds it too."""
+        if self.chosen is None or len(self.trials) < 2:
+            return None
+        if self.chosen is self.trials[0]:
+            return "smallest"
+        return "largest" if self.chosen is self.trials[-1] else None
+
+
+@dataclass(frozen=True)
+class ArmCondensation:
+    """Condensation of one arm's final checkpoints."""
+
+    arm: str
+    parameters: int | None
+    blocks: int | None
+    """Number of blocks L; None: not the same in every run."""
+    last: dict[str, Values]
+    """``"1"`` to ``"5"`` and ``"L/2"``: mean cosine of the last n layers, where the model has that many blocks."""
+    spearman: Values | None
+    kendall: Values | None
+
+
+@dataclass(frozen=True)
+class SizePoint:
+    """An arm in the trend over model size."""
+
+    arm: str
+    family: str
+    parameters: int
+    values: dict[str, Values]
+    """By id of the quantity (:data:`SIZE_QUANTITIES`)."""
+
+    def value(self, quantity: str) -> float | None:
+        """Mean over seeds of one of :data:`SIZE_QUANTITIES`; None where the rows do not have it."""
+        return self.values[quantity].mean if quantity in self.values else None
+
+
+SIZE_QUANTITIES = {quantity.id: quantity.title for quantity in shown_in("size")}
+"""Titles of the quantities that are set against model size."""
+FEWEST_MODELS = 5
+"""Fewer models than that get no p: no order of four of them would have one of 0.05 or less (2 / 4! = 0.083)."""
+
+
+@dataclass(frozen=True)
+class SizeCorrelation:
+    """Spearman's rank correlation over models between the number of parameters and one measure of condensation."""
+
+    family: str | None
+    """None: over all families."""
+    quantity: str
+    n: int
+    rho: float | None
+    """None: one of the two does not vary."""
+    p: float | None
+    """Two-sided; exact up to 8 models; None below 5."""
+
+
+@dataclass(frozen=True)
+class SizeTrend:
+    """Condensation against model size, over arms that differ in their model."""
+
+    points: tuple[SizePoint, ...]
+    correlations: tuple[SizeCorrelation, ...]
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The families in the order of the arms."""
+        return tuple(dict.fromkeys(point.family for point in self.points))
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Mean cosine of every state of the final checkpoints. Intervals are pointwise: not corrected over states.
+
+    A state is known by its place: 0 is the embedding, 1 to L are the blocks.
+    """
+
+    labels: tuple[str, ...]
+    """Title of each state, as the rows have it."""
+    values: dict[str, tuple[Values, ...]]
+    differences: dict[str, tuple[Difference, ...]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that a study says about its arms."""
+
+    study: str
+    fingerprint: str
+    title: str
+    question: str
+    baseline: str
+    arms: tuple[str, ...]
+    labels: dict[str, str]
+    seeds: tuple[int, ...]
+    steps: int | None
+    tokens: int | None
+    parameters: int | None
+    tasks: tuple[TaskMeasure, ...]
+    condensation: tuple[Measure, ...]
+    layers: Layers | None
+    means: tuple[TaskMean, ...]
+    speed: tuple[Speed, ...]
+    cost: tuple[Cost, ...]
+    selection: tuple[Selection, ...]
+    pairing: tuple[Pairing, ...]
+    omitted: tuple[Fault, ...]
+    notes: tuple[str, ...]
+    task_notes: tuple[str, ...] = ()
+    """What qualifies the scores of benchmarks; every table that shows them says so."""
+    measured: bool = False
+    """Nothing was trained: the arms are models measured as they are, and a seed is a choice of passages."""
+    untrained: tuple[str, ...] = ()
+    """Arms whose start was evaluated as it is."""
+    dispersed: tuple[str, ...] = ()
+    """Arms that are trained with a dispersion loss."""
+    other_starts: tuple[str, ...] = ()
+    """Arms with a model of their own: no pair from the same start, but one by the order of the data."""
+    condensation_by_arm: tuple[ArmCondensation, ...] = ()
+    size: SizeTrend | None = None
+    trials: tuple[Sweep, ...] = ()
+    learning_rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Peak learning rates of each trained arm's runs: one, unless its seeds differ."""
+
+    @property
+    def treated(self) -> tuple[str, ...]:
+        """The arms that are compared with the baseline."""
+        return tuple(arm for arm in self.arms if arm != self.baseline)
+
+    @property
+    def validation(self) -> TaskMeasure | None:
+        """The held-out loss on the study's own text."""
+        return next((task for task in self.tasks if (task.task, task.metric) == VALIDATION), None)
+
+    def measures(self) -> tuple[Measure, ...]:
+        """Scores of tasks, their means, and condensation."""
+        return (*self.tasks, *(mean.measure for mean in self.means), *self.condensation)
+
+    def measure(self, quantity: str) -> Measure | None:
+        """The measure of a quantity by its id; None where the rows do not have it."""
+        return next((measure for measure in self.measures() if measure.quantity == quantity), None)
+
+    def differences(self) -> tuple[Difference, ...]:
+        """Every paired difference: of all measures, then of the states of each arm."""
+        layers = self.layers.differences.values() if self.layers else ()
+        return tuple(d for group in (*(m.differences for m in self.measures()), *layers) for d in group)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data for JSON."""
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,79 @@
+"""Which column of a record is the text: one rule for local files, data sets of the hub, measuring and studies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from decondense.config import suggest
+
+TEXT = "text"
+"""Kind of a column of strings."""
+NULL = "null"
+"""Kind of a column without any value so far."""
+NUMBER = "number"
+"""Kind of a column of strings that all read as numbers, as in CSV: text only where it is named."""
+# the last word of a name: what such a column holds names a record and is not its text
+_NEVER_TEXT = frozenset(
+    {"id", "ids", "docid", "pmid", "idx", "index", "uuid", "guid", "hash", "sha", "sha1", "sha256", "md5"}
+    | {"url", "urls", "uri", "date", "time", "timestamp", "datetime"}
+)
+
+
+class PassageError(ValueError):
+    """A source of text that cannot be used; the message names it and the remedy."""
+
+
+class TextWarning(UserWarning):
+    """Part of a source of text that is not used: records without text, files that cannot be read."""
+
+
+def choose_column(kinds: Mapping[str, str], field: str | None, where: object) -> str:
+    """The column that holds the text.
+
+    It is the named one; else ``text``; else the only column of strings whose name is not that of an identifier, an
+    address or a date (``id``, ``doc_id``, ``uuid``, ``url``, ``timestamp`` ...). Among several nothing is chosen.
+
+    Args:
+        kinds: name -> kind, in the order of the columns: :data:`TEXT`, :data:`NULL`, or a word for what it holds.
+        field: the named column.
+        where: what the messages call the file or data set.
+
+    Raises:
+        PassageError: there is no such column, it does not hold strings, or there is not exactly one candidate.
+    """
+    names = ", ".join(map(str, kinds)) or "nothing"
+    strings = [name for name, kind in kinds.items() if kind == TEXT]
+    if field is not None and field not in kinds:
+        raise PassageError(f"{where} has no field {field!r}.{suggest(field, kinds)} It has: {names}.")
+    column = field if field is not None else "text" if "text" in kinds else None
+    if column is not None:
+        if kinds[column] not in (TEXT, NUMBER, NULL):
+            raise PassageError(
+                f"field {column!r} of {where} holds {kinds[column]} and no text; fields of strings: "
+                f"{', '.join(strings) or 'none'}."
+            )
+        return column
+    candidates = [name for name in strings if not _names_a_record(name)]
+    if len(candidates) == 1:
+        return candidates[0]
+    if not candidates:
+        beside = f" Identifiers, addresses and dates ({', '.join(strings)}) are not text." if strings else ""
+        raise PassageError(f"{where} has no field of strings; it has: {names}.{beside} Name the text: --field, field=.")
+    raise PassageError(
+        f"{where} has several fields of strings; say which one holds the text (--field, field=, corpus.text_field): "
+        f"{', '.join(candidates)}."
+    )
+
+
+def _names_a_record(name: str) -> bool:
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    return re.split(r"[^a-z0-9]+", words)[-1] in _NEVER_TEXT
+
+
+def kind_of_value(value: Any) -> str:
+    """Kind of one value of a record: :data:`TEXT`, :data:`NULL`, or the name of its type."""
+    if value is None or value != value:  # NaN is how pandas writes that there is nothing
+        return NULL
+    return TEXT if isinstance(value, str) else type(value).__name__

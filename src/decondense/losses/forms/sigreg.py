@@ -1,0 +1,95 @@
+"""Sketched isotropic Gaussian regularisation, LeJEPA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decondense.config import LossConfig
+from decondense.geometry import statistics_dtype
+from decondense.losses import features
+from decondense.losses.form import Form
+from decondense.losses.pair_mask import PairMask, differentiated_once
+
+
+def _knots(knots: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Points t on [0, 3], trapezoidal weights on [-3, 3] times :math:`e^{-t^2/2}`, and :math:`e^{-t^2/2}`."""
+    t = torch.linspace(0.0, 3.0, knots, dtype=dtype, device=device)
+    weights = torch.full_like(t, 2 * 3.0 / (knots - 1))
+    weights[0] = weights[-1] = 3.0 / (knots - 1)
+    target = torch.exp(-0.5 * t.square())
+    return t, weights * target, target
+
+
+def definition(
+    z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig, drawn: Tensor | None = None
+) -> Tensor:
+    r"""Sketched isotropic Gaussian regularisation of LeJEPA, arXiv:2511.08544, over the tokens of a segment."""
+    assert drawn is not None
+    t, weights, target = _knots(s.knots, z_UND.dtype, z_UND.device)
+    n = valid_UN.sum(dim=1)
+    x_UNMK = (z_UND @ drawn).unsqueeze(-1) * t
+    real = valid_UN[:, :, None, None]
+    cos = torch.where(real, x_UNMK.cos(), 0.0).sum(dim=1) / n[:, None, None]
+    sin = torch.where(real, x_UNMK.sin(), 0.0).sum(dim=1) / n[:, None, None]
+    return (((cos - target).square() + sin.square()) @ weights).mean(dim=1) * n
+
+
+class _SigReg(torch.autograd.Function):
+    """Epps-Pulley statistic of each segment, averaged over the directions; gradient in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z_RND: Tensor, pairs: PairMask, s: LossConfig, directions_DM: Tensor, want_gradient: bool
+    ) -> Tensor:
+        x = z_RND.to(directions_DM.dtype)
+        if pairs.valid_RN is not None:
+            x = torch.where(pairs.valid_RN.unsqueeze(-1), x, 0.0)
+        projected_RNM = x @ directions_DM
+        t, weights, target = _knots(s.knots, x.dtype, x.device)
+        count_U1 = pairs.tokens_U.clamp(min=1).unsqueeze(1)
+        value_U = x.new_zeros(pairs.n_segments)
+        slope_RNM = torch.zeros_like(projected_RNM) if want_gradient else None
+        for k in range(s.knots):
+            angle_RNM = projected_RNM * t[k]
+            cos_RNM, sin_RNM = angle_RNM.cos(), angle_RNM.sin()
+            cos_UM = pairs.features_to_segments(cos_RNM) / count_U1 - target[k]
+            sin_UM = pairs.features_to_segments(sin_RNM) / count_U1
+            value_U += weights[k] * (cos_UM.square() + sin_UM.square()).mean(dim=1) * pairs.tokens_U
+            if slope_RNM is not None:
+                scale = 2.0 * weights[k] * t[k] / s.slices
+                slope_RNM += scale * (pairs.to_tokens(sin_UM) * cos_RNM - pairs.to_tokens(cos_UM) * sin_RNM)
+        ctx.save_for_backward(slope_RNM, directions_DM)
+        ctx.pairs, ctx.dtype = pairs, z_RND.dtype
+        return value_U
+
+    @staticmethod
+    @differentiated_once
+    def backward(ctx: Any, grad_output_U: Tensor) -> tuple[Tensor | None, ...]:
+        slope_RNM, directions_DM = ctx.saved_tensors
+        pairs: PairMask = ctx.pairs
+        scale_RN = pairs.to_tokens(grad_output_U)
+        if pairs.valid_RN is not None:
+            scale_RN = torch.where(pairs.valid_RN, scale_RN, 0.0)
+        gradient = (slope_RNM * scale_RN.unsqueeze(-1)) @ directions_DM.mT
+        return gradient.to(ctx.dtype), None, None, None, None
+
+
+def per_segment(z_RND: Tensor, pairs: PairMask, s: LossConfig, drawn: Tensor | None = None) -> Tensor:
+    """One direction's characteristic function at a time."""
+    assert drawn is not None
+    want = z_RND.requires_grad and torch.is_grad_enabled()
+    value_U: Tensor = _SigReg.apply(z_RND, pairs, s, drawn, want)  # type: ignore[no-untyped-call]
+    return features.or_zero(value_U, pairs)
+
+
+def draw(width: int, s: LossConfig, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Random unit directions ``[D, M]`` from a generator of one's own."""
+    drawn = torch.randn(width, s.slices, generator=generator, device=generator.device, dtype=torch.float64)
+    drawn = torch.nn.functional.normalize(drawn, dim=0)
+    return drawn.to(device=like.device, dtype=statistics_dtype(like.dtype))
+
+
+FORM = Form(definition=definition, per_segment=per_segment, draw=draw)

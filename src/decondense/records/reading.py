@@ -1,0 +1,175 @@
+"""Files of rows, read whole, row by row, or only what is new in them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from decondense.records.schema import SCHEMA_VERSION, SHARED, RecordError, Row, check_row
+from decondense.records.writing import LONGEST_LINE
+
+
+class _NotJson(RecordError):
+    """A line that is not JSON: at the end of a file, what a kill left of a row."""
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+class _Parser:
+    """Lines of one file to rows: holds the configurations that its run rows name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.line = 0
+        self.configs: dict[str, dict[str, Any]] = {}
+        self._inline: dict[str, Any] = {}
+        self._words: dict[str, str] = {}
+
+    def __call__(self, line: bytes) -> Row | None:
+        """The row of the next line; None: the line holds no row. Errors name the file and the line."""
+        self.line += 1
+        if not line.strip():
+            return None
+        where = f"{self.path}, line {self.line}"
+        try:
+            row = _DECODER.decode(line.decode())
+            if not isinstance(row, dict):
+                raise ValueError("a row is a JSON object")
+        except (ValueError, RecursionError) as error:
+            raise _NotJson(f"{where}: not a valid row ({error}).") from error
+        if row.get("kind") == "configuration":
+            self._configuration(row, where)
+            return None
+        if row.get("kind") == "run":
+            config = row.get("config")
+            if isinstance(config, str):
+                if config not in self.configs:
+                    raise RecordError(
+                        f"{where}: names the configuration {config!r}, which no earlier line of the file holds; the "
+                        "file was cut or edited."
+                    )
+                config = self.configs[config]
+            elif isinstance(config, dict):
+                self._inline = config = self._inline if config == self._inline else config
+            return {
+                **check_row({**row, "config": {} if isinstance(config, dict) else config}, where=where),
+                "config": config,
+            }
+        row = check_row(row, where=where)
+        if row["kind"] in SHARED:  # equal strings of many rows are one string
+            return {key: self._words.setdefault(v, v) if type(v) is str else v for key, v in row.items()}
+        return row
+
+    def _configuration(self, row: dict[str, Any], where: str) -> None:
+        name, config, version = row.get("hash"), row.get("config"), row.get("schema_version")
+        if not isinstance(name, str) or not isinstance(config, dict) or not isinstance(version, int):
+            raise RecordError(f"{where}: a configuration has a hash, a mapping and a schema_version.")
+        if version > SCHEMA_VERSION:
+            raise RecordError(
+                f"{where}: written by a newer decondense (schema {version}, this one reads up to {SCHEMA_VERSION})."
+            )
+        self.configs[name] = config
+
+
+def iter_rows(path: str | Path) -> Iterator[Row]:
+    """The rows of a file, ``.gz`` or not, one by one. A torn last line (a kill while writing) is dropped.
+
+    Raises:
+        RecordError: the file cannot be read, or a line is not a valid row; the message names file and line.
+    """
+    path = Path(path)
+    parse = _Parser(path)
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as handle:
+            while line := handle.readline(LONGEST_LINE):
+                whole = line.endswith(b"\n")
+                if not whole and len(line) == LONGEST_LINE:
+                    raise RecordError(f"{path}, line {parse.line + 1}: longer than {LONGEST_LINE} bytes; not a row.")
+                try:
+                    row = parse(line)
+                except _NotJson:
+                    if whole:
+                        raise
+                    return
+                if row is not None:
+                    yield row
+    except (OSError, EOFError, zlib.error) as error:
+        kind = "" if isinstance(error, OSError) and error.errno else "it is damaged: "
+        raise RecordError(f"{path}: cannot be read ({kind}{getattr(error, 'strerror', None) or error}).") from error
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """All rows of a file: see :func:`iter_rows`."""
+    return list(iter_rows(path))
+
+
+class RowReader:
+    """Reads a growing file of rows piece by piece: each call returns only the rows that are new.
+
+    ::
+
+        reader = RowReader(path)
+        restarted, rows = reader.read()
+
+    A line that is not finished yet is left for the next call. When the file was replaced, as a resumed run does, it is
+    read from its start and ``restarted`` is true: what was made of earlier rows no longer holds.
+    """
+
+    _TAIL = 4096
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._offset = 0
+        self._file: tuple[int, int] | None = None
+        self._tail = b""
+        self._parse = _Parser(self.path)
+
+    def read(self) -> tuple[bool, list[Row]]:
+        """(whether earlier rows no longer hold, the new rows).
+
+        Raises:
+            RecordError: the file cannot be read, or a whole line is not a valid row.
+        """
+        restarted = False
+        try:
+            with self.path.open("rb") as handle:
+                status = os.fstat(handle.fileno())
+                if self._file is not None and not self._continues(handle, status):
+                    self._forget()
+                    restarted = True
+                self._file = (status.st_dev, status.st_ino)
+                if status.st_size == self._offset:
+                    return restarted, []
+                handle.seek(self._offset)
+                data = handle.read()
+        except FileNotFoundError:
+            restarted = self._file is not None
+            self._forget()
+            return restarted, []
+        except OSError as error:
+            raise RecordError(f"{self.path}: cannot be read ({error.strerror or error}).") from error
+        whole = data[: data.rfind(b"\n") + 1]
+        rows = [row for line in whole.split(b"\n") if (row := self._parse(line)) is not None]
+        self._offset += len(whole)
+        self._tail = (self._tail + whole[-self._TAIL :])[-self._TAIL :]
+        return restarted, rows
+
+    def _continues(self, handle: IO[bytes], status: os.stat_result) -> bool:
+        """Whether the file still begins with what was read: a new file may take the number of a deleted one."""
+        if self._file != (status.st_dev, status.st_ino) or status.st_size < self._offset:
+            return False
+        handle.seek(self._offset - len(self._tail))
+        return handle.read(len(self._tail)) == self._tail

@@ -1,0 +1,293 @@
+"""What a row is: its kinds, their fields, and the checks when one is made or read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+
+from decondense.provenance import publishable, without_credentials
+
+SCHEMA_VERSION = 1
+VOLATILE = ("timing", "provenance")
+
+Row = dict[str, Any]
+
+
+class RecordError(ValueError):
+    """A row or a file of rows that cannot be used; the message names the file and the line."""
+
+
+class _Base(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    kind: str
+    schema_version: int = SCHEMA_VERSION
+
+    @field_validator("schema_version")
+    @classmethod
+    def _readable(cls, version: int) -> int:
+        if version > SCHEMA_VERSION:
+            raise ValueError(f"written by a newer decondense (schema {version}, this one reads up to {SCHEMA_VERSION})")
+        return version
+
+
+class _CellRow(_Base):
+    study: str
+    study_fingerprint: str
+    arm: str
+    seed: int
+
+
+class RunRow(_CellRow):
+    """The life of one cell (arm x seed). Only a row with a terminal status makes a cell done."""
+
+    kind: Literal["run"]
+    status: Literal["started", "resumed", "finished", "failed"]
+    config: dict[str, Any]
+    """The whole study's configuration."""
+    init_hash: str | None = None
+    """Hash of the weights that training started from."""
+    order_hash: str | None = None
+    """Hash of the token sequences in the order in which training reads them."""
+    corpus_hash: str | None = None
+    parameters: int | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    final_hash: str | None = None
+    """Hash of the trained weights."""
+    learning_rate: float | None = None
+    """Peak learning rate of the run: the study's, the arm's, or the one that the sweep chose."""
+    warmup: float | None = None
+    """Fraction of the run's steps over which the learning rate rises, likewise; None in rows of earlier releases."""
+    gradient_clip: float | None = None
+    """Largest norm of the gradient, likewise."""
+    error: str | None = None
+    timing: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
+
+
+class TrialRow(_CellRow):
+    """One setting (learning rate, warm-up, clipping) tried for an arm, with a seed of its own, before anything is
+    compared. A setting tried with several seeds has one row per seed."""
+
+    kind: Literal["trial"]
+    status: Literal["finished", "failed"]
+    learning_rate: float
+    steps: int
+    value: float | None = None
+    """Loss on the held-out documents that are set aside for this choice, in nats a token."""
+    warmup: float | None = None
+    """Warm-up as a fraction of the *run's* steps (the trial has that number of steps); None: not swept."""
+    gradient_clip: float | None = None
+    """Largest norm of the gradient; None: not swept."""
+    chosen: bool = False
+    """Whether the arm's runs take this setting: the least mean loss over the trial seeds."""
+    edge: dict[str, Literal["smallest", "largest"]] = {}
+    """Of a chosen setting: the swept knobs whose chosen value is at the edge of the grid, so that the best may lie
+    outside. A warm-up of 0 has nothing below it and is no edge."""
+    error: str | None = None
+    timing: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
+
+
+class StepRow(_CellRow):
+    """Training metrics at an optimizer step, averaged since the previous such row."""
+
+    kind: Literal["step"]
+    step: int
+    tokens: int
+    loss: float
+    """Cross-entropy in nats a token, without the auxiliary term."""
+    learning_rate: float
+    gradient_norm: float | None = None
+    dispersion: float | None = None
+    """Value of the dispersion loss (before its weight), mean over layers."""
+    dispersion_weight: float | None = None
+    distillation: float | None = None
+    """Value of the distillation loss (before its weight)."""
+    timing: dict[str, Any] = {}
+
+
+class ProfileRow(_CellRow):
+    """Condensation of a checkpoint: see ``decondense.Profile``."""
+
+    kind: Literal["profile"]
+    step: int
+    tokens: int
+    layers: list[str]
+    mean_cosine: list[float]
+    spearman: float | None
+    kendall: float | None
+    passages: int
+    passage_tokens: int
+    norms: list[float] | None = None
+    histogram: list[list[int]] | None = None
+    """Pooled pair counts, one list a layer, equal bins on [-1, 1]."""
+    timing: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_value_a_layer(self) -> ProfileRow:
+        if not self.layers:
+            raise ValueError("a profile has at least one layer")
+        for name in ("mean_cosine", "norms", "histogram"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.layers):
+                raise ValueError(f"{name} has {len(values)} values for {len(self.layers)} layers")
+        return self
+
+
+class EvalRow(_CellRow):
+    """One score of a checkpoint."""
+
+    kind: Literal["eval"]
+    step: int
+    tokens: int
+    task: str
+    metric: str
+    value: float
+    higher_is_better: bool
+    items: int
+    stderr: float | None = None
+    """Standard error over the items."""
+    official_items: int | None = None
+    """Items that the benchmark has officially; None: no benchmark, or not known."""
+    limit: int | None = None
+    """Items at most that were asked for; None: all."""
+    shots: int | None = None
+    """Examples in the prompt."""
+    notes: list[str] = []
+    """What qualifies the value, in words; every table shows them."""
+    timing: dict[str, Any] = {}
+
+
+class EvalItemRow(_CellRow):
+    """One item's score of the final checkpoint, so that arms can be paired item by item."""
+
+    kind: Literal["eval_item"]
+    step: int
+    task: str
+    metric: str
+    item: str
+    """Hash of the item's content: equal items have equal names in every run."""
+    value: float
+    weight: float = 1.0
+    """What the item counts for in the task's mean (tokens of a document, 1 for a question)."""
+
+
+class BenchmarkRow(_Base):
+    """One measurement of a benchmark program."""
+
+    kind: Literal["benchmark"]
+    name: str
+    variant: str
+    params: dict[str, Any]
+    metrics: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+_KINDS: dict[str, type[_Base]] = {
+    "run": RunRow,
+    "trial": TrialRow,
+    "step": StepRow,
+    "profile": ProfileRow,
+    "eval": EvalRow,
+    "eval_item": EvalItemRow,
+    "benchmark": BenchmarkRow,
+}
+
+
+_EXACT: dict[str, dict[str, tuple[type, ...]]] = {
+    # rows that come in hundreds of thousands; whatever has other keys or types takes the long way
+    "eval_item": {
+        "kind": (str,),
+        "schema_version": (int,),
+        "study": (str,),
+        "study_fingerprint": (str,),
+        "arm": (str,),
+        "seed": (int,),
+        "step": (int,),
+        "task": (str,),
+        "metric": (str,),
+        "item": (str,),
+        "value": (float,),
+        "weight": (float,),
+    }
+}
+SHARED = frozenset(_EXACT)
+"""Kinds of which a file holds very many rows with the same few strings."""
+assert all(fields.keys() == _KINDS[kind].model_fields.keys() for kind, fields in _EXACT.items())
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null, so that any reader can open a file of rows."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def make_row(kind: str, **fields: Any) -> Row:
+    """A validated row as a plain dictionary; a wrong field raises :class:`RecordError` naming it.
+
+    Folders of this machine and credentials are removed from a configuration, credentials from an error's text
+    (:mod:`decondense.provenance`).
+    """
+    if isinstance(fields.get("config"), Mapping):
+        fields["config"] = publishable(fields["config"])
+    if isinstance(fields.get("error"), str):
+        fields["error"] = without_credentials(fields["error"])
+    # floats that JSON cannot hold are only allowed where the schema allows null
+    return _validated(kind, _plain(fields))
+
+
+def _validated(kind: Any, fields: Mapping[str, Any]) -> Row:
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise RecordError(f"unknown row kind {kind!r}; known: {', '.join(_KINDS)}.")
+    try:
+        return _KINDS[kind].model_validate({**fields, "kind": kind}).model_dump(mode="json")
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{part}: " for part in first["loc"])
+        # our own messages say what they need of the value, which may be the whole row
+        got = "" if first["type"] == "value_error" else f" (got {_short(first['input'])})"
+        raise RecordError(f"{kind} row: {place}{first['msg'].removeprefix('Value error, ')}{got}.") from error
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def check_row(row: Mapping[str, Any], *, where: str = "row") -> Row:
+    """Validate a row that was read; the message names ``where``."""
+    exact = _EXACT.get(row["kind"]) if isinstance(row.get("kind"), str) else None
+    if (
+        exact is not None
+        and row.keys() == exact.keys()
+        and all(type(row[name]) in types for name, types in exact.items())
+        and row["schema_version"] <= SCHEMA_VERSION
+        and math.isfinite(row["value"] + row["weight"])
+    ):
+        return dict(row)
+    try:
+        return _validated(row.get("kind"), row)
+    except RecordError as error:
+        raise RecordError(f"{where}: {error}") from error
+    except RecursionError as error:
+        raise RecordError(f"{where}: nested too deeply to be a row.") from error
+
+
+def stable(row: Mapping[str, Any]) -> Row:
+    """The row without what differs between two runs of the same thing (clock readings, machine)."""
+    return {key: value for key, value in row.items() if key not in VOLATILE}
+
+
+def terminal_row(rows: Iterable[Row]) -> Row | None:
+    """The row that ends a cell (finished or failed), or None while there is work left."""
+    ended = [row for row in rows if row["kind"] == "run" and row["status"] in ("finished", "failed")]
+    return ended[-1] if ended else None

@@ -1,0 +1,144 @@
+"""Files that a kill leaves whole: replaced in one move, or appended to line by line."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from decondense.records.schema import SCHEMA_VERSION
+
+LONGEST_LINE = 1 << 26
+"""Bytes of a line at most; a longer one is not a row, and a small compressed file could unpack to it without end."""
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def _stated(rows: Iterable[Mapping[str, Any]], known: set[str]) -> Iterator[str]:
+    """The lines of rows; a configuration that is not ``known`` to the file yet comes once, before its first row."""
+    names: dict[int, tuple[Any, str]] = {}  # the object is kept, so that its id stays its own
+    for row in rows:
+        config = row.get("config")
+        if row.get("kind") == "run" and isinstance(config, dict) and config:
+            if id(config) not in names:
+                text = json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False)
+                names[id(config)] = (config, hashlib.sha256(text.encode()).hexdigest()[:16])
+            name = names[id(config)][1]
+            if name not in known:
+                known.add(name)
+                yield _line({"kind": "configuration", "schema_version": SCHEMA_VERSION, "hash": name, "config": config})
+            row = {**row, "config": name}
+        yield _line(row)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path, *, exclusive: bool = False) -> Iterator[Path]:
+    """A temporary path beside ``path`` that replaces it when the block ends well, and vanishes when it does not.
+
+    With ``exclusive`` it replaces nothing: :class:`FileExistsError` when ``path`` exists, also when another process
+    makes it at the same moment.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; an output file is not
+        if not (exclusive and _linked(temporary, path)):
+            temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    """Give the file a name that nobody has; False: the name is reserved, but the file must still be moved there."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        return False
+    temporary.unlink()
+    return True
+
+
+def atomic_write(path: str | Path, data: str | bytes) -> None:
+    """Write a whole file or leave what was there."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows durably. A torn line left by a kill is cut off first; a full disk leaves the earlier rows valid."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = list(rows)
+    known = _first_configuration(path) if any(row.get("kind") == "run" for row in rows) else set()
+    text = memoryview("".join(_stated(rows, known)).encode())
+    # no buffer of Python's between us and the file: what a full disk refused must not be written again on closing
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        end = _whole_length(path)
+        os.ftruncate(descriptor, end)
+        try:
+            while text:
+                text = text[os.write(descriptor, text) :]
+            os.fsync(descriptor)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, end)
+            error.filename = error.filename or str(path)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _first_configuration(path: Path) -> set[str]:
+    """The hash of the configuration that a file begins with, if it does: a cell's rows all have that one."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError), path.open("rb") as handle:
+        row = json.loads(handle.readline(LONGEST_LINE))
+        if row["kind"] == "configuration":
+            return {row["hash"]}
+    return set()
+
+
+def _whole_length(path: Path) -> int:
+    """Bytes up to and including the last line end."""
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        position = size
+        while position > 0:
+            start = max(0, position - 65536)
+            handle.seek(start)
+            found = handle.read(position - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            position = start
+    return 0
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a whole file of rows atomically; compressed when it is called ``.gz``."""
+    with atomic_path(path) as temporary, temporary.open("wb") as plain, contextlib.ExitStack() as stack:
+        handle: IO[bytes] = plain
+        if Path(path).suffix == ".gz":
+            # without name and time stamp, so that equal rows are equal files
+            handle = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=plain, mtime=0))  # type: ignore[assignment]
+        for line in _stated(rows, set()):
+            handle.write(line.encode())

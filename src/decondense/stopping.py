@@ -1,0 +1,81 @@
+"""Signals that ask a run to stop: SIGTERM and SIGHUP end it as Ctrl-C does, SIGUSR1 saves a checkpoint first.
+
+SIGTERM is what Slurm, Docker and ``kill`` send, SIGHUP a closed terminal, and SIGUSR1 what a Slurm job asks for with
+``--signal=USR1@120`` to be warned before its time is over. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+
+class Stopped(SystemExit):
+    """A signal asked this process to stop. Uncaught, the process ends with the status 128 + signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
+
+
+_AT_ONCE = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SAVE_FIRST: int | None = getattr(signal, "SIGUSR1", None)
+"""The signal that asks for a checkpoint before the end; None where the platform has no such signal."""
+
+_warned: list[int] = []
+
+
+def save_requested() -> bool:
+    """Whether SIGUSR1 has come: the run saves at its next logged step and then raises :class:`Stopped`."""
+    return bool(_warned)
+
+
+def stop_if_requested() -> None:
+    """Raise :class:`Stopped` when SIGUSR1 has come; for work that has no checkpoint to save."""
+    if _warned:
+        raise Stopped(_warned[0])
+
+
+@contextlib.contextmanager
+def stop_on_signals(*, at_once: bool = True, forward: Callable[[int], None] | None = None) -> Iterator[None]:
+    """While the block runs, SIGTERM and SIGHUP raise :class:`Stopped`, and SIGUSR1 sets :func:`save_requested`.
+
+    A signal that the process ignores (``nohup``) stays ignored, and a handler of the caller's own is kept. Outside the
+    main thread, where Python handles no signals, nothing changes.
+
+    Args:
+        at_once: raise on SIGTERM and SIGHUP; False: they keep their default, which ends the process.
+        forward: called with the number of SIGUSR1, to pass it on to workers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # a second signal must not interrupt what the first one has begun
+        for other in replaced:
+            if other != SAVE_FIRST:
+                signal.signal(other, signal.SIG_IGN)
+        raise Stopped(number)
+
+    def save(number: int, frame: FrameType | None) -> None:
+        _warned.append(number)
+        if forward is not None:
+            forward(number)
+
+    replaced: dict[int, object] = {}
+    _warned.clear()
+    for number in _AT_ONCE if at_once else []:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            replaced[number] = signal.signal(number, stop)
+    if SAVE_FIRST is not None and signal.getsignal(SAVE_FIRST) is signal.SIG_DFL:
+        replaced[SAVE_FIRST] = signal.signal(SAVE_FIRST, save)
+    try:
+        yield
+    finally:
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
+        _warned.clear()

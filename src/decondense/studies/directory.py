@@ -1,0 +1,476 @@
+"""A study's directory: whose it is, which text it uses, what has ended, and how far the rest is.
+
+OUT/study.yaml           the study, every default spelled out, folders by name
+OUT/local.json           where those folders lie on this machine; not part of the study, not for publishing
+OUT/corpus.json          the text that it is trained on, by its hash
+OUT/prepared/NAME/       a model that the study trains first
+OUT/sweep/ARM/SETTING/   an arm tried with a learning rate (and warm-up, clipping)
+OUT/cells/ARM/seed-SEED/ one folder per cell, owned by the worker that holds its lock
+OUT/rows.jsonl           the rows of all trials and cells in a fixed order, rewritten as they end
+OUT/logs/                what the workers printed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from decondense.config import ArmConfig, ConfigError, StudyConfig, parse_yaml
+from decondense.corpora.embedded import cache_directory
+from decondense.corpora.packed import PackedCorpus, load, prepare
+from decondense.provenance import has_credentials, publishable, strings, without_credentials
+from decondense.records import (
+    RecordError,
+    Row,
+    RowReader,
+    atomic_path,
+    atomic_write,
+    make_row,
+    read_rows,
+    terminal_row,
+)
+from decondense.studies.plan import Setting, Task, tasks
+
+STUDY, LOCAL, CORPUS = "study.yaml", "local.json", "corpus.json"
+
+
+class StudyFailed(RuntimeError):
+    """A worker stopped before its tasks were done; what it wrote is kept and the study can be resumed."""
+
+
+@dataclass(frozen=True)
+class CellState:
+    """Progress of one task, as far as its rows tell."""
+
+    arm: str
+    """The arm; for a model that is trained first ``prepared NAME``, for a trial the arm and its setting."""
+    seed: int
+    step: int
+    steps: int
+    loss: float | None
+    status: str
+    """``waiting``, ``running``, ``finished`` or ``failed``."""
+    kind: Literal["prepared", "trial", "cell"] = "cell"
+
+
+class Watcher(Protocol):
+    """Whoever shows the progress."""
+
+    def corpus(self, what: str, done: int, total: int) -> None:
+        """The text is being prepared."""
+
+    def cells(self, states: list[CellState]) -> None:
+        """The cells have moved on."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Whose directory it is
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def study_of(out: Path) -> StudyConfig:
+    """The study that lies in ``out``, with the folders of this machine.
+
+    Raises:
+        ConfigError: there is none, or its files are damaged.
+    """
+    path = out / STUDY
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}).") from error
+    data = parse_yaml(text, str(path))
+    for place, folder in _local(out).items():
+        data = _put(data, place.split("/"), folder)
+    return StudyConfig.parse(data, where=str(path))
+
+
+def _local(out: Path) -> dict[str, str]:
+    path = out / LOCAL
+    if not path.exists():
+        return {}
+    try:
+        folders = json.loads(path.read_text(encoding="utf-8"))
+        return {str(place): str(folder) for place, folder in folders.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{path}: damaged ({error}). It says where the folders that {STUDY} names lie on this machine: remove it "
+            "and give the command with those folders in a new directory."
+        ) from error
+
+
+def _put(data: Any, keys: list[str], value: str) -> Any:
+    """``data`` with the string at ``keys`` replaced; what does not exist (an edited file) is left alone."""
+    if not keys:
+        return value if isinstance(data, str) else data
+    first, *rest = keys
+    if isinstance(data, dict) and first in data:
+        return {**data, first: _put(data[first], rest, value)}
+    if isinstance(data, list) and first.isdigit() and int(first) < len(data):
+        return [_put(item, rest, value) if place == int(first) else item for place, item in enumerate(data)]
+    return data
+
+
+def open_directory(study: StudyConfig, out: Path, *, resume: bool = False) -> StudyConfig:
+    """Make ``out`` this study's directory, or check that it is, and return the study that lies there.
+
+    A directory whose study never got as far as its text, because the command was wrong, can be taken by another study.
+
+    Raises:
+        ConfigError: the directory holds another study (unless ``resume`` asks for that one), or other files; or the
+            study names a URL with credentials, which would be written into files.
+    """
+    _refuse_credentials(study)
+    path = out / STUDY
+    if not path.exists():
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"{out} is a file; --out names a directory.")
+        if out.exists() and any(not item.name.startswith(".") for item in out.iterdir()):
+            raise ConfigError(f"{out} is not empty and holds no study; choose a new or empty directory with --out.")
+        if resume:
+            raise ConfigError(f"{out} holds no study to resume; omit --resume to start one.")
+        if _write_study(study, out, new=True):
+            return study
+    there = study_of(out)
+    if resume or there.fingerprint() == study.fingerprint():
+        return there
+    if _unused(there, out):
+        _write_study(study, out, new=False)
+        return study
+    raise ConfigError(
+        f"{out} holds another study ({there.name}, scale {there.scale}, seeds {list(there.seeds)}, fingerprint "
+        f"{there.fingerprint()}; asked for: {study.name}, scale {study.scale}, seeds {list(study.seeds)}, "
+        f"fingerprint {study.fingerprint()}). Choose another directory with --out, or resume the one that "
+        "lies there with --resume."
+    )
+
+
+def _unused(there: StudyConfig, out: Path) -> bool:
+    # the text comes before the first run; a measured study has none, so its directory counts as used at once
+    return there.measure is None and not (out / CORPUS).exists() and next(out.glob("*/**/rows.jsonl"), None) is None
+
+
+def _write_study(study: StudyConfig, out: Path, *, new: bool) -> bool:
+    """Write the study's files; with ``new`` only where nobody else has just done so, which the return value tells."""
+    plain = study.model_dump(mode="json")
+    shown = publishable(plain)
+    names = dict(strings(shown))
+    local = {"/".join(place): text for place, text in strings(plain) if names.get(place) != text}
+    text = StudyConfig.parse(shown, where=STUDY).to_yaml()
+    if local:
+        text = f"# Folders are named without the place where they lie on this machine; that stands in {LOCAL}.\n{text}"
+    try:
+        with atomic_path(out / STUDY, exclusive=new) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except FileExistsError:
+        return False
+    if local:
+        atomic_write(out / LOCAL, json.dumps(local, indent=1))
+    else:
+        (out / LOCAL).unlink(missing_ok=True)
+    return True
+
+
+def _refuse_credentials(study: StudyConfig) -> None:
+    for place, text in strings(study.model_dump(mode="json")):
+        if has_credentials(text):
+            raise ConfigError(
+                f"{'.'.join(place)} {without_credentials(text)!r} is given with a user, password, query or token, "
+                "which would be written into the study's files. Give it without them; credentials belong in the "
+                "environment (HF_TOKEN, ~/.netrc, the variables of your cloud)."
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The text
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def study_corpus(study: StudyConfig, out: Path, watcher: Watcher | None = None) -> PackedCorpus:
+    """The study's prepared text; the first call of a study fixes which text that is.
+
+    Raises:
+        ConfigError: the text differs from the one the study was begun with, or another study has taken the directory.
+    """
+    corpus = prepare(study.corpus, progress=None if watcher is None else watcher.corpus)
+    if study_of(out).fingerprint() != study.fingerprint():
+        raise ConfigError(f"another study was started in {out} at the same time; choose another directory with --out.")
+    path = out / CORPUS
+    known = _known_corpus(out) if path.exists() else None
+    if known is not None and known["content_hash"] != corpus.content_hash:
+        raise ConfigError(
+            f"{out} was begun on the text {known['content_hash']}, but {study.corpus.source!r} is now "
+            f"{corpus.content_hash} (a changed file, or other installed versions). Start again in another directory."
+        )
+    if known is None or known.get("folder") != corpus.path.name:
+        manifest = {key: value for key, value in publishable(corpus.manifest).items() if key != "path"}
+        atomic_write(path, json.dumps({**manifest, "folder": corpus.path.name}, indent=1))
+    return corpus
+
+
+def _known_corpus(out: Path) -> Mapping[str, Any]:
+    path = out / CORPUS
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest["content_hash"], str):
+            raise ValueError("content_hash is not a string")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: damaged ({type(error).__name__}: {error}). Remove it and run the same command again: runs check "
+            "by its hash that they resume on the text that they were begun on."
+        ) from error
+    return dict(manifest)
+
+
+def opened_corpus(out: Path) -> PackedCorpus:
+    """The text that :func:`study_corpus` fixed, for a worker."""
+    manifest = _known_corpus(out)
+    # files of earlier releases hold the whole path
+    name = manifest.get("folder") or Path(str(manifest.get("path", ""))).name
+    corpus = load(cache_directory() / "packed" / str(name)) if name else None
+    if corpus is None or corpus.content_hash != manifest["content_hash"]:
+        raise ConfigError(
+            f"the prepared text {manifest['content_hash']} is not in the cache ({cache_directory()}), or damaged "
+            "there; `decondense study` with the same arguments prepares it again."
+        )
+    return corpus
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What has ended
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def task_end(folder: Path) -> Row | None:
+    """The terminal row of a task, or None while there is work left; a damaged file is work left."""
+    rows = _rows_of(folder)
+    return None if rows is None else terminal_row(rows)
+
+
+def _rows_of(folder: Path) -> list[Row] | None:
+    """A task's rows; None when there are none or when they cannot be read (the task is then started again)."""
+    path = folder / "rows.jsonl"
+    try:
+        return read_rows(path) if path.exists() else None
+    except RecordError:
+        return None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One ended trial."""
+
+    task: Task
+    end: Row
+    loss: float | None
+    """On the documents set aside for the choice; None: it failed."""
+
+    @property
+    def setting(self) -> Setting:
+        """What it tried."""
+        assert self.task.setting is not None
+        return self.task.setting
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The trials of one arm, and what they say. The only place where a setting is chosen."""
+
+    trials: tuple[Trial, ...]
+    expected: int
+
+    @property
+    def chosen(self) -> Setting | None:
+        """The setting with the least mean loss; None while trials are missing. One failed seed rules a setting out;
+        where every setting failed, the least one is left to say so in the comparison."""
+        if len(self.trials) < self.expected or not self.trials:
+            return None
+        losses: dict[Setting, list[float | None]] = {}
+        for trial in self.trials:
+            losses.setdefault(trial.setting, []).append(trial.loss)
+        means = {
+            setting: sum(value for value in values if value is not None) / len(values)
+            for setting, values in losses.items()
+            if None not in values
+        }
+        return min(means, key=lambda setting: (means[setting], _order(setting))) if means else min(losses, key=_order)
+
+    @property
+    def edge(self) -> dict[str, str]:
+        """The knobs whose chosen value is the smallest or largest tried."""
+        chosen = self.chosen
+        found: dict[str, str] = {}
+        if chosen is None:
+            return found
+        for knob in ("learning_rate", "warmup", "gradient_clip"):
+            value = getattr(chosen, knob)
+            values = sorted({getattr(trial.setting, knob) for trial in self.trials if value is not None})
+            if len(values) < 2:
+                continue
+            if value == values[-1]:
+                found[knob] = "largest"
+            elif value == values[0] and value != 0.0:
+                found[knob] = "smallest"
+        return found
+
+
+def _order(setting: Setting) -> tuple[float, float, float]:
+    return (setting.learning_rate, setting.warmup or 0.0, setting.gradient_clip or 0.0)
+
+
+def sweep_of(listed: Iterable[Task], arm: str) -> Sweep:
+    """The trials of an arm as they have ended so far."""
+    expected, ended = 0, []
+    for task in listed:
+        if task.kind != "trial" or task.arm != arm:
+            continue
+        expected += 1
+        rows = _rows_of(task.folder) or []
+        end = terminal_row(rows)
+        if end is not None:
+            ended.append(Trial(task, end, _tuning_loss(rows, end)))
+    return Sweep(tuple(ended), expected)
+
+
+def _tuning_loss(rows: list[Row], end: Row) -> float | None:
+    if end["status"] == "failed":
+        return None
+    scores = [row for row in rows if row["kind"] == "eval" and row["step"] == end["steps"]]
+    return float(scores[-1]["value"]) if scores else None
+
+
+def trial_rows(study: StudyConfig, listed: Iterable[Task]) -> list[Row]:
+    """One row for each trial that has ended; the arm's best setting is marked once all of them have."""
+    listed = list(listed)
+    rows = []
+    for arm in study.arms:
+        sweep = sweep_of(listed, arm.name)
+        chosen, edge = sweep.chosen, sweep.edge
+        for trial in sweep.trials:
+            setting = trial.setting
+            rows.append(
+                make_row(
+                    "trial",
+                    study=study.name,
+                    study_fingerprint=study.fingerprint(),
+                    arm=arm.name,
+                    seed=trial.task.seed,
+                    status=trial.end["status"],
+                    learning_rate=setting.learning_rate,
+                    warmup=setting.warmup,
+                    gradient_clip=setting.gradient_clip,
+                    steps=trial.end["steps"],
+                    value=trial.loss,
+                    chosen=setting == chosen,
+                    edge=edge if setting == chosen else {},
+                    error=trial.end["error"],
+                    timing=trial.end["timing"],
+                    provenance=trial.end["provenance"],
+                )
+            )
+    return rows
+
+
+def resolved_arm(study: StudyConfig, arm: str, listed: Iterable[Task]) -> ArmConfig:
+    """The arm with the setting that its trials chose; they must have ended."""
+    entry = study.arm(arm)
+    if not study.swept(entry):
+        return entry
+    chosen = sweep_of(listed, arm).chosen
+    if chosen is None:
+        raise StudyFailed(f"{arm}: its trials have not all ended; run the same command again.")
+    return chosen.of(entry)
+
+
+def collect(study: StudyConfig, out: Path, listed: Iterable[Task] | None = None) -> list[Row]:
+    """The rows of all trials and cells in the order of the plan; what has none contributes none."""
+    listed = tasks(study, out) if listed is None else list(listed)
+    rows = trial_rows(study, listed)
+    for task in listed:
+        if task.kind == "cell":
+            rows += _rows_of(task.folder) or []
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# How far the rest is
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Where every task is; each call reads only what was written since the last one."""
+
+    def __init__(self, listed: Iterable[Task]) -> None:
+        self._tasks = list(listed)
+        self._readers = {task.folder: RowReader(task.rows) for task in self._tasks}
+        self._states = {task.folder: _waiting(task) for task in self._tasks}
+
+    def states(self) -> list[CellState]:
+        """One state per task, in their order."""
+        for task in self._tasks:
+            try:
+                restarted, rows = self._readers[task.folder].read()
+            except RecordError:  # damaged: it will be started again
+                restarted, rows = True, []
+            if restarted:
+                self._states[task.folder] = _waiting(task)
+            if rows:
+                self._states[task.folder] = _later(self._states[task.folder], rows)
+        return list(self._states.values())
+
+
+def _waiting(task: Task) -> CellState:
+    return CellState(task.name, task.seed, 0, task.steps, None, "waiting", task.kind)
+
+
+def _later(state: CellState, rows: Iterable[Row]) -> CellState:
+    status, step, loss = state.status, state.step, state.loss
+    for row in rows:
+        if row["kind"] == "run":
+            status = row["status"] if row["status"] in ("finished", "failed") else "running"
+        elif row["kind"] == "step":
+            step, loss = row["step"], row["loss"]
+    return CellState(state.arm, state.seed, step, state.steps, loss, status, state.kind)
+
+
+def states(study: StudyConfig, out: Path) -> list[CellState]:
+    """Where every task is, read from its rows."""
+    return Progress(tasks(study, out)).states()
+
+
+def reset_failed(listed: Iterable[Task]) -> list[Task]:
+    """Forget the failures of a study's tasks, so that they are started again, and return them.
+
+    Done before any worker starts: a failed row counts as an end, and an arm's cell must not take a setting before the
+    trial that is repeated has spoken. A task that another process holds is left to it.
+    """
+    import fcntl
+
+    forgotten = []
+    for task in listed:
+        end = task_end(task.folder)
+        if end is None or end["status"] != "failed":
+            continue
+        with contextlib.suppress(BlockingIOError), (task.folder / "lock").open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            task.rows.unlink(missing_ok=True)
+            forgotten.append(task)
+    return forgotten
+
+
+def make_below(out: Path, folder: Path) -> None:
+    """Make a task's folder, but not the study's directory: one that was removed stays removed.
+
+    Raises:
+        FileNotFoundError: ``out`` does not exist.
+    """
+    place = out
+    for part in folder.relative_to(out).parts:
+        place = place / part
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(place)

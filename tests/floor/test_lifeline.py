@@ -1,0 +1,124 @@
+"""A child ends within seconds of its parent, whenever that is killed; signals become exit statuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+CHILD = """
+import sys, time
+def main():
+    open(sys.argv[1], "w").close()
+    if len(sys.argv) > 2:
+        from decondense.lifeline import end_without
+        end_without(sys.argv[2])
+    time.sleep(120)
+    return 0
+"""
+PARENT = """
+import subprocess, sys, time
+from decondense.lifeline import Lifeline
+with Lifeline() as lifeline:
+    child = subprocess.Popen(lifeline.command("sleeping_child", *sys.argv[1:]), pass_fds=lifeline.pass_fds)
+    print(child.pid, flush=True)
+    child.wait()
+"""
+
+
+def start(tmp_path: Path, *arguments: object) -> tuple[subprocess.Popen[str], int]:
+    (tmp_path / "sleeping_child.py").write_text(CHILD)
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert parent.stdout is not None
+    return parent, int(parent.stdout.readline())
+
+
+def ends(pid: int, seconds: float) -> bool:
+    """Whether a process that is not our child ends in time; a zombie has ended."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("moment", ["at once", "while it starts", "when it runs"])
+def test_a_child_ends_with_its_killed_parent(tmp_path: Path, moment: str) -> None:
+    ready = tmp_path / "ready"
+    parent, child = start(tmp_path, ready)
+    if moment == "while it starts":
+        time.sleep(0.05)
+    while moment == "when it runs" and not ready.exists():
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    assert ends(child, 5.0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_child_ends_when_its_folder_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    folder.mkdir()
+    parent, child = start(tmp_path, tmp_path / "ready", folder)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.02)
+    time.sleep(0.5)
+    folder.rmdir()
+    folder.mkdir()  # another directory of the same name is not the same directory
+    (folder / "other").mkdir()
+    assert ends(child, 5.0)
+    parent.wait()
+
+
+SIGNALLED = """
+import os, signal, sys, time
+from decondense.stopping import Stopped, save_requested, stop_on_signals
+with stop_on_signals():
+    try:
+        print("ready", flush=True)
+        for _ in range(1000):
+            time.sleep(0.01)
+            if save_requested():
+                print("saves first", flush=True)
+                raise Stopped(signal.SIGUSR1)
+    finally:
+        print("cleaned up", flush=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_unwinds_and_becomes_the_exit_status(name: str) -> None:
+    number = getattr(signal, name)
+    process = subprocess.Popen([sys.executable, "-c", SIGNALLED], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert out.split("\n")[:-1] == [*(["saves first"] if name == "SIGUSR1" else []), "cleaned up"]
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    code = (
+        "import os, signal; from decondense.stopping import stop_on_signals\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "with stop_on_signals():\n    os.kill(os.getpid(), signal.SIGHUP)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
