@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch import nn
@@ -26,12 +26,32 @@ from decondense.tokenizers import has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Unpack
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Head = Literal["any", "causal", "text"]
 """``any``: the head that the checkpoint was saved with, if it has one, and no complaint where it lacks tensors.
 ``causal``: a causal language model. ``text``: that, or an encoder-decoder that generates text."""
+
+
+class LoadOptions(TypedDict, total=False):
+    """How a model is loaded."""
+
+    head: Head
+    """What the model has to be able to do."""
+    dtype: str | torch.dtype
+    """``"auto"`` (that of the checkpoint), ``"float32"``, ``"bfloat16"``, ``"float16"``, or torch's."""
+    device_map: str | Mapping[str, Any] | None
+    """As in transformers, for example ``"auto"``: layers that do not fit go to the CPU and to disk."""
+    max_memory: Mapping[Any, Any] | None
+    """Memory budget a device, for ``device_map``."""
+    offload_folder: str | Path | None
+    """Where layers go that fit in no memory."""
+    eight_bit: bool
+    """8-bit weights (needs ``bitsandbytes``)."""
+    merge: bool
+    """Add an adapter's product to the weights of its base, so that the result is a plain model."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -45,7 +65,7 @@ def load_model(
     revision: str | None = None,
     tokenizer: str | Path | None = None,
     trust_remote_code: bool = False,
-    **options: Any,
+    **options: Unpack[LoadOptions],
 ) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
     """A Hugging Face model (with its head, if it has one) and its tokenizer.
 
@@ -55,11 +75,7 @@ def load_model(
         revision: Branch, tag or commit of a hub model.
         tokenizer: Where the tokenizer is, when not with the model (or with the adapter's base).
         trust_remote_code: Run code that comes with the model and the tokenizer.
-        options: ``head`` (:data:`Head`, what the model has to be able to do), ``dtype`` (``"auto"``: that of the
-            checkpoint; ``"float32"``, ``"bfloat16"``, ``"float16"``, or torch's), ``device_map`` as in transformers,
-            ``max_memory`` (a device's budget, for ``device_map``), ``offload_folder`` (for layers that fit in no
-            memory), ``eight_bit`` (needs ``bitsandbytes``), ``merge`` (add an adapter's product to the weights of its
-            base, so that the result is a plain model).
+        options: See :class:`LoadOptions`.
 
     Raises:
         ValueError: no such directory, no model in it, an unreachable hub, weights that do not load or are not
@@ -75,13 +91,13 @@ def load_model(
         return model, load_tokenizer(name, revision=at, required=False, trust_remote_code=trust_remote_code)
 
 
-def load_network(source: str | Path, *, revision: str | None = None, **options: Any) -> PreTrainedModel:
+def load_network(source: str | Path, *, revision: str | None = None, **options: Unpack[LoadOptions]) -> PreTrainedModel:
     """A Hugging Face model without its tokenizer, in evaluation mode.
 
     Args:
         source: As for :func:`load_model`.
         revision: Branch, tag or commit of a hub model.
-        options: Those of :func:`load_model`.
+        options: See :class:`LoadOptions`.
 
     Raises:
         ModelError: as for :func:`load_model`.

@@ -8,6 +8,7 @@ collection of files, which are told apart by the split that their names or folde
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import warnings
 from collections.abc import Sequence
@@ -132,8 +133,11 @@ def _declared(path: Path, subset: str | None, split: str) -> LocalText | None:
     """Files by the README.md; None where they are none of ours, or are read with options, or do not resolve."""
     import datasets
 
+    # releases that can run a script beside the data ask whether they may; later ones do not know the option
+    known = inspect.signature(datasets.load_dataset_builder).parameters
+    never: dict[str, Any] = {"trust_remote_code": False} if "trust_remote_code" in known else {}
     try:
-        config = datasets.load_dataset_builder(str(path), subset).config
+        config = datasets.load_dataset_builder(str(path), subset, **never).config
         files = {str(name): [Path(file) for file in found] for name, found in config.data_files.items()}
     except Exception:  # the library raises a dozen unrelated types; opening the data set explains them
         return None
