@@ -132,6 +132,13 @@ def build_model(config: ModelConfig, vocabulary: int, positions: int, end_token:
                 raise ConfigError(
                     f"model.overrides: {config.architecture} has no field {name!r}.{suggest(name, sorted(known))}"
                 )
+            default = getattr(blank, name, None)
+            value = config.overrides[name]
+            # a model of -1 layers would be built, without any
+            if type(value) is int and type(default) is int and value < 0 < default:
+                raise ConfigError(
+                    f"model: {config.architecture} with {config.overrides} cannot be built: {name} {value} is negative."
+                )
         values = {
             "vocab_size": vocabulary,
             "bos_token_id": end_token,
