@@ -25,6 +25,20 @@ def _refuse_constant(name: str) -> Any:
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
+_SHARED_CONFIGURATIONS: dict[str, dict[str, Any]] = {}
+_MOST_SHARED = 16
+
+
+def _shared(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """One object for a configuration that many files hold, as the cells of a study do."""
+    if _SHARED_CONFIGURATIONS.get(name) == config:
+        return _SHARED_CONFIGURATIONS[name]
+    while len(_SHARED_CONFIGURATIONS) >= _MOST_SHARED:
+        del _SHARED_CONFIGURATIONS[next(iter(_SHARED_CONFIGURATIONS))]
+    _SHARED_CONFIGURATIONS[name] = config
+    return config
+
+
 class _Parser:
     """Lines of one file to rows: holds the configurations that its run rows name."""
 
@@ -78,7 +92,7 @@ class _Parser:
             raise RecordError(
                 f"{where}: written by a newer decondense (schema {version}, this one reads up to {SCHEMA_VERSION})."
             )
-        self.configs[name] = config
+        self.configs[name] = _shared(name, config)
 
 
 def iter_rows(path: str | Path) -> Iterator[Row]:

@@ -187,7 +187,8 @@ class _Run:
             try:
                 # the workers load torch while the text is being prepared
                 for index in range(min(wanted, pending)):
-                    self.workers.append(self._start(index, lifeline))
+                    if not save_requested():
+                        self.workers.append(self._start(index, lifeline))
                 if self.study.measure is None:
                     study_corpus(self.study, self.out, self.watcher)
                 self._watch()
@@ -237,6 +238,8 @@ class _Run:
         while alive:
             alive = any(worker.process.poll() is None for worker in self.workers)
             self._check_there()
+            if save_requested() and SAVE_FIRST is not None:
+                self._pass_on(SAVE_FIRST)  # again: a worker may have been started while the signal came
             now = self.progress.states()
             self.watcher.cells(now)
             count = sum(state.status in ("finished", "failed") for state in now)
