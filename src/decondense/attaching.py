@@ -243,6 +243,14 @@ class DispersionHandle:
         while self._on_detach:
             self._on_detach.pop()()
 
+    def restart(self) -> None:
+        """Forget what a run left that was cut short (out of memory): its states, its sums for the log, its step."""
+        self._states, self._batch, self._pending, self._active = {}, {}, None, False
+        self._discarded = self._forwards = 0
+        self._overlooked = self._ratio = self._ratio_step = self._step = self._total_steps = None
+        self._totals.zero_()
+        self._set_weight()
+
     def on_detach(self, action: Callable[[], None]) -> None:
         """Have ``action`` called when the handle is detached."""
         self._on_detach.append(action)
@@ -586,6 +594,8 @@ class DispersionHandle:
                 for term in (extra, loss)
             ]
         except RuntimeError as error:
+            if "memory" in str(error):  # a trainer may start again with smaller batches
+                raise
             raise AttachError(
                 f"gradient_ratio_every needs a second backward pass, which failed ({error}). Reentrant checkpointing "
                 "and compiled models do not allow it; leave it out."
