@@ -251,12 +251,14 @@ CROSS_ENTROPY_CASES = {
 }
 
 
-@pytest.mark.parametrize("tie", ["trainer", "callback"])
-@pytest.mark.parametrize("case", CROSS_ENTROPY_CASES)
+@pytest.mark.parametrize(
+    ("tie", "case"),
+    [("trainer", case) for case in CROSS_ENTROPY_CASES]
+    # the callback refuses the last two: the model returns no loss
+    + [("callback", case) for case in list(CROSS_ENTROPY_CASES)[:-2]],
+)
 def test_cross_entropy_is_the_loss_of_a_run_without_the_term(tmp_path, tie, case):
     settings = {"learning_rate": 0.0, "data": examples(LENGTHS), **CROSS_ENTROPY_CASES[case]}
-    if tie == "callback" and ("label" in case or "own loss" in case):
-        pytest.skip("refused there: the model returns no loss")
     own_divisor = settings.pop("own_divisor", False)
     logged = []
     for attached_too in (False, True):
@@ -332,7 +334,7 @@ def run_out_of_memory(model, most_rows, where, after):
 
 @pytest.fixture
 def quick_collections():
-    """Accelerate collects garbage many times when it starts a run again; what is there already need not be looked at."""
+    """Accelerate collects garbage at every start; objects of other tests need not be looked at."""
     gc.collect()
     gc.freeze()
     yield
