@@ -354,6 +354,44 @@ def read_rows(path: str | Path, *, check: bool = True) -> list[Row]:
     return rows
 
 
+class RowReader:
+    """Reads a growing file of rows piece by piece: each call reads only what is new.
+
+    ::
+
+        reader = RowReader(path)
+        restarted, rows = reader.read()
+
+    A line that is not finished yet is left for the next call. When the file was replaced, as a resumed run does, it is
+    read from its start and ``restarted`` is true: what was made of earlier rows no longer holds. Rows are not checked.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._offset = 0
+        self._tail = b""  # the last bytes that were read: a file that was replaced has others there
+
+    def read(self) -> tuple[bool, list[Row]]:
+        """(whether earlier rows no longer hold, the new rows); no rows while there is no file."""
+        restarted = False
+        try:
+            with self.path.open("rb") as handle:
+                handle.seek(self._offset - len(self._tail))
+                if handle.read(len(self._tail)) != self._tail:
+                    restarted = True
+                    self._offset, self._tail = 0, b""
+                    handle.seek(0)
+                data = handle.read()
+        except FileNotFoundError:
+            restarted = self._offset > 0
+            self._offset, self._tail = 0, b""
+            return restarted, []
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        self._tail = (self._tail + whole[-64:])[-64:]
+        return restarted, [json.loads(line) for line in whole.split(b"\n") if line.strip()]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Provenance
 # --------------------------------------------------------------------------------------------------------------------
