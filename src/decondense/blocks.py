@@ -1,14 +1,16 @@
 """Find the transformer blocks of a model, and turn ``"deep"`` or ``[0, -1]`` into block numbers.
 
 No list of architecture names: in every decoder and encoder family tried, the blocks are the only *outermost*
-``nn.ModuleList`` below the decoder (lists of experts are nested in a block, so they never match). Where that is not so,
-the error names the candidates and the argument that settles it.
+``nn.ModuleList`` below the decoder (lists of experts are nested in a block, so they never match) whose members are more
+than single layers (lists of embeddings, norms and linear layers never match). Where that is not so, the configured
+number of layers decides, or the error names the candidates and the argument that settles it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -26,6 +28,13 @@ _FINAL_NORM_NAMES = (
     "norm_f",
     "ln_out",
     "norm_out",
+    "emb_layer_norm_after",
+)
+
+# where models keep their settings, and what they call the number of blocks there; the first name that is set counts
+_CONFIG_NAMES = ("config", "cfg", "args", "params", "hparams")
+_LAYER_COUNT_NAMES = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_layer", "n_blocks", "num_blocks", "depth"),
 )
 
 
@@ -79,33 +88,39 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> Blocks:
         BlocksError: no list, or more than one, could be meant; the message lists the candidates.
 
     The rule: of the decoder (``get_decoder()``), the base model and the model itself, in this order, the first that has
-    exactly one outermost list of modules; if each has several, the one with ``config.num_hidden_layers`` entries.
+    exactly one outermost list of modules; if each has several, the one with the configured number of layers
+    (``num_hidden_layers``, ``n_layer``, ``num_layers``, ... of ``config``, ``args``, ... or of the model). A list of
+    single layers (embeddings, norms, linear layers) is not a candidate; name its path to use it all the same.
     """
     root = unwrap(model)
     names = {id(module): name for name, module in root.named_modules()}
     if blocks is not None:
-        return Blocks(blocks, _by_path(root, blocks), root)
+        members = _by_path(root, blocks)
+        _refuse_containers(blocks, members)
+        return Blocks(blocks, members, root)
 
     core = base_model(root)
-    n_layers = _configured_layers(core)
-    seen: dict[str, int] = {}
+    count = _configured_layers(core)
+    seen: dict[str, list[nn.Module]] = {}
     several: list[tuple[str, list[nn.Module]]] = []
+    chosen: tuple[str, list[nn.Module]] | None = None
     for start in _starts(core):
-        found = [(names[id(holder)], members) for holder, members in _outermost_lists(start)]
-        if len(found) == 1:
-            return Blocks(found[0][0], found[0][1], root)
-        several = several or [(path, members) for path, members in found if len(members) == n_layers]
-        seen.update({path: len(members) for path, members in found})
-        if len(several) == 1:
-            return Blocks(several[0][0], several[0][1], root)
+        lists = [(names[id(holder)], members) for holder, members in _outermost_lists(start)]
+        several = several or [item for item in lists if count is not None and len(item[1]) == count[1]]
+        seen.update(lists)
+        if len(lists) == 1 or len(several) == 1:
+            chosen = lists[0] if len(lists) == 1 else several[0]
+            break
+    if chosen is not None:
+        _refuse_containers(*chosen)
+        _refuse_stages(*chosen, count)
+        return Blocks(*chosen, root)
     if not seen:
-        raise BlocksError(
-            f"{type(core).__name__} holds no nn.ModuleList of transformer blocks. Put the blocks into one, or name the "
-            "one that you mean: blocks='dotted.path'."
-        )
-    listed = ", ".join(f"{path!r} ({length} modules)" for path, length in sorted(seen.items()))
+        raise BlocksError(_no_list(core, root))
+    listed = ", ".join(f"{path!r} ({len(members)} modules)" for path, members in sorted(seen.items()))
+    known = "" if count is None else f" ({count[0]} = {count[1]} does not decide)"
     raise BlocksError(
-        f"{type(core).__name__} has more than one list that could hold the transformer blocks: {listed}. "
+        f"{type(core).__name__} has more than one list that could hold the transformer blocks: {listed}{known}. "
         "Name the one that you mean: blocks='dotted.path'."
     )
 
@@ -183,9 +198,9 @@ def _starts(core: nn.Module) -> Iterator[nn.Module]:
 def _outermost_lists(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     for child in module.children():
         members = _members(child)
-        if members:
+        if members and not all(_is_single_layer(member) for member in members):
             yield child, members
-        else:
+        elif not members:
             yield from _outermost_lists(child)
 
 
@@ -196,6 +211,78 @@ def _members(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, nn.ModuleDict) and all(str(key).isdigit() for key in module):
         return list(module.values())
     return []
+
+
+def _is_single_layer(module: nn.Module) -> bool:
+    """An embedding, a norm, a linear layer: nothing inside that attends or transforms."""
+    for wrapper in ("_orig_mod", "_checkpoint_wrapped_module", "base_layer"):  # compile, checkpointing, PEFT
+        inner = getattr(module, wrapper, None)
+        if isinstance(inner, nn.Module):
+            return _is_single_layer(inner)
+    return not any(name != "parametrizations" for name, _ in module.named_children())
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict))
+
+
+def _refuse_containers(path: str, members: list[nn.Module]) -> None:
+    """A list of lists: its members are never called, so no hook on them ever runs."""
+    if not any(_is_container(member) for member in members):
+        return
+    kind = next(type(member).__name__ for member in members if _is_container(member))
+    inner = [(f"{path}.{place}", _members(member)) for place, member in enumerate(members)]
+    serving = [(name, len(found)) for name, found in inner if _is_uniform(found)]
+    if serving:
+        listed = ", ".join(f"{name!r} ({length} modules)" for name, length in serving)
+        remedy = f"Name one of the lists inside, blocks={serving[0][0]!r}: {listed}."
+    else:
+        remedy = (
+            "The state after a layer is the output of no module here: wrap the parts of each layer in a module whose "
+            "forward returns the state after the layer."
+        )
+    raise BlocksError(f"{path!r} is a nested list: its members are {kind}, which have no forward to observe. {remedy}")
+
+
+def _refuse_stages(path: str, members: list[nn.Module], count: tuple[str, int] | None) -> None:
+    """A list of stages or towers that hold the blocks, by the configured number of layers."""
+    if count is None or len(members) == count[1]:
+        return
+    inner = []
+    for place, member in enumerate(members):
+        names = {id(module): name for name, module in member.named_modules()}
+        lists = [(f"{path}.{place}.{names[id(holder)]}", found) for holder, found in _outermost_lists(member)]
+        inner += [(name, found) for name, found in lists if _is_uniform(found)]
+    serving = [(name, len(found)) for name, found in inner if len(found) == count[1]]
+    if not serving and sum(len(found) for _, found in inner) == count[1]:
+        serving = [(name, len(found)) for name, found in inner]
+    if serving:
+        listed = ", ".join(f"{name!r} ({length} modules)" for name, length in serving)
+        raise BlocksError(
+            f"{path!r} is a nested list: it has {len(members)} modules where {count[0]} = {count[1]}, and the blocks "
+            f"are in the lists inside. Name one, blocks={serving[0][0]!r}: {listed}; or blocks={path!r} for the outer "
+            "modules."
+        )
+
+
+def _is_uniform(members: list[nn.Module]) -> bool:
+    """Modules of one class that hold others: a list that blocks can stand in."""
+    kinds = {type(member) for member in members}
+    return len(kinds) == 1 and not any(_is_container(member) or _is_single_layer(member) for member in members)
+
+
+def _no_list(core: nn.Module, root: nn.Module) -> str:
+    """Why there is no candidate, and the path of what may be meant."""
+    what = f"{type(core).__name__} holds no nn.ModuleList of transformer blocks. "
+    chains = [name for name, found in root.named_modules() if isinstance(found, nn.Sequential)]
+    chains = [name for name in chains if _is_uniform(list(root.get_submodule(name).children()))]
+    single = [name for name, found in root.named_modules() if _members(found)]
+    if chains:
+        return f"{what}Use the nn.Sequential that holds them: blocks={chains[0]!r}."
+    if single:
+        listed = ", ".join(f"{name!r} ({type(_members(root.get_submodule(name))[0]).__name__})" for name in single)
+        what += f"Its lists hold single layers: {listed}. "
+    return f"{what}Put the blocks into one, or name the one that you mean: blocks='dotted.path'."
 
 
 def _by_path(root: nn.Module, path: str) -> list[nn.Module]:
@@ -218,10 +305,14 @@ def _by_path(root: nn.Module, path: str) -> list[nn.Module]:
     return members
 
 
-def _configured_layers(core: nn.Module) -> int | None:
-    config = getattr(core, "config", None)
-    if config is None:
-        return None
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    value = getattr(text, "num_hidden_layers", None)
-    return value if isinstance(value, int) else None
+def _configured_layers(core: nn.Module) -> tuple[str, int] | None:
+    """The number of blocks that the model's settings give, with the name that it has there."""
+    places: list[Any] = [getattr(core, name, None) for name in _CONFIG_NAMES]
+    if hasattr(places[0], "get_text_config"):
+        places[0] = places[0].get_text_config()
+    for place in (*places, core):
+        for name in _LAYER_COUNT_NAMES:
+            value = place.get(name) if isinstance(place, dict) else getattr(place, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return name, value
+    return None

@@ -104,7 +104,9 @@ def test_trl_one_step_however_it_is_cut(tmp_path, cut):
     got, trainer = dispersion_part(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps)
     documents = [row["input_ids"] for row in examples([12, 5, 9, 2, 7, 12, 3, 4])]
     assert greatest_difference(got, expected_part(documents)) < 1e-7
-    assert "dispersion/block_03" in trainer.state.log_history[0]
+    logged = trainer.state.log_history[0]
+    assert "dispersion/block_03" in logged
+    assert logged["loss"] - WEIGHT * logged["dispersion"] == pytest.approx(logged["cross_entropy"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -294,6 +296,7 @@ def test_lightning(tmp_path):
         module, rows = lightning_fit(tmp_path, DispersionCallback(WEIGHT), accumulate=accumulate, batch=batch)
         assert greatest_difference(weights(module.model), expected) < 1e-7
         logged = {key: value for _, row in rows for key, value in row.items()}
+        assert logged["cross_entropy"] == pytest.approx(loss.item(), abs=1e-6)
         assert logged["dispersion"] == pytest.approx(dispersion(kept).item(), abs=1e-5)
         assert "dispersion/block_01" in logged
         assert attached(module.model) is None
@@ -318,6 +321,133 @@ def test_lightning_state_and_module(tmp_path):
         lightning_fit(tmp_path, other)
     with pytest.raises(AttachError, match=r"no module 'net'.*It has: model"):
         lightning_fit(tmp_path, DispersionCallback(module="net"))
+
+
+def lightning_manual(callback, *, optimizers, every=1, loader_length=8, resume=None, log_every=1, **settings):
+    """A fit with manual optimization; optimizer k steps in each (every ** k)-th batch. Weights seen and rows logged."""
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.model = tiny()
+            self.seen = []
+
+        def training_step(self, batch, batch_idx):
+            chosen = self.optimizers()
+            chosen = chosen if isinstance(chosen, list) else [chosen]
+            loss = self.model(input_ids=batch, labels=batch).loss
+            self.seen.append(callback.handle.weight)
+            self.manual_backward(loss)
+            for number, optimizer in enumerate(chosen):
+                if (batch_idx + 1) % every**number == 0:
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        def configure_optimizers(self):
+            groups = list(self.parameters())
+            return [torch.optim.SGD(groups[k::optimizers], lr=0.0) for k in range(optimizers)]
+
+    rows: list = []
+
+    class Keep(lightning.loggers.logger.DummyLogger):
+        def log_metrics(self, metrics, step=None):
+            rows.append(metrics)
+
+    module = Module()
+    trainer = lightning.Trainer(
+        callbacks=[callback],
+        accelerator="cpu",
+        logger=Keep(),
+        log_every_n_steps=log_every,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **settings,
+    )
+    loader = torch.utils.data.DataLoader(tokens(loader_length, 6), batch_size=1)
+    trainer.fit(module, loader, ckpt_path=resume)
+    return module, [row for row in rows if "dispersion" in row], trainer
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("optimizers", [1, 2, 3])
+@pytest.mark.parametrize("limit", ["epochs", "steps", "both"])
+def test_lightning_with_several_optimizers_follows_the_schedule_per_batch(optimizers, limit):
+    """Lightning's global_step and max_steps count the steps of every optimizer; its epochs count batches."""
+    pytest.importorskip("lightning.pytorch")
+    from decondense.config import WeightSchedule
+    from decondense.integrations.lightning import DispersionCallback
+
+    settings = {
+        "epochs": {"max_epochs": 2, "loader_length": 4},
+        "steps": {"max_steps": 8 * optimizers, "max_epochs": -1},
+        "both": {"max_steps": 8 * optimizers, "max_epochs": 5, "loader_length": 4},
+    }[limit]
+    callback = DispersionCallback(weight=1.0, schedule=WeightSchedule(kind="linear", until=1.0))
+    module, rows, _ = lightning_manual(callback, optimizers=optimizers, **settings)
+    expected = [1 - batch / 8 for batch in range(8)]
+    assert module.seen == pytest.approx(expected)
+    assert [row["dispersion_weight"] for row in rows] == pytest.approx(expected)
+    assert all("cross_entropy" in row for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_optimizers_that_take_turns():
+    """Steps in every batch and in every third: the end is met in proportion, the log keeps Lightning's pace."""
+    pytest.importorskip("lightning.pytorch")
+    from decondense.config import WeightSchedule
+    from decondense.integrations.lightning import DispersionCallback
+
+    callback = DispersionCallback(weight=1.0, schedule=WeightSchedule(kind="linear", until=1.0))
+    module, rows, trainer = lightning_manual(
+        callback, optimizers=2, every=3, loader_length=9, max_epochs=-1, max_steps=12, log_every=3
+    )
+    assert trainer.global_step == 12
+    assert len(module.seen) == 9
+    assert module.seen[0] == 1.0
+    assert module.seen[3::3] == pytest.approx([1 - 4 / 12, 1 - 8 / 12])  # after 3 and 6 batches: 4 and 8 steps
+    assert len(rows) == 3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_without_an_end_refuses_a_schedule_and_takes_a_constant():
+    lightning = pytest.importorskip("lightning.pytorch")
+    from decondense.config import WeightSchedule
+    from decondense.integrations.lightning import DispersionCallback
+
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(tokens(3, 6))
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = tiny()
+
+        def training_step(self, batch, batch_idx):
+            return self.model(input_ids=batch, labels=batch).loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    def fit(callback):
+        trainer = lightning.Trainer(
+            max_epochs=1,
+            callbacks=[callback],
+            accelerator="cpu",
+            logger=False,
+            log_every_n_steps=0,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        trainer.fit(Module(), torch.utils.data.DataLoader(Endless(), batch_size=1))
+
+    fit(DispersionCallback(weight=0.5))
+    with pytest.raises(AttachError, match="needs an end of training"):
+        fit(DispersionCallback(weight=0.5, schedule=WeightSchedule(kind="linear")))
 
 
 # ---- Accelerate ----------------------------------------------------------------------------------------------------
@@ -368,7 +498,7 @@ def test_axolotl_plugin_through_its_plugin_manager(tmp_path):
     assert (handle.config.weight, handle.layers, handle.config.loss.tau) == (0.3, [1, 2], 0.5)
     assert handle.config.schedule.kind == "cosine"
     trainer.train()
-    assert "dispersion/block_03" in trainer.state.log_history[0]
+    assert {"dispersion/block_03", "cross_entropy"} <= trainer.state.log_history[0].keys()
 
 
 def test_axolotl_arguments_and_errors(tmp_path, monkeypatch):
@@ -418,7 +548,9 @@ def test_llamafactory_through_run_exp(tmp_path, monkeypatch):
     main([str(config)])
     assert called["args"] == {"stage": "sft", "model_name_or_path": "x"}
     assert called["history"][0]["dispersion_weight"] == 0.3
-    assert "dispersion/block_02" in called["history"][0]
+    logged = called["history"][0]
+    assert logged["loss"] - 0.3 * logged["dispersion"] == pytest.approx(logged["cross_entropy"], abs=1e-5)
+    assert "dispersion/block_02" in logged
     assert attached(called["model"]) is None
 
     config.write_text("stage: dpo\ndispersion: {}\n")

@@ -66,7 +66,7 @@ def test_one_step_however_it_is_cut(folder, name, rank):
     assert relative(control["gradients"], whole["gradients"]) > 0.01
     for before, after in zip(whole["logs"], other["logs"], strict=True):
         for key in before:
-            if key == "loss" or key.startswith("dispersion"):
+            if key in ("loss", "cross_entropy") or key.startswith("dispersion"):
                 assert after[key] == pytest.approx(before[key], rel=1e-3), key
 
 
@@ -76,6 +76,9 @@ def test_what_is_logged(folder):
     assert [row["dispersion_weight"] for row in whole] == [0.5, 0.5]
     assert [row["dispersion_weight"] for row in control] == [0.0, 0.0]
     assert len([key for key in whole[0] if key.startswith("dispersion/block_")]) == 8
+    for row in whole:
+        added = row["dispersion_weight"] * row["dispersion"]
+        assert row["loss"] - row["cross_entropy"] == pytest.approx(added, rel=1e-4)
     # the same start: the same dispersion watched, and a loss that differs by the weighted term
     assert control[0]["dispersion"] == pytest.approx(whole[0]["dispersion"], rel=1e-5)
     assert whole[0]["loss"] - control[0]["loss"] == pytest.approx(0.5 * whole[0]["dispersion"], rel=1e-4)

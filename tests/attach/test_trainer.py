@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from attach_helpers import block_outputs, dispersion, gradients, greatest_difference, mean_residual, tiny
 from torch.nn import functional
 from trainer_helpers import examples, make_trainer, pad, weights
+from transformers import Trainer, TrainerCallback
 
 from decondense import DispersionCallback, attach, attach_trainer
 from decondense.attaching import AttachError, attached
@@ -225,6 +227,183 @@ def test_the_schedule_follows_the_trainer(tmp_path):
     trainer.train()
     logged = [row for row in trainer.state.log_history if "loss" in row]
     assert [row.get("dispersion_weight") for row in logged] == [1.0, 0.5, None, None]
+
+
+# ---- cross_entropy in the log ----------------------------------------------------------------------------------------
+
+
+def smoothed(outputs, labels, num_items_in_batch=None):
+    """A loss of the user's own, summed over tokens."""
+    logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum", label_smoothing=0.2) / (
+        num_items_in_batch
+    )
+
+
+CROSS_ENTROPY_CASES = {
+    "one micro-batch": {"per_device_train_batch_size": 4},
+    "three micro-batches, the last step has two": {"gradient_accumulation_steps": 3, "max_steps": 3},
+    "logged every other step": {"per_device_train_batch_size": 2, "max_steps": 4, "logging_steps": 2},
+    "first step too": {"max_steps": 5, "logging_steps": 3, "logging_first_step": True},
+    "not by tokens": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "own_divisor": True},
+    "label smoothing": {"gradient_accumulation_steps": 4, "label_smoothing_factor": 0.1},
+    "own loss": {"gradient_accumulation_steps": 4, "loss_func": smoothed},
+}
+
+
+@pytest.mark.parametrize(
+    ("tie", "case"),
+    [("trainer", case) for case in CROSS_ENTROPY_CASES]
+    # the callback refuses the last two: the model returns no loss
+    + [("callback", case) for case in list(CROSS_ENTROPY_CASES)[:-2]],
+)
+def test_cross_entropy_is_the_loss_of_a_run_without_the_term(tmp_path, tie, case):
+    settings = {"learning_rate": 0.0, "data": examples(LENGTHS), **CROSS_ENTROPY_CASES[case]}
+    own_divisor = settings.pop("own_divisor", False)
+    logged = []
+    for attached_too in (False, True):
+        model = tiny()
+        if own_divisor:
+            model.accepts_loss_kwargs = False
+        trainer = make_trainer(tmp_path, model, **settings)
+        if attached_too and tie == "trainer":
+            attach_trainer(trainer, WEIGHT)
+        elif attached_too:
+            trainer.add_callback(DispersionCallback(WEIGHT))
+        trainer.train()
+        logged.append([row for row in trainer.state.log_history if "loss" in row])
+    plain, watched = logged
+    assert [row["cross_entropy"] for row in watched] == pytest.approx([row["loss"] for row in plain], abs=1e-6)
+    assert all(abs(row["loss"] - row["cross_entropy"]) > 0.1 for row in watched)
+
+
+@pytest.mark.parametrize("tie", ["trainer", "callback"])
+def test_cross_entropy_is_logged_when_nothing_is_added(tmp_path, tie):
+    """At weight 0, and after the schedule has come to 0."""
+    for weight, schedule in ((0.0, {}), (1.0, {"kind": "linear", "until": 0.5})):
+        trainer = make_trainer(tmp_path, max_steps=4, learning_rate=0.0)
+        config = DispersionConfig(weight=weight, schedule=WeightSchedule(**schedule))
+        if tie == "trainer":
+            attach_trainer(trainer, config=config)
+        else:
+            trainer.add_callback(DispersionCallback(config=config))
+        trainer.train()
+        logged = [row for row in trainer.state.log_history if "loss" in row]
+        assert [row["cross_entropy"] for row in logged[2:]] == pytest.approx([row["loss"] for row in logged[2:]])
+
+
+# ---- runs that start again -------------------------------------------------------------------------------------------
+
+
+class InOrder(Trainer):
+    """Data in the order of the data set, whatever was drawn before."""
+
+    def _get_train_sampler(self, *arguments):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+class Steps(TrainerCallback):
+    """Gradients and number of hooks at each optimizer step of the last attempt."""
+
+    def on_train_begin(self, args, state, control, **keywords):
+        self.gradients, self.hooks = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **keywords):
+        self.gradients.append(gradients(model))
+        modules = list(model.modules())
+        self.hooks.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules))
+
+
+def run_out_of_memory(model, most_rows, where, after):
+    """Raise torch's error in the forward or the backward of batches that are too large, from a certain one on."""
+    calls = []
+
+    def refuse(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    def hook(module, arguments, output):
+        state = output[0] if isinstance(output, tuple) else output
+        calls.append(len(state))
+        if len(state) > most_rows and len(calls) > after:
+            if where == "forward":
+                refuse()
+            state.register_hook(refuse)
+
+    model.model.layers[1].register_forward_hook(hook)
+
+
+@pytest.fixture
+def quick_collections():
+    """Accelerate collects garbage at every start; objects of other tests need not be looked at."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize("tie", ["trainer", "callback"])
+@pytest.mark.parametrize(("where", "pairs"), [("forward", "subset"), ("backward", "all")])
+@pytest.mark.usefixtures("quick_collections")
+def test_a_run_that_finds_its_batch_size_equals_one_that_knew_it(tmp_path, tie, where, pairs):
+    """Batches of 7, 6 and 5 do not fit, which shows after two micro-batches."""
+    lengths = [12, 5, 9, 3, 7, 12, 4, 8] * 2 if tie == "trainer" else [12] * 16
+    runs = []
+    for size, find in ((4, False), (7, True)):
+        model, steps = tiny(), Steps()
+        run_out_of_memory(model, 4, where, after=2)
+        trainer = make_trainer(
+            tmp_path,
+            model,
+            cls=InOrder,
+            data=examples(lengths),
+            per_device_train_batch_size=size,
+            auto_find_batch_size=find,
+            gradient_accumulation_steps=2,
+            max_steps=-1,
+            num_train_epochs=2,
+            logging_steps=2,
+            learning_rate=0.0,
+        )
+        config = DispersionConfig.parse(
+            {
+                "weight": WEIGHT,
+                "schedule": {"kind": "linear"},
+                "gradient_ratio_every": 2,
+                "loss": {"pairs": pairs, **({"subset_size": 3} if pairs == "subset" else {})},
+            },
+            where="test",
+        )
+        if tie == "trainer":
+            attach_trainer(trainer, config=config)
+        else:
+            trainer.add_callback(DispersionCallback(config=config))
+        trainer.add_callback(steps)
+        trainer.train()
+        runs.append((trainer.state.log_history, steps))
+    (knew, its), (found, theirs) = runs
+    assert len(found) == len(knew) == 3
+    for before, after in zip(knew[:-1], found[:-1], strict=True):
+        assert after == pytest.approx(before, abs=1e-9)
+    assert [row["dispersion_weight"] for row in found[:-1]] == pytest.approx([WEIGHT * 0.75, WEIGHT * 0.25])
+    assert theirs.hooks == its.hooks
+    assert len(theirs.gradients) == len(its.gradients) == 4
+    for before, after in zip(its.gradients, theirs.gradients, strict=True):
+        assert greatest_difference(after, before) < 1e-12
+
+
+@pytest.mark.parametrize("tie", ["trainer", "callback"])
+def test_training_twice_logs_each_run_alone(tmp_path, tie):
+    trainer = make_trainer(tmp_path, cls=InOrder, max_steps=3, logging_steps=2, learning_rate=0.0)
+    if tie == "trainer":
+        attach_trainer(trainer, WEIGHT)
+    else:
+        trainer.add_callback(DispersionCallback(WEIGHT))
+    logged = []
+    for _ in range(2):  # the third step is not logged: the second run must not count it
+        trainer.train()
+        logged.append([row for row in trainer.state.log_history if "loss" in row])
+    assert len(logged[0]) == len(logged[1]) == 1
+    assert logged[1][0] == pytest.approx(logged[0][0])
 
 
 def test_gradient_ratio_in_the_log(tmp_path):

@@ -29,6 +29,8 @@ def gradient_ratio(root: nn.Module, loss: Tensor, extra: Tensor) -> Tensor:
             _norm(torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)) for term in (extra, loss)
         ]
     except RuntimeError as error:
+        if "memory" in str(error):  # a trainer may start again with smaller batches
+            raise
         raise AttachError(
             f"gradient_ratio_every needs a second backward pass, which failed ({error}). Reentrant checkpointing "
             "and compiled models do not allow it; omit it."

@@ -144,6 +144,14 @@ class DispersionHandle:
         while self._on_detach:
             self._on_detach.pop()()
 
+    def restart(self) -> None:
+        """Forget what a run left that was cut short (out of memory): its states, its sums for the log, its step."""
+        self._states, self._call, self._pending, self._active = {}, None, None, False
+        self._discarded = self._forwards = 0
+        self._ratio = self._ratio_step = self._step = self._total_steps = None
+        self._totals.reset()
+        self._set_weight()
+
     def on_detach(self, action: Callable[[], None]) -> None:
         """Have ``action`` called when the handle is detached."""
         self._on_detach.append(action)
@@ -193,16 +201,6 @@ class DispersionHandle:
             values["dispersion_gradient_ratio"] = float(self._ratio)
             self._ratio = None
         return values
-
-    def record_cross_entropy(self, loss: Tensor, share: Tensor | float = 1.0) -> None:
-        """Have :meth:`pop` report a loss that is computed outside of the model (with ``defer``).
-
-        Args:
-            loss: The loss without the added term, a scalar.
-            share: What part of an optimizer step's loss this is, where it was divided for all micro-batches together;
-                1 for a mean by itself.
-        """
-        self._totals.add_loss(loss, share)
 
     def count_sequences(self, batch: Mapping[str, Any]) -> Tensor | int:
         """Sequences with a pair in a collated batch, read as the attached model will read it.

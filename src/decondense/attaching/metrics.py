@@ -31,13 +31,17 @@ class Totals:
         part = torch.as_tensor(share, device=loss.device, dtype=self._loss.dtype)
         self._loss += torch.stack([loss.detach().to(self._loss.dtype), part])
 
+    def reset(self) -> None:
+        """Start from zero."""
+        self._sums.zero_()
+        self._loss.zero_()
+
     def pop(self, reduce: Callable[[Tensor], Tensor] | None) -> tuple[Sequence[float] | None, float | None]:
         """(means of the layers, mean loss) since the last call, None where there was none; waits for the device."""
         totals = torch.cat([self._sums, self._loss.to(self._sums.device)])
         if totals.device.type != "mps":
             totals = totals.double()
-        self._sums.zero_()
-        self._loss.zero_()
+        self.reset()
         if reduce is not None:
             totals = reduce(totals)
         *sums, count, loss, share = totals.tolist()

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from decondense.cli import options
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from decondense.evaluate import Evaluation
 
-_DATA = "Data"
-_MODEL = "Model"
-
 
 def evaluate_command(
-    model: Annotated[
-        str, typer.Argument(help="Model directory or hub id (ID@REVISION for a revision).", metavar="MODEL")
-    ],
+    model: Annotated[str, typer.Argument(help=f"Model directory or {options.ID_HELP}.", metavar="MODEL")],
     tasks: Annotated[
         str,
         typer.Option(
@@ -47,42 +43,43 @@ def evaluate_command(
         typer.Option(
             "--data-dir",
             help="Benchmarks in local files: a folder a task, SPLIT.jsonl or SPLIT.parquet in it.",
-            rich_help_panel=_DATA,
+            rich_help_panel=options.DATA,
         ),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", min=1, help="Requests of a forward pass. Default: 16.", rich_help_panel=_MODEL),
+        typer.Option(
+            "--batch-size", min=1, help="Requests of a forward pass. Default: 16.", rich_help_panel=options.MODEL
+        ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda, cuda:1. Default: a GPU if any.", rich_help_panel=_MODEL)
+        str | None,
+        typer.Option("--device", help="cpu, cuda, cuda:1. Default: a GPU if any.", rich_help_panel=options.MODEL),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", rich_help_panel=_MODEL)
-    ] = "auto",
+    dtype: options.Dtype = "auto",
     max_length: Annotated[
         int | None,
-        typer.Option("--max-length", min=2, help="Context in tokens. Default: the model's.", rich_help_panel=_MODEL),
+        typer.Option(
+            "--max-length", min=2, help="Context in tokens. Default: the model's.", rich_help_panel=options.MODEL
+        ),
     ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option("--tokenizer", help="Where the tokenizer is, if not with the model.", rich_help_panel=_MODEL),
-    ] = None,
+    tokenizer: options.Tokenizer = None,
     trust_remote_code: Annotated[
         bool,
-        typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel=_MODEL),
+        typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel=options.MODEL),
     ] = False,
 ) -> None:
     """Score a model on the paper's benchmarks, or any of lm-evaluation-harness, from the hub or from local files."""
     from rich.console import Console
 
+    from decondense.cli.display import Display, EvaluationDisplay
     from decondense.config import EvaluateConfig
     from decondense.evaluate import evaluate
 
     defaults = EvaluateConfig()
     console = Console()
-    folder = out or Path(f"decondense-evaluate-{_slug(model)}")
-    with _Display(console) as display:
+    folder = out or Path(f"decondense-evaluate-{_name(model)}")
+    with Display(console) as display:
         found = evaluate(
             model,
             tasks,
@@ -96,16 +93,15 @@ def evaluate_command(
             max_length=max_length,
             tokenizer=tokenizer,
             trust_remote_code=trust_remote_code,
-            progress=display,
+            progress=EvaluationDisplay(display),
         )
     _show(console, found)
     console.print(f"results: {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _slug(model: str) -> str:
+def _name(model: str) -> str:
     path = Path(model).expanduser()
-    name = path.resolve().name if path.is_dir() else Path(model).name
-    return re.sub(r"[^\w.-]+", "-", name).strip("-") or "model"
+    return options.slug(path.resolve().name if path.is_dir() else Path(model).name)
 
 
 def _show(console: Console, found: Evaluation) -> None:
@@ -127,43 +123,3 @@ def _show(console: Console, found: Evaluation) -> None:
     console.print(shown)
     for note in notes:
         console.print(escape(note), highlight=False, soft_wrap=True)
-
-
-class _Display:
-    """A bar a task on a terminal, a line a task in a log."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-        self.console = console
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self.bars: dict[str, TaskID] = {}
-
-    def __enter__(self) -> _Display:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
-
-    def __call__(self, task: str, what: str, done: int, total: int | None) -> None:
-        name = task or "loading the harness and the model"
-        if what in ("done", "kept", "failed"):
-            if name in self.bars:
-                self.progress.remove_task(self.bars.pop(name))
-            words = {"done": f"{done:,} items", "kept": "kept from before", "failed": "failed"}[what]
-            self.console.print(f"{name}: {words}", highlight=False)
-            return
-        if name not in self.bars:
-            for other in self.bars.values():
-                self.progress.remove_task(other)
-            self.bars = {name: self.progress.add_task(name, total=total)}
-        self.progress.update(self.bars[name], completed=done, total=total)

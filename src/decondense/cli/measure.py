@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from decondense.cli import options
+
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
     from decondense.measuring import Profile
 
-_SOURCE = "Text"
-_MODEL = "Model"
 _WHAT = "What is measured"
 _FIGURE = "Figures and files"
 
@@ -26,7 +26,7 @@ _FIGURE = "Figures and files"
 def measure_command(
     models: Annotated[
         list[str] | None,
-        typer.Argument(help="Model directories or hub ids (ID@REVISION for a revision).", metavar="MODEL..."),
+        typer.Argument(help=f"Model directory or {options.ID_HELP}; several are compared.", metavar="MODEL..."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Directory of the results. Default: decondense-measure-NAME.")
@@ -65,56 +65,15 @@ def measure_command(
     palette: Annotated[
         str, typer.Option("--palette", help="reds or cividis (colour-blind-safe).", rich_help_panel=_FIGURE)
     ] = "reds",
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            "--dataset",
-            help="embedded (default), wikitext, pubmed_qa, imdb, squad, or a hub id.",
-            rich_help_panel=_SOURCE,
-        ),
-    ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            "--text",
-            help="A file of text, JSON, CSV or parquet, a directory of them, or - for standard input.",
-            rich_help_panel=_SOURCE,
-        ),
-    ] = None,
-    each: Annotated[
-        bool,
-        typer.Option(
-            "--each",
-            help="Every record of the source is a passage, instead of drawing passages from it.",
-            rich_help_panel=_SOURCE,
-        ),
-    ] = False,
-    split: Annotated[str, typer.Option("--split", help="Split of a hub data set.", rich_help_panel=_SOURCE)] = "train",
-    field: Annotated[
-        str | None, typer.Option("--field", help="Column that holds the text.", rich_help_panel=_SOURCE)
-    ] = None,
-    passages: Annotated[
-        int | None, typer.Option("--passages", min=1, help="Number of passages. Default: 100.", rich_help_panel=_SOURCE)
-    ] = None,
-    words: Annotated[
-        tuple[int, int] | None,
-        typer.Option(
-            "--words", help="Fewest and most words of a passage. Default: 1024 1280.", rich_help_panel=_SOURCE
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", min=0, help="Seed of the choice of passages. Default: 0.", rich_help_panel=_SOURCE),
-    ] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--tokens",
-            min=2,
-            help="Tokens of a passage. Default: 512, or the model's positions.",
-            rich_help_panel=_SOURCE,
-        ),
-    ] = None,
+    dataset: options.Dataset = None,
+    text: options.Text = None,
+    each: options.Each = False,
+    split: options.Split = "train",
+    field: options.Field = None,
+    passages: options.Passages = None,
+    words: options.Words = None,
+    seed: options.PassageSeed = None,
+    tokens: options.Tokens = None,
     metrics: Annotated[
         str | None, typer.Option("--metrics", help="Side metrics, separated by commas, or all.", rich_help_panel=_WHAT)
     ] = None,
@@ -132,44 +91,42 @@ def measure_command(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            "--batch-size", min=1, help="Passages of a forward pass. Default: what fits.", rich_help_panel=_MODEL
+            "--batch-size", min=1, help="Passages of a forward pass. Default: what fits.", rich_help_panel=options.MODEL
         ),
     ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option("--tokenizer", help="Where the tokenizer is, if not with the model.", rich_help_panel=_MODEL),
-    ] = None,
+    tokenizer: options.Tokenizer = None,
     blocks: Annotated[
-        str | None, typer.Option("--blocks", help="Dotted path of the list of blocks.", rich_help_panel=_MODEL)
+        str | None, typer.Option("--blocks", help="Dotted path of the list of blocks.", rich_help_panel=options.MODEL)
     ] = None,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", rich_help_panel=_MODEL)
-    ] = "auto",
+    dtype: options.Dtype = "auto",
     device_map: Annotated[
         str | None,
         typer.Option(
             "--device-map",
             help="auto: spread over GPUs, memory and disk. Default: one GPU, else CPU.",
-            rich_help_panel=_MODEL,
+            rich_help_panel=options.MODEL,
         ),
     ] = None,
     max_memory: Annotated[
         list[str] | None,
         typer.Option(
-            "--max-memory", help="Budget a device for --device-map, e.g. 0=20GiB, cpu=8GiB.", rich_help_panel=_MODEL
+            "--max-memory",
+            help="Budget a device for --device-map, e.g. 0=20GiB, cpu=8GiB.",
+            rich_help_panel=options.MODEL,
         ),
     ] = None,
     offload: Annotated[
         Path | None,
-        typer.Option("--offload", help="Directory for layers that fit in no memory.", rich_help_panel=_MODEL),
+        typer.Option("--offload", help="Directory for layers that fit in no memory.", rich_help_panel=options.MODEL),
     ] = None,
     eight_bit: Annotated[
-        bool, typer.Option("--8bit", help="8-bit weights (needs bitsandbytes).", rich_help_panel=_MODEL)
+        bool, typer.Option("--8bit", help="8-bit weights (needs bitsandbytes).", rich_help_panel=options.MODEL)
     ] = False,
 ) -> None:
     """Measure embedding condensation: how alike a model's token vectors become, layer by layer."""
     from rich.console import Console
 
+    from decondense.cli.display import Display
     from decondense.config import MeasureConfig, one_of
     from decondense.measuring.loading import check_source
     from decondense.measuring.metrics import resolve_metrics
@@ -187,7 +144,7 @@ def measure_command(
     if text is not None and dataset is not None:
         raise MeasureError("give either --dataset or --text, not both.")
     labels = _labels([source for source, _ in names])
-    folder = out or Path(f"decondense-measure-{_slug(family or _short(checkpoints or names[0][0]))}")
+    folder = out or Path(f"decondense-measure-{options.slug(family or _short(checkpoints or names[0][0]))}")
     # everything that can be known to fail fails before texts are read and models loaded
     for source, _ in names:
         check_source(source)
@@ -195,17 +152,19 @@ def measure_command(
 
     console = Console()
     text_source = without_credentials(text or dataset or defaults.dataset)
-    texts = _texts(
-        console,
-        text_source,
-        each=each,
-        split=split,
-        field=field,
-        passages=passages or defaults.passages,
-        words=words or defaults.passage_words,
-        seed=defaults.passage_seed if seed is None else seed,
-        most=passages,
-    )
+    with Display(console) as display:
+        display.update("texts", "reading passages")
+        texts = _texts(
+            console,
+            text_source,
+            each=each,
+            split=split,
+            field=field,
+            passages=passages or defaults.passages,
+            words=words or defaults.passage_words,
+            seed=defaults.passage_seed if seed is None else seed,
+            most=passages,
+        )
     loading = {
         "tokenizer": tokenizer,
         "dtype": dtype,
@@ -226,7 +185,7 @@ def measure_command(
         label = short if step is None else f"step {step:,}"
         profile = _measure(console, source, label, texts, loading, measuring, each=each).at(final)  # type: ignore[arg-type]
         profile.info.update({"source": text_source, "seed": seed or 0, "step": step, "name": label})
-        place = folder if len(names) == 1 else folder / _slug(label)
+        place = folder if len(names) == 1 else folder / options.slug(label)
         profile.save(place / "profile")
         done.append((label, step, profile))
         _show(console, label, profile, place, bins, heat_map, palette)
@@ -392,10 +351,6 @@ def _labels(sources: list[str]) -> list[str]:
     return labels
 
 
-def _slug(label: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", label).strip("-") or "model"
-
-
 # ---- work ------------------------------------------------------------------------------------------------------------
 
 
@@ -410,31 +365,33 @@ def _measure(
     each: bool,
 ) -> Profile:
     import torch
-    from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from transformers.utils import logging
 
+    from decondense.cli.display import Display
     from decondense.measuring import measure
     from decondense.measuring.loading import load_model
     from decondense.measuring.running import MeasureError
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    with console.status(f"loading {escape(source)}"):
+    with Display(console) as display:
+        display.update("loading", f"loading {source}")
         model, tokenizer = load_model(source, **loading)
-    if tokenizer is None:
-        raise MeasureError(f"{source} comes without a tokenizer; name the right one: --tokenizer DIRECTORY_OR_HUB_ID.")
-    if each:
-        texts = _long_enough(console, label, texts, tokenizer)
-    if loading["device_map"] is None and not loading["eight_bit"] and torch.cuda.is_available():
-        model = model.to("cuda")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(f"measuring {escape(label)}", total=len(texts))
+        if tokenizer is None:
+            raise MeasureError(
+                f"{source} comes without a tokenizer; name the right one: --tokenizer DIRECTORY_OR_HUB_ID."
+            )
+        if each:
+            texts = _long_enough(console, label, texts, tokenizer)
+        if loading["device_map"] is None and not loading["eight_bit"] and torch.cuda.is_available():
+            model = model.to("cuda")
+        display.drop("loading")
+        name = f"measuring {label}"
+        display.update(name, name, 0, len(texts))
         return measure(
             model,
             tokenizer,
             texts,
-            progress=lambda _, done, total: bar.update(task, completed=done, total=total),
+            progress=lambda _, done, total: display.update(name, name, done, total),
             **measuring,
         )
 

@@ -9,56 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from decondense.cli import options
+
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from decondense.config import StudyConfig
-    from decondense.studies import CellState
     from decondense.studies.runner import Task
-
-Out = Annotated[Path | None, typer.Option("--out", help="Directory of the study. Default: decondense-NAME.")]
-Seeds = Annotated[int | None, typer.Option("--seeds", min=1, help="Number of seeds, 0 to N-1. Default: the study's.")]
-Workers = Annotated[
-    int | None, typer.Option("--workers", min=0, help="Runs side by side. Default: one a core; one on a GPU.")
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the study that lies in --out, whatever it is.")]
-Retry = Annotated[bool, typer.Option("--retry-failed", help="Start failed runs again instead of reporting them.")]
-Scale = Annotated[str | None, typer.Option("--scale", help="One of the study's scales.")]
-
-_CHANGES = "Changes to the study"
-Text = Annotated[
-    str | None,
-    typer.Option("--text", help="Text to train on: a file, a directory, or a hub id.", rich_help_panel=_CHANGES),
-]
-Tokenizer = Annotated[
-    str | None,
-    typer.Option("--tokenizer", help="Directory or hub id of the tokenizer.", rich_help_panel=_CHANGES),
-]
-Start = Annotated[
-    str | None,
-    typer.Option("--start", help="Model to go on from: a directory or hub id.", rich_help_panel=_CHANGES),
-]
-Tasks = Annotated[
-    str | None,
-    typer.Option("--tasks", help="Benchmarks of the final checkpoints, separated by commas.", rich_help_panel=_CHANGES),
-]
-DataDir = Annotated[str | None, typer.Option("--data-dir", help="Benchmarks in local files.", rich_help_panel=_CHANGES)]
-Limit = Annotated[
-    int | None, typer.Option("--limit", min=1, help="Items of each benchmark at most.", rich_help_panel=_CHANGES)
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        help="Any other key of the study file, e.g. train.steps=100 or arms.NAME.learning_rate=1e-3; repeatable.",
-        metavar="KEY.PATH=VALUE",
-        rich_help_panel=_CHANGES,
-    ),
-]
 
 
 @dataclass(frozen=True)
-class _Asked:
+class StudyOptions:
     """What the command line says about a study."""
 
     name: str
@@ -140,23 +99,23 @@ class _Asked:
 
 
 def demo(
-    out: Out = None,
-    seeds: Seeds = None,
+    out: options.StudyFolder = None,
+    seeds: options.Seeds = None,
     quick: Annotated[bool, typer.Option("--quick", help="A smaller model on less text: about half a minute.")] = False,
-    workers: Workers = None,
-    resume: Resume = False,
-    text: Text = None,
-    tasks: Tasks = None,
-    data_dir: DataDir = None,
-    limit: Limit = None,
-    assignments: Set = None,
+    workers: options.Workers = None,
+    resume: options.Resume = False,
+    text: options.StudyText = None,
+    tasks: options.StudyTasks = None,
+    data_dir: options.StudyDataDir = None,
+    limit: options.StudyLimit = None,
+    assignments: options.Set = None,
 ) -> None:
     """Train with and without dispersion loss from the same starts, measure, compare, report.
 
     Everything runs on this machine, on text that every Python installation has. An interrupted demo goes on where it
     was when the same command is given again.
     """
-    asked = _Asked(
+    asked = StudyOptions(
         "demo",
         "quick" if quick else "tiny",
         seeds,
@@ -171,15 +130,13 @@ def demo(
 
 
 def study(
-    name: Annotated[
-        str | None, typer.Argument(help="A shipped study or the path of a YAML file.", metavar="NAME|FILE")
-    ] = None,
-    scale: Scale = None,
-    out: Out = None,
-    seeds: Seeds = None,
-    workers: Workers = None,
-    resume: Resume = False,
-    retry_failed: Retry = False,
+    name: options.OptionalStudyName = None,
+    scale: options.Scale = None,
+    out: options.StudyFolder = None,
+    seeds: options.Seeds = None,
+    workers: options.Workers = None,
+    resume: options.Resume = False,
+    retry_failed: options.Retry = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; run nothing.")] = False,
     as_yaml: Annotated[
         bool, typer.Option("--yaml", help="With --dry-run: print the study with every default spelled out.")
@@ -188,13 +145,13 @@ def study(
         Path | None, typer.Option("--slurm", help="Write a Slurm job array to this file; run nothing.", metavar="FILE")
     ] = None,
     listed: Annotated[bool, typer.Option("--list", help="List the shipped studies.")] = False,
-    text: Text = None,
-    tokenizer: Tokenizer = None,
-    start: Start = None,
-    tasks: Tasks = None,
-    data_dir: DataDir = None,
-    limit: Limit = None,
-    assignments: Set = None,
+    text: options.StudyText = None,
+    tokenizer: options.StudyTokenizer = None,
+    start: options.Start = None,
+    tasks: options.StudyTasks = None,
+    data_dir: options.StudyDataDir = None,
+    limit: options.StudyLimit = None,
+    assignments: options.Set = None,
 ) -> None:
     """Run a study: arms x seeds from the same starts on the same data in the same order."""
     if listed or name is None:
@@ -203,7 +160,7 @@ def study(
             typer.echo("Name a study or a YAML file; `decondense study NAME --dry-run` shows its plan.", err=True)
             raise typer.Exit(2)
         return
-    asked = _Asked(name, scale, seeds, text, tokenizer, start, tasks, data_dir, limit, tuple(assignments or ()))
+    asked = StudyOptions(name, scale, seeds, text, tokenizer, start, tasks, data_dir, limit, tuple(assignments or ()))
     chosen = asked.study()
     folder = out or Path(f"decondense-{chosen.name}-{scale or chosen.scale}")
     if as_yaml and not dry_run:
@@ -225,6 +182,7 @@ def _show_plan(chosen: StudyConfig, words: list[str], folder: Path, workers: int
     from rich.markup import escape
     from rich.table import Table
 
+    from decondense.cli.display import Display
     from decondense.studies.estimate import cost_of, count, plan_of, time_of, totals
     from decondense.studies.launch import launches
 
@@ -232,7 +190,8 @@ def _show_plan(chosen: StudyConfig, words: list[str], folder: Path, workers: int
     console = Console(highlight=False, width=min(console.width, 100))
     console.print(f"[bold]{escape(chosen.title)}[/]")
     console.print(escape(chosen.question.strip()))
-    with console.status("counting and timing"):
+    with Display(console) as display:
+        display.update("plan", "counting and timing")
         plan = plan_of(chosen, workers=workers)
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     shown.add_column("arm", overflow="fold")
@@ -296,21 +255,21 @@ def _list() -> None:
 
 
 def train(
-    name: Annotated[str, typer.Argument(help="A shipped study or the path of a YAML file.", metavar="NAME|FILE")],
+    name: options.StudyName,
     arm: Annotated[str, typer.Option("--arm", help="Which arm of the study.")],
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which seed of the study.")] = 0,
-    scale: Scale = None,
-    out: Out = None,
-    seeds: Seeds = None,
-    resume: Resume = False,
-    retry_failed: Retry = False,
-    text: Text = None,
-    tokenizer: Tokenizer = None,
-    start: Start = None,
-    tasks: Tasks = None,
-    data_dir: DataDir = None,
-    limit: Limit = None,
-    assignments: Set = None,
+    scale: options.Scale = None,
+    out: options.StudyFolder = None,
+    seeds: options.Seeds = None,
+    resume: options.Resume = False,
+    retry_failed: options.Retry = False,
+    text: options.StudyText = None,
+    tokenizer: options.StudyTokenizer = None,
+    start: options.Start = None,
+    tasks: options.StudyTasks = None,
+    data_dir: options.StudyDataDir = None,
+    limit: options.StudyLimit = None,
+    assignments: options.Set = None,
 ) -> None:
     """Run one cell of a study (one arm, one seed) in this process, also under torchrun or accelerate launch.
 
@@ -319,11 +278,12 @@ def train(
     """
     from rich.console import Console
 
+    from decondense.cli.display import Display, StudyDisplay
     from decondense.config import ConfigError
     from decondense.records import RowReader, write_rows
     from decondense.studies.runner import cell_folder, collect, open_directory, study_corpus
 
-    asked = _Asked(name, scale, seeds, text, tokenizer, start, tasks, data_dir, limit, tuple(assignments or ()))
+    asked = StudyOptions(name, scale, seeds, text, tokenizer, start, tasks, data_dir, limit, tuple(assignments or ()))
     chosen = asked.study()
     folder = out or Path(f"decondense-{chosen.name}-{scale or chosen.scale}")
     chosen.arm(arm)
@@ -332,25 +292,26 @@ def train(
     console = Console(stderr=True)
     chosen = open_directory(chosen, folder, resume=resume)
     if chosen.measure is None:
-        with _Display(console) as display:
-            study_corpus(chosen, folder, display)
+        with Display(console) as display:
+            study_corpus(chosen, folder, StudyDisplay(display))
     from decondense.studies.worker import run_one
     from decondense.training.hf import is_main_process
 
     readers: dict[Path, RowReader] = {}
+    with Display(console) as display:
 
-    def watch(task: Task) -> None:
-        if not is_main_process():
-            return
-        reader = readers.setdefault(task.folder, RowReader(task.rows))
-        for row in reader.read()[1]:
-            if row["kind"] == "step":
-                console.print(
-                    f"{task.name} seed {task.seed}: step {row['step']}/{task.steps}, loss {row['loss']:.4f}",
-                    markup=False,
-                )
+        def watch(task: Task) -> None:
+            if not is_main_process():
+                return
+            reader = readers.setdefault(task.folder, RowReader(task.rows))
+            name = f"{task.name} seed {task.seed}"
+            for row in reader.read()[1]:
+                if row["kind"] == "step":
+                    display.update(task.folder, name, row["step"], task.steps, f"loss {row['loss']:.4f}")
+                elif row["kind"] == "run" and row["status"] in ("finished", "failed"):
+                    display.finish(task.folder, name, row["status"])
 
-    ended = run_one(chosen, arm, seed, folder, retry_failed=retry_failed, watch=watch)
+        ended = run_one(chosen, arm, seed, folder, retry_failed=retry_failed, watch=watch)
     if is_main_process():
         write_rows(folder / "rows.jsonl", collect(chosen, folder))
     if ended["status"] == "failed":
@@ -362,6 +323,7 @@ def train(
 def _run(chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retry_failed: bool) -> None:
     from rich.console import Console
 
+    from decondense.cli.display import Display, StudyDisplay
     from decondense.cli.evidence import present
     from decondense.config import ConfigError
     from decondense.studies import run_study
@@ -380,59 +342,7 @@ def _run(chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retr
     for line in short_form(planned, workers=workers):
         typer.echo(line, err=True)
     console = Console()
-    with _Display(console) as display:
-        rows = run_study(chosen, out, workers=workers, resume=resume, retry_failed=retry_failed, watcher=display)
+    with Display(console) as display:
+        watcher = StudyDisplay(display)
+        rows = run_study(chosen, out, workers=workers, resume=resume, retry_failed=retry_failed, watcher=watcher)
     present(rows, out, console)
-
-
-class _Display:
-    """Progress bars: the text first, then one bar a cell."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-        self.console = console
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.tasks: dict[object, TaskID] = {}
-        self.told: set[object] = set()
-
-    def __enter__(self) -> _Display:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
-
-    def corpus(self, what: str, done: int, total: int) -> None:
-        self._task(what, what, total, done, f"{done}/{total}")
-
-    def cells(self, states: list[CellState]) -> None:
-        for state in states:
-            key = (state.arm, state.seed)
-            note = state.status if state.loss is None else f"step {state.step}/{state.steps}, loss {state.loss:.3f}"
-            if state.status == "failed":
-                note = "failed"
-            started = state.status != "waiting"
-            # a start that is evaluated as it is has no steps: it is one thing, done or not
-            total, done = (state.steps, state.step) if state.steps else (1, int(state.status == "finished"))
-            self._task(key, f"{state.arm}, seed {state.seed}", total, done, note, begin=started)
-
-    def _task(self, key: object, name: str, total: int, done: int, note: str, begin: bool = True) -> None:
-        if key not in self.tasks:
-            self.tasks[key] = self.progress.add_task(name, total=total, note=note, start=False)
-        if begin:
-            task = self.progress.tasks[self.progress.task_ids.index(self.tasks[key])]
-            if not task.started:
-                self.progress.start_task(self.tasks[key])
-        self.progress.update(self.tasks[key], completed=done, note=note)
-        if done >= total and key not in self.told:
-            self.told.add(key)
-            if not self.console.is_terminal:  # a log gets a line at the end of each thing instead of bars
-                self.console.print(f"{name}: {note}", markup=False)

@@ -22,6 +22,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from decondense.attaching import AttachError, DispersionHandle, attach, attached
+from decondense.blocks import unwrap
+from decondense.integrations.plain_loss import KeepPlainLoss, PlainLoss, keep_plain_loss
 
 
 def attach_trainer(trainer: Any, *arguments: Any, **keywords: Any) -> DispersionHandle:
@@ -33,16 +35,17 @@ def attach_trainer(trainer: Any, *arguments: Any, **keywords: Any) -> Dispersion
         **keywords: As for :func:`decondense.attach`: ``config``, ``schedule``, ``form``, ``tau``, ...
 
     Returns:
-        The handle. The values go through ``trainer.log`` beside ``loss`` (which includes the weighted term), the
-        schedule follows the trainer's steps, and checkpoints keep the settings. ``handle.detach()`` gives the trainer
-        back as it was.
+        The handle. The values go through ``trainer.log`` beside ``loss``: ``loss`` includes the weighted term,
+        ``cross_entropy`` is the trainer's own loss without it, reduced in the same way. The schedule follows the
+        trainer's steps, and checkpoints keep the settings. ``handle.detach()`` gives the trainer back as it was.
 
     Raises:
         AttachError: where the gradient would not be exact: ``nn.DataParallel``, tensor or context parallelism, trainers
             that run the model twice for one loss (DPO, GRPO).
 
     Exact for any number of sequences per micro-batch and rank, packed ones included (a document counts as a sequence),
-    for ``average_tokens_across_devices`` on or off, label smoothing and ``compute_loss_func``.
+    for ``average_tokens_across_devices`` on or off, label smoothing and ``compute_loss_func``. A run that
+    ``auto_find_batch_size`` starts again counts from its own first step.
     """
     _refuse(trainer)
     return _TrainerHandle(trainer, attach(trainer.model, *arguments, **keywords)).handle
@@ -56,6 +59,9 @@ class _TrainerHandle:
         handle.defer = True
         self.sequences: Tensor | None = None  # of the whole optimizer step, over all ranks
         self.expected = self.seen = torch.zeros(())
+        self.plain = PlainLoss(trainer.args.device)
+        self.run: Any = None  # the state object of the run: the Trainer makes a new one at each start
+        self.logged_step = 0
         self.callback = DispersionState(handle)
         trainer.add_callback(self.callback)
         self.wrapped = {name: trainer.__dict__.get(name) for name in ("compute_loss", "get_batch_samples", "log")}
@@ -82,10 +88,20 @@ class _TrainerHandle:
         state = self.trainer.state
         self.handle.set_progress(state.global_step, max(state.max_steps, 1))
 
+    def restart(self) -> None:
+        """A run begins: the first one, or another attempt after the last one ran out of memory."""
+        self.run = self.trainer.state
+        self.logged_step = self.run.global_step
+        self.expected, self.seen = torch.zeros_like(self.expected), torch.zeros_like(self.seen)
+        self.plain.reset()
+        self.handle.restart()
+
     def count_step(self, *arguments: Any, **keywords: Any) -> Any:
         """The trainer has fetched all micro-batches of one optimizer step: count their sequences, over all ranks."""
         batches, items = self.get_batch_samples(*arguments, **keywords)
         self.sequences = None
+        if self.run is not self.trainer.state:
+            self.restart()
         self.follow()
         if self.handle.is_off or not batches:
             return batches, items
@@ -108,20 +124,23 @@ class _TrainerHandle:
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **keywords
         )
         taken = handle.take_sum_and_count()
+        loss = result[0] if return_outputs else result
+        trains = model.training and torch.is_grad_enabled()
+        steps = getattr(trainer, "current_gradient_accumulation_steps", 1)
+        divided_later = 1 if self.is_scaled(num_items_in_batch) else steps
+        if trains:
+            self.plain.add(loss, 1 / divided_later)
         if taken is None:
-            if model.training and torch.is_grad_enabled() and not handle.is_off and handle.training_forwards == before:
+            if trains and not handle.is_off and handle.training_forwards == before:
                 raise AttachError(
                     "the trainer computed a training loss without running the model that the dispersion loss is "
                     "attached to; attach after the trainer's model has been wrapped or replaced."
                 )
             return result
         total, count = taken
-        loss = result[0] if return_outputs else result
         if handle.config.loss.pairs == "all":  # a random subset may hold no pair of a short sequence: that adds 0
             self.seen = self.seen.to(count.device) + count
         # the factors undo what comes later: the mean over ranks of the gradients, the division of an unscaled loss
-        steps = getattr(trainer, "current_gradient_accumulation_steps", 1)
-        divided_later = 1 if self.is_scaled(num_items_in_batch) else steps
         if self.sequences is not None:
             share = total / self.sequences.clamp(min=1).to(total.dtype) * (_world_size() * divided_later)
         else:  # training_step called by hand: one micro-batch is all that is known
@@ -143,8 +162,15 @@ class _TrainerHandle:
     def add_to_log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> Any:
         if "loss" in logs:
             self.check_counts()
-            logs = {**logs, **self.handle.pop(self.reduce)}
+            logs = {**logs, **self.handle.pop(self.reduce), **self.cross_entropy()}
         return self.log(logs, *arguments, **keywords)
+
+    def cross_entropy(self) -> dict[str, float]:
+        """The mean over steps and ranks of the sum over micro-batches, as transformers makes ``loss``."""
+        total, _ = self.plain.pop(self.reduce)
+        step = self.trainer.state.global_step
+        steps, self.logged_step = step - self.logged_step, step
+        return {"cross_entropy": total / (_world_size() * steps)} if steps > 0 else {}
 
     def check_counts(self) -> None:
         seen, expected = float(self.seen), float(self.expected)
@@ -207,14 +233,32 @@ class DispersionCallback(TrainerCallback):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         self.arguments, self.keywords = arguments, keywords
         self.handle: DispersionHandle | None = None
+        self.plain = PlainLoss()
+        self._logged_step = 0
+        self._micro_batches = self._ranks = 1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **keywords: Any) -> None:
-        """Attach to the model that is trained."""
+        """Attach to the model that is trained; on another attempt after running out of memory, start counting anew."""
         if getattr(args, "n_gpu", 1) > 1:
             raise AttachError("nn.DataParallel is not supported; start with torchrun or accelerate launch.")
         if getattr(args, "label_smoothing_factor", 0):
             raise AttachError("label smoothing takes the loss out of the model; use attach_trainer(trainer).")
-        self.handle = attach(model, *self.arguments, **self.keywords)
+        self._logged_step = state.global_step
+        if self.handle is not None and self.handle.is_attached and attached(model) is self.handle:
+            self.plain.reset()
+            self.handle.restart()
+            return
+        if self.handle is not None:
+            self.handle.detach()
+        self.plain = PlainLoss(args.device)
+        self.handle = keep_plain_loss(
+            unwrap(model), lambda: attach(model, *self.arguments, **self.keywords), KeepPlainLoss(self._keep)
+        )
+
+    def _keep(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
+        """With what the Trainer does to a loss afterwards: multiply a divided one by the ranks, divide the others."""
+        scaled = inputs.get("num_items_in_batch") is not None
+        self.plain.add(loss, self._ranks if scaled else 1 / self._micro_batches)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         """Move the weight schedule and say how many micro-batches this step has."""
@@ -230,12 +274,18 @@ class DispersionCallback(TrainerCallback):
                 micro_batches = len(loader) % micro_batches or micro_batches
         # with this setting the Trainer multiplies the whole loss by the number of ranks
         ranks = _world_size() if getattr(args, "average_tokens_across_devices", False) else 1
+        self._micro_batches, self._ranks = micro_batches, ranks
         self.handle.micro_batches = micro_batches * ranks
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **keywords: Any) -> None:
         """Add the values to the log. Callbacks that ran before this one have not seen them; the history has."""
         if self.handle is not None and logs is not None and "loss" in logs:
-            values = self.handle.pop(_sum_over_ranks(args.device))
+            reduce = _sum_over_ranks(args.device)
+            values = self.handle.pop(reduce)
+            total, _ = self.plain.pop(reduce)
+            steps, self._logged_step = state.global_step - self._logged_step, state.global_step
+            if steps > 0:
+                values["cross_entropy"] = total / (_world_size() * steps)
             logs.update(values)
             if state.log_history:
                 state.log_history[-1].update(values)

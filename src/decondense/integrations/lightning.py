@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from decondense.attaching import AttachError, DispersionHandle, attach
+from decondense.blocks import unwrap
+from decondense.integrations.plain_loss import KeepPlainLoss, PlainLoss, keep_plain_loss
 
 if TYPE_CHECKING:
     Callback: type = object
@@ -20,18 +25,19 @@ class DispersionCallback(Callback):  # type: ignore[misc]
 
     Args:
         module: Dotted path, in the LightningModule, of the model whose output holds the loss; ``""`` for the
-        LightningModule
-            itself, if its ``forward`` returns the loss.
+            LightningModule itself, if its ``forward`` returns the loss.
         **keywords: As for :func:`decondense.attach`.
 
     With ``accumulate_grad_batches`` and several ranks, the loss is the mean over batches and ranks of each one's mean
-    over
-    sequences: exact for equal numbers of sequences.
+    over sequences: exact for equal numbers of sequences. With manual optimization a step of the weight schedule is a
+    batch, however many optimizers step in it; otherwise it is an optimizer step. ``cross_entropy`` is the mean of the
+    model's own loss since the last log.
     """
 
     def __init__(self, *arguments: Any, module: str = "model", **keywords: Any) -> None:
         self.module, self.arguments, self.keywords = module, arguments, keywords
         self.handle: DispersionHandle | None = None
+        self.plain = PlainLoss()
         self._restored: dict[str, Any] | None = None
         self._logged = 0
 
@@ -44,26 +50,44 @@ class DispersionCallback(Callback):  # type: ignore[misc]
                 f"{type(pl_module).__name__} has no module {self.module!r}; name the model that returns the loss: "
                 f"DispersionCallback(module=...). It has: {top}."
             )
-        self.handle = attach(names[self.module], *self.arguments, **self.keywords)
-        self._logged = trainer.global_step
+        model = names[self.module]
+        self.plain = PlainLoss(pl_module.device)
+        self.handle = keep_plain_loss(
+            unwrap(model), lambda: attach(model, *self.arguments, **self.keywords), KeepPlainLoss(self._keep)
+        )
+        self.handle.set_progress(0, 1)  # for what runs the model before training begins, such as BatchSizeFinder
         if self._restored is not None:
             self.handle.load_state_dict(self._restored)
+
+    def _keep(self, loss: Tensor, inputs: dict[str, Any]) -> None:
+        self.plain.add(loss)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Count from here."""
+        self._logged = _steps_done(trainer, pl_module)
+        if self.handle is not None:
+            self.plain.reset()
+            self.handle.restart()
+            if self._restored is not None:
+                self.handle.load_state_dict(self._restored)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Move the weight schedule."""
         if self.handle is not None:
-            total = trainer.estimated_stepping_batches
-            steps = int(total) if total != float("inf") else 0
-            if not steps and not self.handle.config.schedule.is_constant:
+            step, total = _step(trainer, pl_module)
+            if total is None and not self.handle.config.schedule.is_constant:
                 raise AttachError("the weight schedule needs an end of training: set max_steps or max_epochs.")
-            self.handle.set_progress(trainer.global_step, max(steps, 1))
+            self.handle.set_progress(step, max(total or 0, 1))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the means since the last log."""
-        step = trainer.global_step
-        if self.handle is not None and step != self._logged and step % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps
+        step = _steps_done(trainer, pl_module)
+        if self.handle is not None and every and step != self._logged and step % every == 0:
             self._logged = step
-            pl_module.log_dict(self.handle.pop(), on_step=True, on_epoch=False)
+            total, count = self.plain.pop()
+            own = {"cross_entropy": total / count} if count else {}
+            pl_module.log_dict({**own, **self.handle.pop()}, on_step=True, on_epoch=False)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach."""
@@ -81,3 +105,24 @@ class DispersionCallback(Callback):  # type: ignore[misc]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From Lightning's checkpoints, before fitting begins."""
         self._restored = state_dict or None
+
+
+def _steps_done(trainer: Any, pl_module: Any) -> int:
+    """In what Lightning's ``log_every_n_steps`` counts: optimizer steps, or batches with manual optimization."""
+    return int(trainer.global_step if pl_module.automatic_optimization else trainer.fit_loop.total_batch_idx + 1)
+
+
+def _step(trainer: Any, pl_module: Any) -> tuple[int, int | None]:
+    """The step that comes next, from 0, and the number of steps of the training (None: without end)."""
+    if pl_module.automatic_optimization:
+        total = trainer.estimated_stepping_batches
+        return trainer.global_step, None if total in (-1, math.inf) else int(total)
+    # global_step and max_steps count the steps of every optimizer then, epochs count batches: all in batches here
+    batch = max(trainer.fit_loop.total_batch_idx, 0)
+    ends: list[float] = []
+    if trainer.max_epochs not in (None, -1):
+        ends.append(trainer.num_training_batches * max(trainer.max_epochs, 1))
+    if trainer.max_steps != -1:
+        ends.append(trainer.max_steps * batch / trainer.global_step if trainer.global_step else trainer.max_steps)
+    end = min(ends, default=math.inf)
+    return batch, None if end == math.inf else math.ceil(end)

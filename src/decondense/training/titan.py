@@ -99,6 +99,7 @@ class DispersionTrainer(Trainer):  # type: ignore[misc]
         self.dispersion = attach(self.model_parts[0], config=settings)
         self.dispersion.defer = True
         self._sequences: Tensor | None = None
+        self._cross_entropy = torch.zeros((), device=self.device)  # of the step: that is what torchtitan logs as loss
         # the validator was built with the plain loss, and keeps it
         plain: Any = self.loss_fn  # type: ignore[has-type]
         self._plain_loss = plain
@@ -113,6 +114,7 @@ class DispersionTrainer(Trainer):  # type: ignore[misc]
             1 if self.dispersion.counts_batches else count_in_batch({**inputs, "input_ids": inputs["input"]})
             for inputs, _ in micro_batches
         ]
+        self._cross_entropy = torch.zeros((), device=self.device)
         self._sequences = self._sum_over_ranks(torch.as_tensor(sum(counts), dtype=torch.float32))
         super().train_step(itertools.chain(micro_batches, data_iterator))
 
@@ -120,6 +122,7 @@ class DispersionTrainer(Trainer):  # type: ignore[misc]
         self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **keywords: Any
     ) -> tuple[Tensor, Any]:
         loss, metrics = self._plain_loss(pred, labels, global_valid_tokens, **keywords)
+        self._cross_entropy += loss.detach()
         taken = self.dispersion.take_sum_and_count()
         if taken is None or self._sequences is None:
             return loss, metrics
@@ -132,6 +135,7 @@ class DispersionTrainer(Trainer):  # type: ignore[misc]
         self, *arguments: Any, extra_metrics: dict[str, Any] | None = None, **keywords: Any
     ) -> Any:
         values = self.dispersion.pop(self._sum_over_ranks)
+        values["cross_entropy"] = float(self._sum_over_ranks(self._cross_entropy.clone()))
         return self._plain_log(*arguments, extra_metrics={**(extra_metrics or {}), **values}, **keywords)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:

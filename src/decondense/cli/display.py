@@ -1,0 +1,198 @@
+"""The one progress display: bars on a terminal; in a log file, CI or a notebook a plain line now and then."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
+    from decondense.studies import CellState
+
+EVERY = 30.0
+"""Seconds between two lines where there is no terminal; work of hours gets fewer, one per sixtieth of its time."""
+
+
+@dataclass
+class _Item:
+    """One thing that is under way."""
+
+    name: str
+    done: int
+    total: int | None
+    note: str
+    began: float
+    first: int
+    """What was done already when it began: a resumed run."""
+    bar: TaskID | None = None
+
+    def left(self, now: float) -> float | None:
+        """Seconds to its end at the pace since it began; None while there is no pace."""
+        if not self.total or self.done <= self.first:
+            return None
+        return (now - self.began) * (self.total - self.done) / (self.done - self.first)
+
+
+class Display:
+    """Shows how far things are. A context manager.
+
+    On a terminal: a bar per thing under way. Elsewhere: every ``every`` seconds one line per thing, with what is done,
+    the time since it began and an estimate of what is left; also while a single step takes longer than that. On both, a
+    line at the end of each thing that :meth:`finish` is called for.
+
+    Args:
+        console: Where to print.
+        every: Seconds between two lines; None: :data:`EVERY`.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self, console: Console, *, every: float | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        from rich import progress
+
+        self.console = console
+        self._clock = clock
+        self._every = EVERY if every is None else every
+        self._items: dict[Hashable, _Item] = {}
+        self._finished: set[Hashable] = set()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._bars = progress.Progress(
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(bar_width=30),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[note]}", markup=False),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> Display:
+        self._bars.start()
+        if not self.console.is_terminal:
+            self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._bars.stop()
+
+    def update(self, key: Hashable, name: str, done: int = 0, total: int | None = None, note: str = "") -> None:
+        """Say how far the thing ``key`` is, ``done`` of ``total`` (None: unknown); the first call begins it."""
+        with self._lock:
+            item = self._items.get(key)
+            if item is None:
+                item = self._items[key] = _Item(name, done, total, note, self._clock(), done)
+                item.bar = self._bars.add_task(name, total=total, note=note)
+            item.done, item.total, item.note = done, total, note
+            assert item.bar is not None
+            self._bars.update(item.bar, completed=done, total=total, note=note)
+
+    def drop(self, key: Hashable) -> None:
+        """Forget a thing without a word."""
+        with self._lock:
+            item = self._items.pop(key, None)
+            if item is not None and item.bar is not None:
+                self._bars.remove_task(item.bar)
+
+    def finish(self, key: Hashable, name: str, note: str) -> None:
+        """Print that a thing has ended; once for each ``key``."""
+        self.drop(key)
+        if key not in self._finished:
+            self._finished.add(key)
+            self._print(f"{name}: {note}" if note else name)
+
+    def active(self) -> list[Hashable]:
+        """What is under way."""
+        return list(self._items)
+
+    def _run(self) -> None:
+        began = self._clock()
+        while not self._stop.wait(max(self._every, (self._clock() - began) / 60)):
+            with self._lock:
+                lines = self._lines()
+            try:
+                for line in lines:
+                    self._print(line)
+            except (OSError, ValueError):  # the reader of the log is gone; the command itself will notice
+                return
+
+    def _lines(self) -> list[str]:
+        from decondense.studies.estimate import duration
+
+        now = self._clock()
+        lines = []
+        for item in self._items.values():
+            parts = [f"{item.done:,}/{item.total:,}"] if item.total else []
+            parts += [item.note] if item.note else []
+            parts.append(duration(now - item.began))
+            left = item.left(now)
+            parts += [] if left is None else [f"about {duration(left)} left"]
+            lines.append(f"{item.name}: {', '.join(parts)}")
+        return lines
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class StudyDisplay:
+    """A :class:`decondense.studies.runner.Watcher` that shows a study on a display."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+
+    def corpus(self, what: str, done: int, total: int) -> None:
+        """The text is being prepared."""
+        if done >= total:
+            self._display.finish(what, what, f"{done:,}/{total:,}")
+        else:
+            self._display.update(what, what, done, total)
+
+    def cells(self, states: list[CellState]) -> None:
+        """The cells have moved on."""
+        ended = sum(state.status in ("finished", "failed") for state in states)
+        for state in states:
+            key, name = (state.arm, state.seed), f"{state.arm}, seed {state.seed}"
+            loss = "" if state.loss is None else f"loss {state.loss:.3f}"
+            if state.status in ("finished", "failed"):
+                # a start that is evaluated as it is has no steps: it is one thing, done or not
+                steps = f"step {state.step:,}/{state.steps:,}" if state.steps else ""
+                parts = [state.status] if state.status == "failed" else [part for part in (steps, loss) if part]
+                self._display.finish(key, name, ", ".join(parts) or state.status)
+            elif state.status != "waiting":
+                self._display.update(key, name, state.step, state.steps or None, loss)
+        if ended < len(states):
+            self._display.update("runs", "runs", ended, len(states))
+        else:
+            self._display.drop("runs")
+
+
+class EvaluationDisplay:
+    """A :class:`decondense.evaluate.Progress` that shows one task after the other on a display."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+
+    def __call__(self, task: str, what: str, done: int, total: int | None) -> None:
+        """The work on ``task`` (``""``: on the model) has come to ``done`` of ``total``."""
+        name = task or "loading the harness and the model"
+        if what in ("done", "kept", "failed"):
+            words = {"done": f"{done:,} items", "kept": "kept from before", "failed": "failed"}[what]
+            self._display.finish(name, name, words)
+            return
+        for other in self._display.active():
+            if other != name:
+                self._display.drop(other)
+        self._display.update(name, name, done, total)
