@@ -259,7 +259,7 @@ def test_a_study_gets_its_rows_also_under_a_launcher(tiny: Path, data: Path, tmp
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "tasks" / "tasks").iterdir()}
     assert benchmark_rows(tiny, EvaluateConfig(), who, tmp_path / "none") == []
     check_benchmarks(EvaluateConfig(data_dir=str(tmp_path / "nowhere")))
-    with pytest.raises(EvaluationError, match="is no directory"):
+    with pytest.raises(EvaluationError, match="is not a directory"):
         check_benchmarks(EvaluateConfig(tasks=("ten",), data_dir=str(tmp_path / "nowhere")))
 
 
@@ -361,7 +361,7 @@ def test_bad_rows_are_named(data: Path, tmp_path: Path) -> None:
     (tmp_path / "piqa" / "validation.jsonl").write_text("")
     with pytest.raises(EvaluationError, match="no rows"):
         find_tasks(tmp_path, {"piqa": 0})
-    with pytest.raises(EvaluationError, match="is no directory"):
+    with pytest.raises(EvaluationError, match="is not a directory"):
         find_tasks(tmp_path / "nowhere", {"piqa": 0})
 
 

@@ -18,7 +18,6 @@ import fcntl
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import re
 import subprocess
@@ -26,16 +25,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from decondense.config import EvaluateConfig
-from decondense.evaluate import tables
-from decondense.evaluate.catalogue import TEN, EvaluationError, resolve_shots, resolve_tasks
+from decondense.evaluate.catalogue import EvaluationError, resolve_shots, resolve_tasks
 from decondense.evaluate.local import LocalTask, find_tasks
-from decondense.records import RecordError, Row, atomic_write, make_row, read_rows, write_rows
+from decondense.evaluate.results import Evaluation, TaskResult
+from decondense.records import RecordError, Row, atomic_write, read_rows, write_rows
 
 _D = EvaluateConfig()
 _POLL_SECONDS = 0.1
@@ -49,139 +47,6 @@ answered and their number (None where the harness does not say)."""
 
 class EvaluationStopped(RuntimeError):
     """The evaluation ended before all tasks were done; finished tasks are kept and the same command goes on."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """One metric of a task."""
-
-    metric: str
-    value: float
-    stderr: float | None
-    higher_is_better: bool
-    headline: bool
-    """Whether it is what the paper reports (or, for other tasks, the first that the harness reports)."""
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """All that is known about one task."""
-
-    task: str
-    scores: tuple[Score, ...]
-    shots: int
-    items: int
-    """Items scored."""
-    official: int | None
-    """Official rows of the scored split; None: unknown."""
-    limit: int | None
-    """What was asked for; None: all items."""
-    notes: tuple[str, ...]
-    """What qualifies the scores, in words; every table shows them."""
-    per_item: dict[str, dict[str, tuple[float, float]]] = field(repr=False)
-    """Metric -> item (hash of its content) -> (value, weight); the weighted mean is the score."""
-    parts: dict[str, dict[str, float]] = field(repr=False)
-    """Scores of the parts of a group (MMLU's subjects)."""
-    timing: dict[str, Any] = field(repr=False)
-    provenance: dict[str, Any] = field(repr=False)
-
-    def score(self, metric: str | None = None) -> float:
-        """The value of a metric; None: the one that the paper reports."""
-        for score in self.scores:
-            if score.metric == metric or (metric is None and score.headline):
-                return score.value
-        raise KeyError(metric)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> TaskResult:
-        """Read a task's file."""
-        return cls(
-            task=data["task"],
-            scores=tuple(Score(**score) for score in data["scores"]),
-            shots=data["shots"],
-            items=data["items"],
-            official=data["official"],
-            limit=data["limit"],
-            notes=tuple(data["notes"]),
-            per_item={
-                metric: {item: (float(value), float(weight)) for item, (value, weight) in items.items()}
-                for metric, items in data["per_item"].items()
-            },
-            parts=data["parts"],
-            timing=data["timing"],
-            provenance=data["provenance"],
-        )
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The scores of one model."""
-
-    model: str
-    results: tuple[TaskResult, ...]
-    notes: tuple[str, ...]
-    """What was asked for and is not here, and why."""
-    identity: dict[str, Any] = field(repr=False)
-    """Which run of which study, step and tokens the rows belong to."""
-
-    def __getitem__(self, task: str) -> TaskResult:
-        for result in self.results:
-            if result.task == task:
-                return result
-        raise KeyError(task)
-
-    @property
-    def mean(self) -> tuple[float, float | None] | None:
-        """Mean ``acc`` of the paper's ten and its standard error over items; None unless all ten are there."""
-        by_name = {result.task: result for result in self.results}
-        if not all(name in by_name for name in TEN):
-            return None
-        scores = [next(s for s in by_name[name].scores if s.metric == "acc") for name in TEN]
-        errors = [score.stderr for score in scores]
-        known = [error for error in errors if error is not None]
-        error = math.sqrt(math.fsum(e * e for e in known)) / len(TEN) if len(known) == len(TEN) else None
-        return math.fsum(score.value for score in scores) / len(TEN), error
-
-    def rows(self, metrics: str = "all") -> list[Row]:
-        """``eval`` and ``eval_item`` rows. ``metrics``: ``all``, or ``headline`` for what the paper reports alone."""
-        rows: list[Row] = []
-        step, tokens = self.identity["step"], self.identity["tokens"]
-        who = {key: value for key, value in self.identity.items() if key not in ("step", "tokens")}
-        for result in self.results:
-            for score in result.scores:
-                if metrics == "headline" and not score.headline:
-                    continue
-                where = {**who, "step": step, "task": result.task, "metric": score.metric}
-                rows.append(
-                    make_row(
-                        "eval",
-                        **where,
-                        tokens=tokens,
-                        value=score.value,
-                        higher_is_better=score.higher_is_better,
-                        items=result.items,
-                        stderr=score.stderr,
-                        official_items=result.official,
-                        limit=result.limit,
-                        shots=result.shots,
-                        notes=list(result.notes),
-                        timing=result.timing,
-                    )
-                )
-                for item, (value, weight) in result.per_item.get(score.metric, {}).items():
-                    rows.append(make_row("eval_item", **where, item=item, value=value, weight=weight))
-        return rows
-
-    def to_markdown(self) -> str:
-        """The table in Markdown with its notes."""
-        return tables.to_markdown(self)
-
-    def to_csv(self) -> str:
-        """The table as CSV in full precision."""
-        return tables.to_csv(self)
-
-    def __str__(self) -> str:
-        return f"{self.model}\n\n{self.to_markdown()}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
