@@ -378,7 +378,7 @@ def _run(chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retr
         )
     there = out / "study.yaml"
     planned = StudyConfig.from_yaml(there) if resume and there.is_file() else chosen
-    for line in short_form(planned, workers=workers):
+    for line in short_form(planned):
         typer.echo(line, err=True)
     console = Console()
     with _Display(console) as display:

@@ -17,7 +17,6 @@ the layers that are dispersed and the steps in which its weight is not zero.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -49,8 +48,6 @@ UTILISATION = 0.4
 """Share of the peak that training is assumed to reach."""
 _TIMED_PASS = 2.5e10
 """Operations of a timed pass at most on a CPU; a larger batch is timed on some of its sequences."""
-_CPU_SHARE = 0.55
-"""Speed of training a small model over that of a large matrix product on one core, for the short form."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -729,96 +726,30 @@ def _clock(cuda: bool) -> float:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def short_form(study: StudyConfig, *, workers: int | None = None) -> list[str]:
-    """Two or three lines for a run that is about to start, in a fraction of a second.
+def short_form(study: StudyConfig) -> list[str]:
+    """Two or three lines for a run that is about to start: its runs and its tokens.
 
-    The command that starts the workers does without torch, so sizes are taken from the names of the fields and the
-    speed from a matrix product: rougher than :func:`plan_of`.
+    The command that starts the workers does without torch; :func:`plan_of` estimates sizes and times.
     """
-    from decondense.studies.runner import default_workers, visible_gpus
-
     runs = runs_of(study)
     cells = [run for run in runs if run.kind in ("cell", "measured")]
     arms = len(study.arms)
     what = "to measure" if study.measure is not None else "to train" if any(run.steps for run in cells) else "to score"
-    lines = [f"{_number(len(cells), 'run')} {what}: {_number(arms, 'arm')} x {_number(len(study.seeds), 'seed')}"]
+    first = f"{_number(len(cells), 'run')} {what}: {_number(arms, 'arm')} x {_number(len(study.seeds), 'seed')}"
     before = [
         _number(sum(run.kind == kind for run in runs), name)
         for kind, name in (("prepared", "prepared model"), ("trial", "trial"))
         if any(run.kind == kind for run in runs)
     ]
-    if before:
-        lines[0] += f", after {' and '.join(before)}"
-    lines[0] += "."
+    lines = [f"{first}, after {' and '.join(before)}." if before else f"{first}."]
     if study.measure is not None:
         each = study.measure.passages * study.measure.tokens
-        return [*lines, f"Up to {count(each)} tokens each, {count(each * len(cells))} in all."]
-    tokens = sum(run.tokens for run in runs)
-    trained = {run.tokens for run in cells if run.steps}
-    lines.append(f"{count(tokens)} tokens in all" + (f", {count(trained.pop())} a run." if len(trained) == 1 else "."))
-    total, small = 0.0, True
-    for run in runs:
-        size = _rough_size(study, run.model)
-        length = run.train.sequence_tokens
-        total += training_flops(size, run.tokens, length)
-        total += evaluation_flops(study.evaluate, size, length, run.evaluations)
-        small &= training_flops(size, run.train.batch_sequences * length, length) < SMALL_STEP
-    if math.isnan(total):
-        return lines
-    wanted = max(1, min(workers or default_workers(study), len(runs)))
-    if small and not visible_gpus():
-        seconds = total / (_core_speed() * _CPU_SHARE) / wanted
-        lines.append(f"Roughly {duration(seconds)} on {_number(wanted, 'worker')}; --dry-run looks closer.")
+        lines.append(f"Up to {count(each)} tokens each, {count(each * len(cells))} in all.")
     else:
-        lines.append(f"{_gpu_hours(total)} at {100 * UTILISATION:.0f} % of the peak; --dry-run looks closer.")
-    return lines
-
-
-def _rough_size(study: StudyConfig, model: ModelConfig) -> Size:
-    name = model.prepared
-    if name is not None:
-        model = study.prepared[name].model
-    fields: dict[str, Any] = dict(model.overrides)
-    gated = model.architecture not in ("gpt2", "gpt_neox", "gpt_neo", "gptj", "opt", "bloom", "phi", "openai-gpt")
-    if model.start is not None:
-        try:
-            fields = json.loads((Path(model.start) / "config.json").read_text(encoding="utf-8"))
-            gated = fields.get("model_type") not in ("gpt2", "gpt_neox", "gpt_neo", "gptj", "opt", "bloom", "phi")
-        except (OSError, ValueError):
-            return UNKNOWN if model.parameters is None else Size(model.parameters, None, model.parameters)
-    elif model.architecture == "gpt2":
-        fields = {"n_embd": 768, "n_layer": 12, **fields}
-
-    def value(*names: str) -> int:
-        return next((int(fields[key]) for key in names if isinstance(fields.get(key), (int, float))), 0)
-
-    width, layers = value("n_embd", "hidden_size", "d_model"), value("n_layer", "num_hidden_layers", "num_layers")
-    if not width or not layers:
-        return UNKNOWN
-    heads = value("n_head", "num_attention_heads")
-    attention = heads * (value("head_dim") or (width // heads)) if heads else width
-    groups = value("num_key_value_heads") or heads
-    keys = attention * groups // heads if heads else width
-    inner = value("n_inner", "intermediate_size", "ffn_dim") or 4 * width
-    block = 2 * width * attention + 2 * width * keys + (3 if gated else 2) * width * inner
-    vocabulary = study.corpus.vocabulary if study.corpus.tokenizer is None else value("vocab_size")
-    computing = float(layers * block + vocabulary * width)
-    return Size(computing, float(layers * block), computing, layers=layers, features=width, attention=attention)
-
-
-def _core_speed() -> float:
-    """Operations a second of one core in a float32 product."""
-    import numpy as np
-
-    a = np.ones((512, 512), dtype=np.float32)
-    found = []
-    for _ in range(3):
-        # all threads of the product share the clock of the process
-        began = time.process_time()
-        for _ in range(4):
-            a @ a
-        found.append(4 * 2.0 * 512**3 / max(time.process_time() - began, 1e-6))
-    return max(found)
+        trained = {run.tokens for run in cells if run.steps}
+        total = f"{count(sum(run.tokens for run in runs))} tokens in all"
+        lines.append(f"{total}, {count(trained.pop())} a run." if len(trained) == 1 else f"{total}.")
+    return [*lines, "--dry-run estimates the time."]
 
 
 # --------------------------------------------------------------------------------------------------------------------

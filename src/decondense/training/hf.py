@@ -46,6 +46,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from decondense.config import ArmConfig, ConfigError, LoraConfig, ModelConfig, StudyConfig, TrainConfig, suggest
+from decondense.config.measure import first_passage
 from decondense.corpora.packed import PackedCorpus
 from decondense.corpora.passages import sample_passages
 from decondense.evaluate import benchmark_rows, held_out_loss
@@ -732,7 +733,7 @@ def measure_cell(study: StudyConfig, arm: ArmConfig, seed: int, folder: Path, wa
             settings.dataset,
             count=settings.passages,
             words=settings.passage_words,
-            seed=settings.passage_seed + seed * settings.passages,  # passage r draws with seed + r
+            seed=first_passage(settings, seed),
         )
         model, tokenizer = load_model(start.start, revision=start.revision)
         if torch.cuda.is_available():
