@@ -20,7 +20,8 @@ from decondense.config import (
 )
 from decondense.config.titan import Dispersion
 from decondense.seeding import fence, generator
-from decondense.studies import estimate, load_study, shipped_studies
+from decondense.studies import cost as estimate
+from decondense.studies import load_study, shipped_studies
 from decondense.studies.catalogue import assigned, scales_of
 from decondense.studies.launch import launches
 
@@ -189,7 +190,7 @@ def built(config: ModelConfig, **more: object) -> Any:
 def planned_size(config: ModelConfig) -> estimate.Size:
     study = load_study("demo", "quick", model=config.model_dump(), corpus={"vocabulary": VOCABULARY})
     with fence():
-        return estimate._Models(study).size(config, LENGTH)
+        return estimate.Models(study).size(config, LENGTH)
 
 
 @pytest.mark.parametrize("config", [GPT2, QWEN3, MIXTRAL], ids=lambda config: config.architecture)
@@ -379,22 +380,14 @@ def test_the_runs_are_those_of_the_runner(tmp_path: Path) -> None:
 def test_runs_are_described_by_what_differs() -> None:
     arms = [
         {"name": "plain"},
-        {"name": "a", "dispersion": {"weight": 1.0, "layers": "deep"}},
-        {"name": "b", "dispersion": {"layers": [0, -1], "loss": {"form": "hinge", "tau": 0.5, "pairs": "subset"}}},
-        {"name": "c", "dispersion": {"layers": "last", "schedule": {"kind": "cosine", "until": 0.3}}},
-        {"name": "d", "model": {"overrides": {"n_inner": 64}}, "noisy_embedding": {}},
-        {"name": "e", "model": {"lora": {"rank": 4}}},
-        {"name": "f", "model": {"start": "a/b", "revision": "step10"}, "untrained": True},
+        {"name": "a", "label": "the deep half", "dispersion": {"weight": 1.0, "layers": "deep"}},
+        {"name": "f", "label": "as published", "model": {"start": "a/b"}, "untrained": True},
     ]
     study = load_study("demo", "quick", arms=arms, baseline="plain")
     assert [estimate.describe(run, study) for run in estimate.runs_of(study)[: len(arms)]] == [
-        "cross-entropy",
-        "dispersion 1, deep layers",
-        "hinge dispersion 0.1, layers 0 -1, tau 0.5, 256 tokens",
-        "dispersion 0.1, last layer, cosine decay",
-        "noise 1, n_inner 64",
-        "cross-entropy, LoRA 4",
-        "start as it is, a/b@step10",
+        "",
+        "the deep half",
+        "start as it is, as published",
     ]
 
 
@@ -444,7 +437,7 @@ def test_the_short_form_needs_no_torch_and_no_time() -> None:
 
     code = (
         "import json, sys, time; from decondense.config import StudyConfig; "
-        "from decondense.studies.estimate import short_form; "
+        "from decondense.studies.cost import short_form; "
         "study = StudyConfig.parse(json.loads(sys.argv[1]), where='test'); began = time.perf_counter(); "
         "lines = short_form(study); took = time.perf_counter() - began; "
         "assert not {'torch', 'transformers'} & set(sys.modules); print(json.dumps([took, lines]))"

@@ -225,7 +225,7 @@ def _show_plan(chosen: StudyConfig, words: list[str], folder: Path, workers: int
     from rich.markup import escape
     from rich.table import Table
 
-    from decondense.studies.estimate import cost_of, count, plan_of, time_of, totals
+    from decondense.studies.cost import cost_of, count, plan_of, time_of, totals
     from decondense.studies.launch import launches
 
     console = Console(highlight=False)
@@ -367,7 +367,7 @@ def _run(chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retr
     from decondense.cli.evidence import present
     from decondense.config import ConfigError, StudyConfig
     from decondense.studies import run_study
-    from decondense.studies.estimate import short_form
+    from decondense.studies.cost import short_form
     from decondense.studies.launch import launches
 
     if chosen.launch == "torchtitan":
