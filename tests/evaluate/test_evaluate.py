@@ -334,7 +334,7 @@ def test_a_killed_worker_is_reported_with_its_log(tiny: Path, data: Path, tmp_pa
     assert process.returncode == 1
     said = re.sub(r"\s+", " ", said)
     assert "the evaluation stopped (exit status -9" in said
-    assert "the same command goes on with the next" in said
+    assert "the same command resumes with the next" in said
     assert "Traceback" not in said
 
 

@@ -6,7 +6,7 @@
     OUT/table.md, .csv    the table
     OUT/evaluate.log      what the harness printed
 
-A finished task is kept as long as what it depends on is the same, so an interrupted evaluation goes on with the next
+A finished task is kept as long as what it depends on is the same, so an interrupted evaluation resumes with the next
 task. The harness seeds the generators of Python, numpy and torch and takes seconds to import: both happen in the worker
 process, which speaks over files, so nothing of it reaches the caller.
 """
@@ -46,7 +46,7 @@ answered and their number (None where the harness does not say)."""
 
 
 class EvaluationStopped(RuntimeError):
-    """The evaluation ended before all tasks were done; finished tasks are kept and the same command goes on."""
+    """The evaluation ended before all tasks were done; finished tasks are kept and the same command resumes."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def evaluate(
         limit: score the first ``limit`` items of each task only (a task of parts, like MMLU, gives the first items of
             each part in turn). Every table and row then says so.
         data_dir: a folder of folders with the benchmarks in local files instead of the hub.
-        out: directory of the results; an interrupted evaluation goes on there. None: nothing is kept on disk.
+        out: directory of the results; an interrupted evaluation resumes there. None: nothing is kept on disk.
         batch_size: requests of one forward pass; halved when memory runs out. Scores depend on it by rounding only.
         device: ``cpu``, ``cuda``, ``cuda:1``; None: a GPU when there is one.
         dtype: of the weights: ``auto`` (that of the checkpoint), ``float32``, ``bfloat16``, ``float16``.
@@ -89,7 +89,7 @@ def evaluate(
         threads: CPU threads; None: what torch chooses. Scores depend on it by rounding only.
         identity: ``study``, ``study_fingerprint``, ``arm``, ``seed``, ``step``, ``tokens`` of the rows. None: those of
             the study's run when ``model`` is the final checkpoint of one, else made from the model's name.
-        progress: called as the work goes on.
+        progress: called as the work proceeds.
 
     Raises:
         EvaluationError: what was asked for cannot be run; the message says why and what to do.
@@ -98,7 +98,7 @@ def evaluate(
     if limit is not None and limit < 1:
         raise EvaluationError(f"limit {limit} leaves nothing to score; give a number from 1, or no limit.")
     if dtype not in DTYPES:
-        raise EvaluationError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
+        raise EvaluationError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     where = check_model(str(model))
     wanted, local, notes = _plan(tasks, shots, data_dir)
     names = list(wanted)
@@ -200,7 +200,7 @@ def benchmark_rows(
         identity: ``study``, ``study_fingerprint``, ``arm``, ``seed``, ``step``, ``tokens``.
         out: where finished tasks are kept, so that an interrupted run does not score them again.
         threads: CPU threads.
-        progress: called as the work goes on; what it raises ends the evaluation where it can go on later.
+        progress: called as the work proceeds; what it raises ends the evaluation, which can be resumed.
     """
     if not settings.tasks:
         return []
@@ -226,20 +226,20 @@ def check_model(source: str) -> str:
         if not (path / "config.json").is_file():
             inner = sorted(p.parent.name for p in path.glob("*/config.json"))
             hint = f" There are models below it: {', '.join(inner[:5])}." if inner else ""
-            raise EvaluationError(f"{source} is no model: it has no config.json.{hint}")
+            raise EvaluationError(f"{source} is not a model: it has no config.json.{hint}")
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise EvaluationError(f"{path / 'config.json'} cannot be read ({error}).") from error
         if not isinstance(config, dict) or "model_type" not in config:
-            raise EvaluationError(f"{source} is no transformers model: its config.json names no model_type.")
+            raise EvaluationError(f"{source} is not a transformers model: its config.json names no model_type.")
         if not [*path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("*.index.json")]:
             raise EvaluationError(f"{source} has a config.json but no weights (*.safetensors).")
         return str(path.resolve())
     if path.is_file():
         raise EvaluationError(f"{source} is a file; give the directory that holds config.json and the weights.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", source) or source.startswith("."):
-        raise EvaluationError(f"there is no model directory {source}, and it is no hub id (OWNER/NAME) either.")
+        raise EvaluationError(f"there is no model directory {source}, and it is not a hub id (OWNER/NAME).")
     return source
 
 
@@ -386,10 +386,10 @@ def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress,
             path.unlink(missing_ok=True)
     if not ended:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        said = f" Its last words: {last[0]}" if last else ""
+        said = f" Last line of the log: {last[0]}" if last else ""
         raise EvaluationStopped(
             f"the evaluation stopped (exit status {process.returncode}; log: {log}). Finished tasks are kept: the same "
-            f"command goes on with the next.{said}"
+            f"command resumes with the next.{said}"
         )
     return [*failures, *remedies]
 
