@@ -119,6 +119,22 @@ def test_standard_errors_are_those_of_the_items(whole: tuple[Evaluation, Path]) 
     assert stderr == pytest.approx(math.sqrt(sum((score.stderr or 0) ** 2 for score in scores)) / 10)
 
 
+def test_the_right_answers_likelihood_stands_beside_acc(whole: tuple[Evaluation, Path]) -> None:
+    evaluation, _ = whole
+    rows = [row for row in evaluation.rows() if row["kind"] == "eval_item"]
+    for task in TEN:
+        beside = [row for row in rows if row["task"] == task and row["metric"] == "acc"]
+        assert all(row["bits_per_byte"] > 0 for row in beside)
+        if task == "lambada_openai":
+            assert {row["margin_bits"] for row in beside} == {None}
+        elif task == "truthfulqa_mc2":  # acc is a probability: at least a half goes with a right answer at the top
+            assert all(row["margin_bits"] > 0 for row in beside if row["value"] > 0.99)
+        else:
+            assert [row["margin_bits"] > 0 for row in beside] == [row["value"] == 1 for row in beside]
+            assert {row["margin_bits"] > 0 for row in beside} == {True, False}
+    assert all(row["bits_per_byte"] is None for row in rows if row["metric"] != "acc")
+
+
 def test_every_table_flags_counts_that_are_not_the_official_ones(whole: tuple[Evaluation, Path]) -> None:
     evaluation, out = whole
     markdown, rows = (out / "table.md").read_text(), read_rows(out / "rows.jsonl")
@@ -236,6 +252,11 @@ def test_the_final_checkpoint_of_a_study_is_known_and_long_answers_are_scored(tm
         expected.append(-total)
     values = [value for value, _ in found["lambada_openai"].per_item["loss"].values()]
     assert values == pytest.approx(expected, rel=1e-5)
+    size = [len(" " + text.rsplit(" ", 1)[1]) for text in texts]
+    gold = list(found["lambada_openai"].gold.values())
+    bits = [loss / math.log(2) / count for loss, count in zip(expected, size, strict=True)]
+    assert [value for value, _ in gold] == pytest.approx(bits, rel=1e-5)
+    assert {margin for _, margin in gold} == {None}
     notes = " ".join(found["lambada_openai"].notes)
     assert "2 of 3 prompts with answers exceed the context of 32 tokens and were cut from the left" in notes
     assert "2 answers alone exceed the context and were scored in windows" in notes
@@ -259,7 +280,7 @@ def test_a_study_gets_its_rows_also_under_a_launcher(tiny: Path, data: Path, tmp
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "tasks" / "tasks").iterdir()}
     assert benchmark_rows(tiny, EvaluateConfig(), who, tmp_path / "none") == []
     check_benchmarks(EvaluateConfig(data_dir=str(tmp_path / "nowhere")))
-    with pytest.raises(EvaluationError, match="is no directory"):
+    with pytest.raises(EvaluationError, match="is not a directory"):
         check_benchmarks(EvaluateConfig(tasks=("ten",), data_dir=str(tmp_path / "nowhere")))
 
 
@@ -313,7 +334,7 @@ def test_a_killed_worker_is_reported_with_its_log(tiny: Path, data: Path, tmp_pa
     assert process.returncode == 1
     said = re.sub(r"\s+", " ", said)
     assert "the evaluation stopped (exit status -9" in said
-    assert "the same command goes on with the next" in said
+    assert "the same command resumes with the next" in said
     assert "Traceback" not in said
 
 
@@ -361,7 +382,7 @@ def test_bad_rows_are_named(data: Path, tmp_path: Path) -> None:
     (tmp_path / "piqa" / "validation.jsonl").write_text("")
     with pytest.raises(EvaluationError, match="no rows"):
         find_tasks(tmp_path, {"piqa": 0})
-    with pytest.raises(EvaluationError, match="is no directory"):
+    with pytest.raises(EvaluationError, match="is not a directory"):
         find_tasks(tmp_path / "nowhere", {"piqa": 0})
 
 
@@ -466,6 +487,62 @@ def test_data_of_the_hub_give_what_local_files_give(
         assert result.notes == local.notes
 
 
+@pytest.mark.parametrize("where", ["local", "hub"])
+def test_rows_of_another_release_score_as_the_hubs_and_the_tables_say_so(
+    whole: tuple[Evaluation, Path], tiny: Path, data: Path, tmp_path: Path, monkeypatch, where: str
+) -> None:
+    folder = tmp_path / ("piqa" if where == "local" else "baber/piqa")
+    for split in ("train", "validation"):
+        rows = [{**row, "label": "ab"[row["label"]]} for row in read(data / "piqa" / f"{split}.jsonl")]
+        write(folder / f"{split}.jsonl", rows)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    found = evaluate(tiny, "piqa", data_dir=tmp_path if where == "local" else None)
+    local = whole[0]["piqa"]
+    assert found["piqa"].scores == local.scores
+    assert found["piqa"].per_item == local.per_item
+    (note,) = set(found["piqa"].notes) - set(local.notes)
+    assert "converted 7 values of 'label' in piqa" in note
+    assert note in found.to_markdown()
+    assert note in found.to_csv()
+    assert all(note in row["notes"] for row in found.rows() if row["kind"] == "eval")
+
+
+def test_a_tokenizer_without_special_tokens_scores_what_it_can(tiny: Path, data: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        settings.pop(name, None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model / "special_tokens_map.json").unlink(missing_ok=True)
+    write(tmp_path / "data" / "lambada_openai" / "test.jsonl", [{"text": "lamp"}, {"text": "river stone"}])
+    for task in ("piqa", "paloma_wikitext_103"):
+        shutil.copytree(data / task, tmp_path / "data" / task)
+    seen: list[tuple[str, str]] = []
+    with pytest.raises(EvaluationError) as refused:
+        evaluate(
+            model,
+            "piqa,lambada_openai,paloma_wikitext_103",
+            data_dir=tmp_path / "data",
+            out=tmp_path / "out",
+            progress=lambda task, what, *_: seen.append((task, what)),
+        )
+    said = str(refused.value)
+    for task in ("lambada_openai", "paloma_wikitext_103"):
+        assert f"{task}: the tokenizer of {model} has neither bos_token nor eos_token" in said
+        # before anything is scored
+        assert seen.index((task, "failed")) < seen.index(("piqa", "running"))
+    assert "Finished and kept: piqa." in said
+
+
+def test_a_label_outside_the_choices_of_any_task_is_refused(tiny: Path, tmp_path: Path) -> None:
+    row = {"ind": 1, "activity_label": "Lamp", "ctx_a": "A lamp", "ctx_b": "it", "endings": list("wxyz"), "label": "9"}
+    write(tmp_path / "hellaswag" / "validation.jsonl", [{**row, "label": "1"}, row])
+    with pytest.raises(EvaluationError, match=r"hellaswag, item 2: the answer 9 is not one of its 4 choices"):
+        evaluate(tiny, "hellaswag", data_dir=tmp_path)
+
+
 def test_a_strange_directory_is_left_alone(tiny: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(EvaluationError, match="holds no evaluation"):
@@ -479,3 +556,5 @@ def test_row_fields_of_older_files_are_still_read() -> None:
         "task": "validation", "metric": "loss", "value": 1.5, "higher_is_better": False, "items": 3,
     }  # fmt: skip
     assert check_row(json.loads(json.dumps(old)))["notes"] == []
+    item = {key: old[key] for key in ("study", "study_fingerprint", "arm", "seed", "step", "task", "metric", "value")}
+    assert check_row({"kind": "eval_item", "item": "x", **item})["bits_per_byte"] is None

@@ -76,7 +76,7 @@ def test_unreadable_and_malformed_files_are_named(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.yaml"):
         StudyConfig.from_yaml(tmp_path / "nothing.yaml")
     (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(ConfigError, match="no valid YAML"):
+    with pytest.raises(ConfigError, match="not valid YAML"):
         StudyConfig.from_yaml(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- a")
     with pytest.raises(ConfigError, match="expected a mapping"):

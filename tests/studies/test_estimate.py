@@ -3,15 +3,25 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
 
 from decondense.cli import main
-from decondense.config import ConfigError, DispersionConfig, LoraConfig, ModelConfig, StudyConfig
+from decondense.config import (
+    ConfigError,
+    DispersionConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    StudyConfig,
+    WeightSchedule,
+)
+from decondense.config.titan import Dispersion
 from decondense.seeding import fence, generator
-from decondense.studies import estimate, load_study, shipped_studies
+from decondense.studies import cost as estimate
+from decondense.studies import load_study, shipped_studies
 from decondense.studies.catalogue import assigned, scales_of
 from decondense.studies.launch import launches
 
@@ -53,7 +63,7 @@ def test_assignments_are_laid_over_the_file_and_leave_the_rest() -> None:
         ("train=3", r"train: .*got 3"),
         ("train.steps", r"'train\.steps': expected KEY\.PATH=VALUE"),
         ("train..steps=3", r"expected KEY\.PATH=VALUE"),
-        ("train.steps=[1", r"value of train\.steps is no valid YAML"),
+        ("train.steps=[1", r"value of train\.steps: not valid YAML"),
         ("arms.disperson.learning_rate=1", r"unknown arm 'disperson'.*Did you mean 'dispersion'"),
         ("arms.dispersion=1", r"arms\.dispersion: expected a mapping"),
         ("arms.dispersion.dispersion.wait=1", r"unknown key 'wait'.*Did you mean 'weight'"),
@@ -180,7 +190,7 @@ def built(config: ModelConfig, **more: object) -> Any:
 def planned_size(config: ModelConfig) -> estimate.Size:
     study = load_study("demo", "quick", model=config.model_dump(), corpus={"vocabulary": VOCABULARY})
     with fence():
-        return estimate._Models(study).size(config, LENGTH)
+        return estimate.Models(study).size(config, LENGTH)
 
 
 @pytest.mark.parametrize("config", [GPT2, QWEN3, MIXTRAL], ids=lambda config: config.architecture)
@@ -270,9 +280,6 @@ def test_the_share_of_steps_follows_the_schedule() -> None:
 
 
 def test_words_for_numbers() -> None:
-    assert [estimate.count(x) for x in (7, 999.6, 1_730_560, 1.56e11, None)] == ["7", "1k", "1.73M", "156B", "?"]
-    assert [estimate.duration(x) for x in (0.1, 89, 120, 5400, 200_000)] == ["1 s", "89 s", "2 min", "1.5 h", "2 days"]
-    assert estimate.cost_of(5.84e13) == "5.8e13"
     # the paper's pre-training, by hand: 6 x 0.6e9 x 156e9 operations at 0.4 x 312e12 a second
     assert estimate.gpu_hours(6 * 0.6e9 * 156e9, "A100") == pytest.approx(1250, rel=1e-3)
 
@@ -370,22 +377,14 @@ def test_the_runs_are_those_of_the_runner(tmp_path: Path) -> None:
 def test_runs_are_described_by_what_differs() -> None:
     arms = [
         {"name": "plain"},
-        {"name": "a", "dispersion": {"weight": 1.0, "layers": "deep"}},
-        {"name": "b", "dispersion": {"layers": [0, -1], "loss": {"form": "hinge", "tau": 0.5, "pairs": "subset"}}},
-        {"name": "c", "dispersion": {"layers": "last", "schedule": {"kind": "cosine", "until": 0.3}}},
-        {"name": "d", "model": {"overrides": {"n_inner": 64}}, "noisy_embedding": {}},
-        {"name": "e", "model": {"lora": {"rank": 4}}},
-        {"name": "f", "model": {"start": "a/b", "revision": "step10"}, "untrained": True},
+        {"name": "a", "label": "the deep half", "dispersion": {"weight": 1.0, "layers": "deep"}},
+        {"name": "f", "label": "as published", "model": {"start": "a/b"}, "untrained": True},
     ]
     study = load_study("demo", "quick", arms=arms, baseline="plain")
     assert [estimate.describe(run, study) for run in estimate.runs_of(study)[: len(arms)]] == [
-        "cross-entropy",
-        "dispersion 1, deep layers",
-        "hinge dispersion 0.1, layers 0 -1, tau 0.5, 256 tokens",
-        "dispersion 0.1, last layer, cosine decay",
-        "noise 1, n_inner 64",
-        "cross-entropy, LoRA 4",
-        "start as it is, a/b@step10",
+        "",
+        "the deep half",
+        "start as it is, as published",
     ]
 
 
@@ -428,14 +427,6 @@ def test_a_start_in_a_directory_is_counted_from_its_config(tmp_path: Path) -> No
         estimate.plan_of(study.model_copy(update={"train": study.train.model_copy(update={"sequence_tokens": 64})}))
 
 
-@pytest.mark.parametrize("config", [GPT2, QWEN3], ids=lambda config: config.architecture)
-def test_the_rough_size_of_the_short_form_is_near(config: ModelConfig) -> None:
-    study = load_study("demo", "quick", model=config.model_dump(), corpus={"vocabulary": VOCABULARY})
-    rough = estimate._rough_size(study, config)
-    assert rough.computing == pytest.approx(planned_size(config).computing, rel=0.01)
-    assert (rough.layers, rough.attention) == (planned_size(config).layers, planned_size(config).attention)
-
-
 def test_the_short_form_needs_no_torch_and_no_time() -> None:
     import json
     import subprocess
@@ -443,9 +434,9 @@ def test_the_short_form_needs_no_torch_and_no_time() -> None:
 
     code = (
         "import json, sys, time; from decondense.config import StudyConfig; "
-        "from decondense.studies.estimate import short_form; "
+        "from decondense.studies.cost import short_form; "
         "study = StudyConfig.parse(json.loads(sys.argv[1]), where='test'); began = time.perf_counter(); "
-        "lines = short_form(study, workers=2); took = time.perf_counter() - began; "
+        "lines = short_form(study); took = time.perf_counter() - began; "
         "assert not {'torch', 'transformers'} & set(sys.modules); print(json.dumps([took, lines]))"
     )
     done = subprocess.run([sys.executable, "-c", code, json.dumps(EVERYTHING)], capture_output=True, text=True)
@@ -454,7 +445,7 @@ def test_the_short_form_needs_no_torch_and_no_time() -> None:
     assert took < 2
     assert lines[0] == "8 runs to train: 4 arms x 2 seeds, after 1 prepared model and 4 trials."
     assert lines[1] == "20.5k tokens in all, 1.28k a run."
-    assert len(lines) == 3
+    assert "--dry-run" in lines[2]
 
 
 # ---- the dry run -----------------------------------------------------------------------------------------------------
@@ -608,10 +599,11 @@ def test_a_study_for_torchtitan_prints_its_commands_and_is_not_run(capsys, tmp_p
     ]
     assert not any(word.startswith("--dispersion") for word in runs[0])
     flags = dict(zip(runs[1][::1], runs[1][1:], strict=False))
-    assert flags["--dispersion.weight"] == "0.2"
-    assert "--dispersion.layers=0,-1" in runs[1]
-    assert (flags["--dispersion.tau"], flags["--dispersion.schedule"]) == ("0.5", "cosine")
-    assert (flags["--dispersion.warmup"], flags["--dispersion.until"]) == ("0.1", "0.3")
+    study = StudyConfig.parse(TITAN, where="test")
+    trained = [arm for arm in study.arms if arm.dispersion is not None]
+    assert section_of(runs[1]).config() == trained[0].dispersion
+    assert any("train.learning_rate 0.003" in line for line in lines)
+    assert not any("model.overrides" in line for line in lines)
     assert (flags["--training.steps"], flags["--training.global-batch-size"]) == ("1000", "256")
     assert flags["--dump-folder"] == "$folder"
     assert "for seed in 0 3; do" in lines
@@ -625,15 +617,76 @@ def test_a_study_for_torchtitan_prints_its_commands_and_is_not_run(capsys, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_the_flags_for_torchtitan_are_fields_of_its_section() -> None:
-    pytest.importorskip("torchtitan")
-    from dataclasses import fields
+def section_of(words: list[str]) -> Dispersion:
+    """The section that torchtitan's parser makes of the flags: numbers, text and switches by the field's type."""
+    values: dict[str, Any] = {}
+    types = get_type_hints(Dispersion)
+    for word in words:
+        if word.startswith("--dispersion."):
+            name, equals, text = word.removeprefix("--dispersion.").partition("=")
+            kind = next(kind for kind in (bool, int, float, str) if kind in (types[name], *get_args(types[name])))
+            assert bool(equals) == (kind is not bool)
+            values[name] = True if kind is bool else kind(text)
+    return Dispersion(**values)
 
-    from decondense.training.titan import Dispersion
 
-    names = {item.name for item in fields(Dispersion)}
-    lines = launches(StudyConfig.parse(TITAN, where="test"), [], Path("out"))[0].lines
-    assert set(re.findall(r"--dispersion\.(\w+)", "\n".join(lines))) <= names
+OTHER: dict[str, Any] = {
+    "weight": 0.123456789, "layers": (-1, 0, 3), "blocks": "model.layers", "final_norm": True, "embedding": True,
+    "gradient_ratio_every": 7, "seed": 3,
+}  # fmt: skip
+OTHER_LOSS: dict[str, Any] = {
+    "form": "hinge", "tau": 1 / 3, "delta": 0.0123, "impl": "reference", "pairs": "subset", "group_size": 9,
+    "subset_size": 11, "within": "batch", "compat": "lm-dispersion:t=0.1", "gradient": "recompute", "margin": 0.25,
+    "norm_weight": 0.7, "variance_weight": 2.5, "covariance_weight": 3.5, "target_std": 0.5, "slices": 5, "knots": 4,
+    "seed": 8,
+}  # fmt: skip
+OTHER_SCHEDULE: dict[str, Any] = {
+    "kind": "linear", "warmup": 0.125, "until": 0.7, "final": 0.3, "warmup_steps": 5, "until_step": 6,
+}  # fmt: skip
+
+
+def one_by_one() -> list[dict[str, Any]]:
+    """A dispersion section for each field of the configuration, with another value there."""
+    return [
+        *[{name: value} for name, value in OTHER.items()],
+        *[{"loss": {name: value}} for name, value in OTHER_LOSS.items()],
+        *[{"schedule": {name: value}} for name, value in OTHER_SCHEDULE.items()],
+    ]
+
+
+def test_every_field_of_a_dispersion_loss_reaches_torchtitan() -> None:
+    assert set(OTHER) | {"loss", "schedule"} == set(DispersionConfig.model_fields)
+    assert set(OTHER_LOSS) == set(LossConfig.model_fields)
+    assert set(OTHER_SCHEDULE) == set(WeightSchedule.model_fields)
+    tried = 0
+    for changes in one_by_one():
+        try:
+            asked = DispersionConfig.parse(changes, where="test")
+        except ConfigError:  # only valid together with other fields
+            continue
+        tried += 1
+        assert asked != DispersionConfig()
+        data = {**TITAN, "arms": [{"name": "cross-entropy"}, {"name": "d", "dispersion": changes}]}
+        lines = launches(StudyConfig.parse(data, where="test"), [], Path("out"))[0].lines
+        joined = "\n".join(lines).replace("\\\n", " ")
+        (words,) = [shlex.split(line) for line in joined.splitlines() if "qwen3_0_6b_dispersion" in line]
+        assert section_of(words).config() == asked, changes
+    assert tried >= 25
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"train": {"weight_decay": 0.3}}, "train.weight_decay 0.3"),
+        ({"train": {"decay": "linear"}}, "train.decay linear"),
+        ({"model": {"architecture": "llama"}}, "model.architecture llama"),
+        ({"model": {"architecture": "qwen3", "overrides": {"hidden_size": 64}}}, "model.overrides.hidden_size 64"),
+        ({"corpus": {"source": "somebody/else"}}, "corpus.source somebody/else"),
+    ],
+)
+def test_what_torchtitan_is_not_told_is_named(changes: dict[str, Any], named: str) -> None:
+    lines = launches(StudyConfig.parse({**TITAN, **changes}, where="test"), [], Path("out"))[0].lines
+    assert any(line.startswith("# not in these commands: ") and named in line for line in lines)
 
 
 def test_measured_studies_offer_measure_commands() -> None:
@@ -644,7 +697,7 @@ def test_measured_studies_offer_measure_commands() -> None:
             {"name": "small", "untrained": True, "model": {"start": "a/small", "revision": "step1000"}},
             {"name": "large", "untrained": True, "model": {"start": "a/large", "parameters": 1e9}},
         ],
-        "measure": {"dataset": "wikitext", "passages": 7, "metrics": ["all"]},
+        "measure": {"dataset": "wikitext", "passages": 7, "metrics": ["all"], "passage_seed": 5, "resamples": 500},
     }
     study = StudyConfig.parse(data, where="test")
     found = [
@@ -653,7 +706,11 @@ def test_measured_studies_offer_measure_commands() -> None:
         for command in commands_of("\n".join(launch.lines))
     ]
     measured = [accepts(words) for words in found if words[0] == "measure"]
-    assert [params["models"] for params in measured] == [["a/small@step1000"], ["a/large"]]
+    assert [params["models"] for params in measured] == [["a/small@step1000"]] * 3 + [["a/large"]] * 3
+    # each run of the study draws passages of its own
+    assert [params["seed"] for params in measured] == [5 + 7 * seed for seed in study.seeds] * 2
+    assert len({params["out"] for params in measured}) == 6
+    assert any("resamples" in line for launch in launches(study, ["s.yaml"], Path("out")) for line in launch.lines)
     assert {(params["dataset"], params["passages"], params["metrics"]) for params in measured} == {
         ("wikitext", 7, "all")
     }

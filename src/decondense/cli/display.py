@@ -130,7 +130,7 @@ class Display:
                 return
 
     def _lines(self) -> list[str]:
-        from decondense.studies.estimate import duration
+        from decondense.formatting import duration
 
         now = self._clock()
         lines = []

@@ -109,9 +109,7 @@ def _show(console: Console, found: Evaluation) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from decondense.evaluate.tables import table
-
-    head, lines, notes = table(found)
+    head, lines, notes = found.table()
     # eighty columns hold it
     shown = Table(
         title=escape(found.model), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False

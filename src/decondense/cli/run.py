@@ -177,13 +177,11 @@ def study(
 
 def _show_plan(chosen: StudyConfig, words: list[str], folder: Path, workers: int | None) -> None:
     """What ``--dry-run`` prints: what the study is, what it costs, how it is started."""
-    from rich import box
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     from decondense.cli.display import Display
-    from decondense.studies.estimate import cost_of, count, plan_of, time_of, totals
+    from decondense.studies.cost import plan_of, plan_table, totals
     from decondense.studies.launch import launches
 
     console = Console(highlight=False)
@@ -193,24 +191,8 @@ def _show_plan(chosen: StudyConfig, words: list[str], folder: Path, workers: int
     with Display(console) as display:
         display.update("plan", "counting and timing")
         plan = plan_of(chosen, workers=workers)
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    shown.add_column("arm", overflow="fold")
-    shown.add_column("what it is", overflow="fold")
-    for name in ("runs", "size", "tokens", "FLOPs", "time"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    for line in plan.lines:
-        name = {"prepared": f"prepared:{line.name}"}.get(line.kind, line.name)
-        shown.add_row(
-            escape(name),
-            escape(line.what),
-            str(line.runs),
-            count(line.size.total),
-            count(line.tokens),
-            cost_of(line.flops),
-            time_of(line),
-        )
     console.print()
-    console.print(shown)
+    console.print(plan_table(plan).to_rich(fold=(0, 1)))
     for text in totals(plan):
         console.print(escape(text))
     for launch in launches(chosen, words, folder):
@@ -327,8 +309,8 @@ def _run(chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retr
     from decondense.cli.evidence import present
     from decondense.config import ConfigError
     from decondense.studies import run_study
+    from decondense.studies.cost import short_form
     from decondense.studies.directory import study_of
-    from decondense.studies.estimate import short_form
     from decondense.studies.launch import launches
 
     if chosen.launch == "torchtitan":
@@ -339,7 +321,7 @@ def _run(chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retr
         )
     there = out / "study.yaml"
     planned = study_of(out) if resume and there.is_file() else chosen
-    for line in short_form(planned, workers=workers):
+    for line in short_form(planned):
         typer.echo(line, err=True)
     console = Console()
     with Display(console) as display:

@@ -92,7 +92,7 @@ def parse_yaml(text: str, where: str) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # numbers, dates and tags that cannot be constructed raise half a dozen other types
-        raise ConfigError(f"{where}: is no valid YAML ({error}).") from error
+        raise ConfigError(f"{where}: not valid YAML ({error}).") from error
 
 
 class Config(BaseModel):

@@ -70,3 +70,8 @@ class MeasureConfig(Config):
         if not 2 <= words[0] <= words[1]:
             raise ValueError(f"passage_words are (fewest, most) with 2 <= fewest <= most, got {words}.")
         return words
+
+
+def first_passage(settings: MeasureConfig, seed: int) -> int:
+    """The seed of the first passage of run ``seed`` of a measured study; passage r draws with this seed + r."""
+    return settings.passage_seed + seed * settings.passages

@@ -9,14 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from decondense.evaluate.catalogue import SETS, SHOTS, TASKS, EvaluationError, TaskInfo
-from decondense.evaluate.harness import (
-    Evaluation,
-    EvaluationStopped,
-    TaskResult,
-    benchmark_rows,
-    check_benchmarks,
-    evaluate,
-)
+from decondense.evaluate.harness import EvaluationStopped, benchmark_rows, check_benchmarks, evaluate
+from decondense.evaluate.results import Evaluation, Score, TaskResult
 
 if TYPE_CHECKING:
     from decondense.evaluate.held_out import DocumentLoss as DocumentLoss
@@ -32,6 +26,7 @@ __all__ = [
     "EvaluationError",
     "EvaluationStopped",
     "HeldOutLoss",
+    "Score",
     "TaskInfo",
     "TaskResult",
     "benchmark_rows",

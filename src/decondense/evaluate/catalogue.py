@@ -197,7 +197,7 @@ def resolve_tasks(tasks: str | Iterable[str]) -> tuple[list[str], set[str]]:
             found[member] = found.get(member, True) and name in SETS
     for name in found:
         if not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
-            raise EvaluationError(f"{name!r} is no name of a task.{suggest(name, [*TASKS, *SETS])}")
+            raise EvaluationError(f"{name!r} is not a valid name of a task.{suggest(name, [*TASKS, *SETS])}")
     return list(found), {name for name, of_a_set in found.items() if of_a_set}
 
 

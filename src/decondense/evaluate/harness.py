@@ -6,7 +6,7 @@
     OUT/table.md, .csv    the table
     OUT/evaluate.log      what the harness printed
 
-A finished task is kept as long as what it depends on is the same, so an interrupted evaluation goes on with the next
+A finished task is kept as long as what it depends on is the same, so an interrupted evaluation resumes with the next
 task. The harness seeds the generators of Python, numpy and torch and takes seconds to import: both happen in the worker
 process, which speaks over files, so nothing of it reaches the caller.
 """
@@ -18,7 +18,6 @@ import fcntl
 import hashlib
 import importlib.util
 import json
-import math
 import os
 import re
 import subprocess
@@ -26,17 +25,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from decondense.checkpoints import adapter_of, check_folder
 from decondense.config import EvaluateConfig
-from decondense.evaluate import tables
-from decondense.evaluate.catalogue import TEN, EvaluationError, resolve_shots, resolve_tasks
+from decondense.evaluate.catalogue import EvaluationError, resolve_shots, resolve_tasks
 from decondense.evaluate.local import LocalTask, find_tasks
-from decondense.records import RecordError, Row, atomic_write, make_row, read_rows, write_rows
+from decondense.evaluate.results import Evaluation, TaskResult
+from decondense.records import RecordError, Row, atomic_write, read_rows, write_rows
 
 _D = EvaluateConfig()
 _POLL_SECONDS = 0.1
@@ -49,140 +47,7 @@ answered and their number (None where the harness does not say)."""
 
 
 class EvaluationStopped(RuntimeError):
-    """The evaluation ended before all tasks were done; finished tasks are kept and the same command goes on."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """One metric of a task."""
-
-    metric: str
-    value: float
-    stderr: float | None
-    higher_is_better: bool
-    headline: bool
-    """Whether it is what the paper reports (or, for other tasks, the first that the harness reports)."""
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """All that is known about one task."""
-
-    task: str
-    scores: tuple[Score, ...]
-    shots: int
-    items: int
-    """Items scored."""
-    official: int | None
-    """Official rows of the scored split; None: unknown."""
-    limit: int | None
-    """What was asked for; None: all items."""
-    notes: tuple[str, ...]
-    """What qualifies the scores, in words; every table shows them."""
-    per_item: dict[str, dict[str, tuple[float, float]]] = field(repr=False)
-    """Metric -> item (hash of its content) -> (value, weight); the weighted mean is the score."""
-    parts: dict[str, dict[str, float]] = field(repr=False)
-    """Scores of the parts of a group (MMLU's subjects)."""
-    timing: dict[str, Any] = field(repr=False)
-    provenance: dict[str, Any] = field(repr=False)
-
-    def score(self, metric: str | None = None) -> float:
-        """The value of a metric; None: the one that the paper reports."""
-        for score in self.scores:
-            if score.metric == metric or (metric is None and score.headline):
-                return score.value
-        raise KeyError(metric)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> TaskResult:
-        """Read a task's file."""
-        return cls(
-            task=data["task"],
-            scores=tuple(Score(**score) for score in data["scores"]),
-            shots=data["shots"],
-            items=data["items"],
-            official=data["official"],
-            limit=data["limit"],
-            notes=tuple(data["notes"]),
-            per_item={
-                metric: {item: (float(value), float(weight)) for item, (value, weight) in items.items()}
-                for metric, items in data["per_item"].items()
-            },
-            parts=data["parts"],
-            timing=data["timing"],
-            provenance=data["provenance"],
-        )
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The scores of one model."""
-
-    model: str
-    results: tuple[TaskResult, ...]
-    notes: tuple[str, ...]
-    """What was asked for and is not here, and why."""
-    identity: dict[str, Any] = field(repr=False)
-    """Which run of which study, step and tokens the rows belong to."""
-
-    def __getitem__(self, task: str) -> TaskResult:
-        for result in self.results:
-            if result.task == task:
-                return result
-        raise KeyError(task)
-
-    @property
-    def mean(self) -> tuple[float, float | None] | None:
-        """Mean ``acc`` of the paper's ten and its standard error over items; None unless all ten are there."""
-        by_name = {result.task: result for result in self.results}
-        if not all(name in by_name for name in TEN):
-            return None
-        scores = [next(s for s in by_name[name].scores if s.metric == "acc") for name in TEN]
-        errors = [score.stderr for score in scores]
-        known = [error for error in errors if error is not None]
-        error = math.sqrt(math.fsum(e * e for e in known)) / len(TEN) if len(known) == len(TEN) else None
-        return math.fsum(score.value for score in scores) / len(TEN), error
-
-    def rows(self, metrics: str = "all") -> list[Row]:
-        """``eval`` and ``eval_item`` rows. ``metrics``: ``all``, or ``headline`` for what the paper reports alone."""
-        rows: list[Row] = []
-        step, tokens = self.identity["step"], self.identity["tokens"]
-        who = {key: value for key, value in self.identity.items() if key not in ("step", "tokens")}
-        for result in self.results:
-            for score in result.scores:
-                if metrics == "headline" and not score.headline:
-                    continue
-                where = {**who, "step": step, "task": result.task, "metric": score.metric}
-                rows.append(
-                    make_row(
-                        "eval",
-                        **where,
-                        tokens=tokens,
-                        value=score.value,
-                        higher_is_better=score.higher_is_better,
-                        items=result.items,
-                        stderr=score.stderr,
-                        official_items=result.official,
-                        limit=result.limit,
-                        shots=result.shots,
-                        notes=list(result.notes),
-                        timing=result.timing,
-                    )
-                )
-                for item, (value, weight) in result.per_item.get(score.metric, {}).items():
-                    rows.append(make_row("eval_item", **where, item=item, value=value, weight=weight))
-        return rows
-
-    def to_markdown(self) -> str:
-        """The table in Markdown with its notes."""
-        return tables.to_markdown(self)
-
-    def to_csv(self) -> str:
-        """The table as CSV in full precision."""
-        return tables.to_csv(self)
-
-    def __str__(self) -> str:
-        return f"{self.model}\n\n{self.to_markdown()}"
+    """The evaluation ended before all tasks were done; finished tasks are kept and the same command resumes."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -215,7 +80,7 @@ def evaluate(
         limit: score the first ``limit`` items of each task only (a task of parts, like MMLU, gives the first items of
             each part in turn). Every table and row then says so.
         data_dir: a folder of folders with the benchmarks in local files instead of the hub.
-        out: directory of the results; an interrupted evaluation goes on there. None: nothing is kept on disk.
+        out: directory of the results; an interrupted evaluation resumes there. None: nothing is kept on disk.
         batch_size: requests of one forward pass; halved when memory runs out. Scores depend on it by rounding only.
         device: ``cpu``, ``cuda``, ``cuda:1``; None: a GPU when there is one.
         dtype: of the weights: ``auto`` (that of the checkpoint), ``float32``, ``bfloat16``, ``float16``.
@@ -225,7 +90,7 @@ def evaluate(
         threads: CPU threads; None: what torch chooses. Scores depend on it by rounding only.
         identity: ``study``, ``study_fingerprint``, ``arm``, ``seed``, ``step``, ``tokens`` of the rows. None: those of
             the study's run when ``model`` is the final checkpoint of one, else made from the model's name.
-        progress: called as the work goes on.
+        progress: called as the work proceeds.
 
     Raises:
         EvaluationError: what was asked for cannot be run; the message says why and what to do.
@@ -234,7 +99,7 @@ def evaluate(
     if limit is not None and limit < 1:
         raise EvaluationError(f"limit {limit} leaves nothing to score; give a number from 1, or no limit.")
     if dtype not in DTYPES:
-        raise EvaluationError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
+        raise EvaluationError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     where = check_model(str(model))
     wanted, local, notes = _plan(tasks, shots, data_dir)
     names = list(wanted)
@@ -336,7 +201,7 @@ def benchmark_rows(
         identity: ``study``, ``study_fingerprint``, ``arm``, ``seed``, ``step``, ``tokens``.
         out: where finished tasks are kept, so that an interrupted run does not score them again.
         threads: CPU threads.
-        progress: called as the work goes on; what it raises ends the evaluation where it can go on later.
+        progress: called as the work proceeds; what it raises ends the evaluation, which can be resumed.
     """
     if not settings.tasks:
         return []
@@ -367,14 +232,14 @@ def check_model(source: str) -> str:
         except (ValueError, OSError) as error:
             raise EvaluationError(f"{path / 'config.json'} cannot be read ({error}).") from error
         if not isinstance(config, dict) or "model_type" not in config:
-            raise EvaluationError(f"{source} is no transformers model: its config.json names no model_type.")
+            raise EvaluationError(f"{source} is not a transformers model: its config.json names no model_type.")
         if not [*path.glob("*.safetensors"), *path.glob("*.bin"), *path.glob("*.index.json")]:
             raise EvaluationError(f"{source} has a config.json but no weights (*.safetensors).")
         return str(path.resolve())
     if path.is_file():
         raise EvaluationError(f"{source} is a file; give the directory that holds config.json and the weights.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", source) or source.startswith("."):
-        raise EvaluationError(f"there is no model directory {source}, and it is no hub id (OWNER/NAME) either.")
+        raise EvaluationError(f"there is no model directory {source}, and it is not a hub id (OWNER/NAME).")
     return source
 
 
@@ -523,10 +388,10 @@ def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress,
             path.unlink(missing_ok=True)
     if not ended:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        said = f" Its last words: {last[0]}" if last else ""
+        said = f" Last line of the log: {last[0]}" if last else ""
         raise EvaluationStopped(
             f"the evaluation stopped (exit status {process.returncode}; log: {log}). Finished tasks are kept: the same "
-            f"command goes on with the next.{said}"
+            f"command resumes with the next.{said}"
         )
     return [*failures, *remedies]
 

@@ -4,7 +4,7 @@
 
 A split is ``SPLIT.jsonl`` or ``SPLIT.json`` (compressed or not), ``SPLIT.parquet``, or the hub's own
 ``SPLIT-00000-of-00002.parquet``; ``all_SPLIT`` is the same (MMLU's subjects in one file, told apart by the column
-``subject``). Files are looked for and checked before any model is loaded, and everything that is missing is said at
+``subject``). Files are looked for and checked before any model is loaded, and everything that is missing is listed at
 once.
 """
 
@@ -20,6 +20,7 @@ from decondense.config import suggest
 from decondense.corpora.columns import PassageError
 from decondense.corpora.files import COMPRESSED, read_records
 from decondense.evaluate.catalogue import TASKS, EvaluationError, TaskInfo
+from decondense.evaluate.fields import BenchmarkRow, check_rows
 
 # not CSV: there every value is a string, and a label need not be one
 _SUFFIXES = (
@@ -64,7 +65,7 @@ def find_tasks(
     """
     root = Path(directory).expanduser()
     if not root.is_dir():
-        raise EvaluationError(f"{root} is no directory; --data-dir names one with a folder for each task.")
+        raise EvaluationError(f"{root} is not a directory; --data-dir names one with a folder for each task.")
     found: dict[str, LocalTask] = {}
     missing: list[str] = []
     absent: list[str] = []
@@ -140,21 +141,18 @@ def _splits(
 def _checked(name: str, info: TaskInfo | None, splits: dict[str, list[Path]], stand_in: str | None) -> LocalTask:
     digest = hashlib.sha256()
     rows: dict[str, int] = {}
+    parts = []
     for split, files in splits.items():
         rows[split] = 0
         for path in files:
             digest.update(split.encode())
             digest.update(path.read_bytes())
-            for number, row in enumerate(read_rows(path), 1):
-                rows[split] += 1
-                for field in info.fields if info else ():
-                    if not _has(row, field):
-                        raise EvaluationError(
-                            f"{path}, row {number}: {name} needs the field {field!r}; there are "
-                            f"{', '.join(row)}.{suggest(field, row)}"
-                        )
+            parts.append((str(path), read_rows(path)))
+            rows[split] += len(parts[-1][1])
         if not rows[split]:
             raise EvaluationError(f"{', '.join(map(str, files))}: no rows; {name} has nothing to read.")
+    if check_rows(name, parts).converted:
+        digest.update(b"converted")  # what was scored before the conversion was known is not kept
     return LocalTask(
         task=name,
         splits={split: [str(path.resolve()) for path in files] for split, files in splits.items()},
@@ -164,12 +162,14 @@ def _checked(name: str, info: TaskInfo | None, splits: dict[str, list[Path]], st
     )
 
 
-def _has(row: Any, field: str) -> bool:
-    for part in field.split("."):
-        if not isinstance(row, dict) or row.get(part) is None:
-            return False
-        row = row[part]
-    return True
+def local_rows(task: str, splits: Mapping[str, Iterable[str]]) -> tuple[dict[str, list[BenchmarkRow]], tuple[str, ...]]:
+    """Split -> rows as the harness reads them, and what was converted in them (:func:`check_rows`)."""
+    files = [(split, path) for split, paths in splits.items() for path in paths]
+    checked = check_rows(task, [(path, read_rows(Path(path))) for _, path in files])
+    found: dict[str, list[BenchmarkRow]] = {split: [] for split in splits}
+    for (split, _), rows in zip(files, checked.parts, strict=True):
+        found[split] += rows
+    return found, checked.notes
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

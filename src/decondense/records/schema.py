@@ -174,6 +174,10 @@ class EvalItemRow(_CellRow):
     value: float
     weight: float = 1.0
     """What the item counts for in the task's mean (tokens of a document, 1 for a question)."""
+    bits_per_byte: float | None = None
+    """Minus log2 of the right answer's probability over its bytes; None: not known, or not the task's first metric."""
+    margin_bits: float | None = None
+    """log2 of the right answer's probability less that of the best wrong one; positive where the item is right."""
 
 
 class BenchmarkRow(_Base):

@@ -62,10 +62,7 @@ def assigned(assignments: Iterable[str]) -> dict[str, Any]:
         keys = [key.strip('"') for key in re.findall(r'"[^"]+"|[^."]+', path.strip())]
         if not equals or not keys or not re.fullmatch(r'("[^"]+"|[^."]+)(\.("[^"]+"|[^."]+))*', path.strip()):
             raise ConfigError(f"--set {entry!r}: expected KEY.PATH=VALUE, for example train.steps=100.")
-        try:
-            value = parse_yaml(text, f"--set {entry!r}: the value of {path.strip()}")
-        except ConfigError as error:
-            raise ConfigError(" ".join(str(error).replace(": is no valid", " is no valid").split())) from error
+        value = parse_yaml(text, f"--set {entry!r}: the value of {path.strip()}")
         # YAML takes 1e-4, without a point, for text
         if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
             value = float(value)

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from decondense.config import ArmConfig, DispersionConfig, StudyConfig
+from decondense.config import ArmConfig, MeasureConfig, StudyConfig
+from decondense.config.measure import first_passage
+from decondense.config.titan import Dispersion
 
 _WIDTH = 80
 
@@ -132,26 +134,35 @@ def slurm_script(study: StudyConfig, words: list[str], out: Path) -> list[str]:
 
 
 def measuring(study: StudyConfig, out: Path) -> list[str]:
-    """The commands that measure each arm's model alone."""
+    """The commands that measure each arm's model alone, on the passages of the study's runs."""
     assert study.measure is not None
     settings, lines = study.measure, []
+    unlike = [name for name in _NOT_IN_MEASURE if getattr(settings, name) != MeasureConfig.model_fields[name].default]
+    if unlike:
+        lines.append(f"# decondense measure has no option for the study's {', '.join(unlike)}: it takes the default")
     for arm in study.arms:
         model = study.model_of(arm)
         if model.start is None or model.prepared is not None:
+            lines.append(f"# {arm.name} is omitted: the study trains its model")
             continue
         source = model.start if model.revision is None else f"{model.start}@{model.revision}"
-        words = ["decondense", "measure", source, "--dataset", settings.dataset]
-        words += ["--passages", str(settings.passages), "--tokens", str(settings.tokens)]
-        words += ["--words", *map(str, settings.passage_words), "--seed", str(study.seeds[0])]
-        words += ["--bins", str(settings.bins)]
-        if settings.metrics:
-            words += ["--metrics", ",".join(settings.metrics)]
-        if settings.logits:
-            words.append("--logits")
-        if settings.batch_size is not None:
-            words += ["--batch-size", str(settings.batch_size)]
-        lines += command([*words, "--out", str(out.with_name(f"{out.name}-{arm.name}"))])
+        for seed in study.seeds:
+            words = ["decondense", "measure", source, "--dataset", settings.dataset]
+            words += ["--passages", str(settings.passages), "--tokens", str(settings.tokens)]
+            words += ["--words", *map(str, settings.passage_words)]
+            words += ["--seed", str(first_passage(settings, seed)), "--bins", str(settings.bins)]
+            if settings.metrics:
+                words += ["--metrics", ",".join(settings.metrics)]
+            if settings.logits:
+                words.append("--logits")
+            if settings.batch_size is not None:
+                words += ["--batch-size", str(settings.batch_size)]
+            suffix = "" if len(study.seeds) == 1 else f"-seed-{seed}"
+            lines += command([*words, "--out", str(out.with_name(f"{out.name}-{arm.name}{suffix}"))])
     return lines
+
+
+_NOT_IN_MEASURE = ("histograms", "resamples", "confidence")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -167,6 +178,7 @@ def torchtitan(study: StudyConfig, out: Path) -> list[str]:
     lines = [
         "# needs: pip install 'decondense[titan]', and the tokenizer:",
         *command(["hf", "download", "Qwen/Qwen3-0.6B", *files, "--local-dir", _ASSETS]),
+        *[f"# not in these commands: {entry}; torchtitan's configuration has its own" for entry in _not_passed(study)],
     ]
     for arm in study.arms:
         missing = _not_in_torchtitan(arm)
@@ -200,43 +212,57 @@ def _not_in_torchtitan(arm: ArmConfig) -> str | None:
     return "untrained" if arm.untrained else None
 
 
+_TITAN_TRAIN = {
+    "learning_rate": 3e-4,
+    "betas": (0.9, 0.95),
+    "weight_decay": 0.1,
+    "decay": "cosine",
+    "precision": "bf16",
+}
+_TITAN_MODEL = {
+    "num_hidden_layers": 28,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+
+
+def _not_passed(study: StudyConfig) -> list[str]:
+    """The settings of a study that torchtitan's configuration for Qwen3-0.6B on C4 fixes to another value."""
+    found = [
+        f"train.{name} {getattr(study.train, name)}"
+        for name, value in _TITAN_TRAIN.items()
+        if getattr(study.train, name) != value
+    ]
+    model = study.model
+    if model.architecture != "qwen3":
+        found.append(f"model.architecture {model.architecture}")
+    found += [f"model.{name} {value}" for name in ("start", "lora") if (value := getattr(model, name)) is not None]
+    found += [
+        f"model.overrides.{name} {value}" for name, value in model.overrides.items() if _TITAN_MODEL.get(name) != value
+    ]
+    if study.corpus.source != "allenai/c4":
+        found.append(f"corpus.source {study.corpus.source}")
+    return found
+
+
 def _titan_run(study: StudyConfig, arm: ArmConfig) -> list[str]:
     train = study.train
     config = "qwen3_0_6b_cross_entropy" if arm.dispersion is None else "qwen3_0_6b_dispersion"
     words = ["torchrun", "--nproc-per-node", "8", "-m", "torchtitan.train"]
     words += ["--module", "decondense.training.titan", "--config", config]
     if arm.dispersion is not None:
-        words += _titan_dispersion(arm.dispersion, train.steps)
+        words += Dispersion.of(arm.dispersion).words()
     words += ["--training.steps", str(train.steps), "--training.seq-len", str(train.sequence_tokens)]
     words += ["--training.global-batch-size", str(train.batch_sequences)]
-    words += ["--training.max-norm", f"{train.gradient_clip:g}"]
+    if train.micro_batch_sequences is not None:
+        words += ["--training.local-batch-size", str(train.micro_batch_sequences)]
+    words += ["--training.max-norm", str(train.gradient_clip)]
     words += ["--lr-scheduler.warmup-steps", str(round(train.warmup * train.steps))]
     words += ["--dataloader.dataset", "c4", "--hf-assets-path", _ASSETS]
     return [*words, "--debug.seed", "SEED", "--dump-folder", "FOLDER"]
-
-
-def _titan_dispersion(dispersion: DispersionConfig, steps: int) -> list[str]:
-    layers, loss, schedule = dispersion.layers, dispersion.loss, dispersion.schedule
-    words = ["--dispersion.weight", f"{dispersion.weight:g}"]
-    # with "=", because a list of block numbers may begin with a minus
-    words.append(f"--dispersion.layers={layers if isinstance(layers, str) else ','.join(map(str, layers))}")
-    plain = DispersionConfig()
-    for name in ("form", "tau", "impl", "pairs"):
-        if getattr(loss, name) != getattr(plain.loss, name):
-            words += [f"--dispersion.{name}", str(getattr(loss, name))]
-    if dispersion.seed != plain.seed:
-        words += ["--dispersion.seed", str(dispersion.seed)]
-    warmup = schedule.warmup if schedule.warmup_steps is None else schedule.warmup_steps / steps
-    until = schedule.until if schedule.until_step is None else min(1.0, schedule.until_step / steps)
-    for name, value, usual in (
-        ("schedule", schedule.kind, plain.schedule.kind),
-        ("warmup", warmup, plain.schedule.warmup),
-        ("until", until, plain.schedule.until),
-        ("final", schedule.final, plain.schedule.final),
-    ):
-        if value != usual:
-            words += [f"--dispersion.{name}", value if isinstance(value, str) else f"{value:g}"]
-    return words
 
 
 def _evaluation(study: StudyConfig) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from decondense.config import ArmConfig, StudyConfig
+from decondense.config.measure import first_passage
 from decondense.records import Row, make_row, provenance, read_rows, terminal_row, write_rows
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def measure_cell(
             settings.dataset,
             count=settings.passages,
             words=settings.passage_words,
-            seed=settings.passage_seed + seed * settings.passages,  # passage r draws with seed + r
+            seed=first_passage(settings, seed),
         )
         common: dict[str, Any] = {**identity, "config": study.model_dump(mode="json"), "steps": 0}
         try:

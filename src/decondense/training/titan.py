@@ -27,7 +27,8 @@ from torchtitan.models.qwen3.config_registry import qwen3_0_6b, qwen3_debugmodel
 from torchtitan.trainer import Trainer
 
 from decondense.attaching import AttachError, attach
-from decondense.config import ConfigError, DispersionConfig
+from decondense.config import ConfigError
+from decondense.config.titan import Dispersion
 from decondense.sequences import count_in_batch
 
 __all__ = [
@@ -37,39 +38,6 @@ __all__ = [
     "qwen3_debugmodel_dispersion",
     "to_huggingface",
 ]
-
-_D = DispersionConfig()
-
-
-@dataclass(kw_only=True, slots=True)
-class Dispersion:
-    """The fields of :class:`decondense.config.DispersionConfig` that torchtitan's command line offers."""
-
-    weight: float = _D.weight
-    """lambda; 0 watches the dispersion and adds nothing: the control arm."""
-    layers: str = "all"
-    """all, deep, shallow, last, or block numbers: 0,5,-1."""
-    form: str = _D.loss.form
-    tau: float = _D.loss.tau
-    impl: str = _D.loss.impl
-    pairs: str = _D.loss.pairs
-    seed: int = _D.seed
-    schedule: str = _D.schedule.kind
-    """constant, linear or cosine."""
-    warmup: float = _D.schedule.warmup
-    """Fraction of training over which the weight rises."""
-    until: float = _D.schedule.until
-    """Fraction of training at which the weight has come to ``final``."""
-    final: float = _D.schedule.final
-
-    def config(self) -> DispersionConfig:
-        """Validated."""
-        numbers = self.layers.replace(",", "").replace("-", "").replace(" ", "")
-        layers: Any = [int(part) for part in self.layers.split(",")] if numbers.isdigit() else self.layers
-        schedule = {"kind": self.schedule, "warmup": self.warmup, "until": self.until, "final": self.final}
-        loss = {"form": self.form, "tau": self.tau, "impl": self.impl, "pairs": self.pairs}
-        settings = {"weight": self.weight, "layers": layers, "seed": self.seed, "loss": loss, "schedule": schedule}
-        return DispersionConfig.parse(settings, where="dispersion")
 
 
 class DispersionTrainer(Trainer):  # type: ignore[misc]

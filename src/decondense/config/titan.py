@@ -1,0 +1,98 @@
+"""A dispersion configuration as the flat section of torchtitan's command line, and back; needs no torchtitan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from decondense.config.attach import DispersionConfig, WeightSchedule
+from decondense.config.loss import LossConfig
+
+_D = DispersionConfig()
+
+
+@dataclass(kw_only=True, slots=True)
+class Dispersion:
+    """Every field of :class:`DispersionConfig`, its :class:`LossConfig` and its :class:`WeightSchedule`, side by side.
+
+    Two names differ: ``schedule`` is the schedule's ``kind``, and ``loss_seed`` the loss's own ``seed``.
+    """
+
+    weight: float = _D.weight
+    """lambda; 0 watches the dispersion and adds nothing: the control arm."""
+    layers: str = "all"
+    """all, deep, shallow, last, or block numbers: 0,5,-1."""
+    blocks: str | None = _D.blocks
+    final_norm: bool = _D.final_norm
+    embedding: bool = _D.embedding
+    gradient_ratio_every: int | None = _D.gradient_ratio_every
+    seed: int = _D.seed
+
+    form: str = _D.loss.form
+    tau: float = _D.loss.tau
+    delta: float = _D.loss.delta
+    impl: str = _D.loss.impl
+    pairs: str = _D.loss.pairs
+    group_size: int = _D.loss.group_size
+    subset_size: int = _D.loss.subset_size
+    within: str = _D.loss.within
+    compat: str | None = _D.loss.compat
+    gradient: str = _D.loss.gradient
+    margin: float = _D.loss.margin
+    norm_weight: float = _D.loss.norm_weight
+    variance_weight: float = _D.loss.variance_weight
+    covariance_weight: float = _D.loss.covariance_weight
+    target_std: float = _D.loss.target_std
+    slices: int = _D.loss.slices
+    knots: int = _D.loss.knots
+    loss_seed: int = _D.loss.seed
+
+    schedule: str = _D.schedule.kind
+    """constant, linear or cosine."""
+    warmup: float = _D.schedule.warmup
+    """Fraction of training over which the weight rises."""
+    until: float = _D.schedule.until
+    """Fraction of training at which the weight has come to ``final``."""
+    final: float = _D.schedule.final
+    warmup_steps: int | None = _D.schedule.warmup_steps
+    until_step: int | None = _D.schedule.until_step
+
+    @classmethod
+    def of(cls, config: DispersionConfig) -> Dispersion:
+        """The section of a configuration; :meth:`config` gives that configuration back."""
+        values: dict[str, Any] = {flag: getattr(config, name) for name, flag in _OWN.items()}
+        values.update({flag: getattr(config.loss, name) for name, flag in _LOSS.items()})
+        values.update({flag: getattr(config.schedule, name) for name, flag in _SCHEDULE.items()})
+        if not isinstance(config.layers, str):
+            values["layers"] = ",".join(map(str, config.layers))
+        return cls(**values)
+
+    def config(self) -> DispersionConfig:
+        """Validated."""
+        numbers = self.layers.replace(",", "").replace("-", "").replace(" ", "")
+        layers: Any = [int(part) for part in self.layers.split(",")] if numbers.isdigit() else self.layers
+        settings: dict[str, Any] = {name: getattr(self, flag) for name, flag in _OWN.items()}
+        loss = {name: getattr(self, flag) for name, flag in _LOSS.items()}
+        schedule = {name: getattr(self, flag) for name, flag in _SCHEDULE.items()}
+        return DispersionConfig.parse(
+            {**settings, "layers": layers, "loss": loss, "schedule": schedule}, where="dispersion"
+        )
+
+    def words(self) -> list[str]:
+        """The arguments of a command line that give this section: what differs from the defaults, and the weight."""
+        found = []
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value == item.default and item.name not in ("weight", "layers"):
+                continue
+            if value is True:
+                found.append(f"--dispersion.{item.name}")
+            else:
+                # with "=", because a list of block numbers may begin with a minus
+                found.append(f"--dispersion.{item.name}={value}")
+        return found
+
+
+_OWN = {name: name for name in DispersionConfig.model_fields if name not in ("loss", "schedule")}
+_LOSS = {name: "loss_seed" if name == "seed" else name for name in LossConfig.model_fields}
+_SCHEDULE = {name: "schedule" if name == "kind" else name for name in WeightSchedule.model_fields}

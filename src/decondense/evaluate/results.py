@@ -1,0 +1,212 @@
+"""What an evaluation gives: scores of tasks, the items behind them, their rows and their table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from decondense.evaluate import tables
+from decondense.evaluate.catalogue import TEN
+from decondense.records import Row, make_row
+
+HEAD = ("task", "metric", "value", "stderr", "items", "shots")
+CSV_HEAD = ("model", "task", "metric", "value", "stderr", "items", "official_items", "limit", "shots", "notes")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of a task."""
+
+    metric: str
+    value: float
+    stderr: float | None
+    higher_is_better: bool
+    headline: bool
+    """Whether it is what the paper reports (or, for other tasks, the first that the harness reports)."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """All that is known about one task."""
+
+    task: str
+    scores: tuple[Score, ...]
+    shots: int
+    items: int
+    """Items scored."""
+    official: int | None
+    """Official rows of the scored split; None: unknown."""
+    limit: int | None
+    """What was asked for; None: all items."""
+    notes: tuple[str, ...]
+    """What qualifies the scores, in words; every table shows them."""
+    per_item: dict[str, dict[str, tuple[float, float]]] = field(repr=False)
+    """Metric -> item (hash of its content) -> (value, weight); the weighted mean is the score."""
+    parts: dict[str, dict[str, float]] = field(repr=False)
+    """Scores of the parts of a group (MMLU's subjects)."""
+    timing: dict[str, Any] = field(repr=False)
+    provenance: dict[str, Any] = field(repr=False)
+    gold: dict[str, tuple[float, float | None]] = field(repr=False, default_factory=dict)
+    """Item -> (bits per byte of the right answer, its margin over the best other one in bits), where they are known."""
+
+    def score(self, metric: str | None = None) -> float:
+        """The value of a metric; None: the one that the paper reports."""
+        for score in self.scores:
+            if score.metric == metric or (metric is None and score.headline):
+                return score.value
+        raise KeyError(metric)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TaskResult:
+        """Read a task's file."""
+        return cls(
+            task=data["task"],
+            scores=tuple(Score(**score) for score in data["scores"]),
+            shots=data["shots"],
+            items=data["items"],
+            official=data["official"],
+            limit=data["limit"],
+            notes=tuple(data["notes"]),
+            per_item={
+                metric: {item: (float(value), float(weight)) for item, (value, weight) in items.items()}
+                for metric, items in data["per_item"].items()
+            },
+            parts=data["parts"],
+            timing=data["timing"],
+            provenance=data["provenance"],
+            gold={item: (bits, margin) for item, (bits, margin) in data.get("gold", {}).items()},
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of one model."""
+
+    model: str
+    results: tuple[TaskResult, ...]
+    notes: tuple[str, ...]
+    """What was asked for and is not here, and why."""
+    identity: dict[str, Any] = field(repr=False)
+    """Which run of which study, step and tokens the rows belong to."""
+
+    def __getitem__(self, task: str) -> TaskResult:
+        for result in self.results:
+            if result.task == task:
+                return result
+        raise KeyError(task)
+
+    @property
+    def mean(self) -> tuple[float, float | None] | None:
+        """Mean ``acc`` of the paper's ten and its standard error over items; None unless all ten are there."""
+        by_name = {result.task: result for result in self.results}
+        if not all(name in by_name for name in TEN):
+            return None
+        scores = [next(s for s in by_name[name].scores if s.metric == "acc") for name in TEN]
+        errors = [score.stderr for score in scores]
+        known = [error for error in errors if error is not None]
+        error = math.sqrt(math.fsum(e * e for e in known)) / len(TEN) if len(known) == len(TEN) else None
+        return math.fsum(score.value for score in scores) / len(TEN), error
+
+    def rows(self, metrics: str = "all") -> list[Row]:
+        """``eval`` and ``eval_item`` rows. ``metrics``: ``all``, or ``headline`` for what the paper reports alone."""
+        rows: list[Row] = []
+        step, tokens = self.identity["step"], self.identity["tokens"]
+        who = {key: value for key, value in self.identity.items() if key not in ("step", "tokens")}
+        for result in self.results:
+            for score in result.scores:
+                if metrics == "headline" and not score.headline:
+                    continue
+                where = {**who, "step": step, "task": result.task, "metric": score.metric}
+                rows.append(
+                    make_row(
+                        "eval",
+                        **where,
+                        tokens=tokens,
+                        value=score.value,
+                        higher_is_better=score.higher_is_better,
+                        items=result.items,
+                        stderr=score.stderr,
+                        official_items=result.official,
+                        limit=result.limit,
+                        shots=result.shots,
+                        notes=list(result.notes),
+                        timing=result.timing,
+                    )
+                )
+                for item, (value, weight) in result.per_item.get(score.metric, {}).items():
+                    bits, margin = result.gold.get(item, (None, None)) if score.headline else (None, None)
+                    rows.append(
+                        make_row(
+                            "eval_item",
+                            **where,
+                            item=item,
+                            value=value,
+                            weight=weight,
+                            bits_per_byte=bits,
+                            margin_bits=margin,
+                        )
+                    )
+        return rows
+
+    def table(self) -> tables.Table:
+        """Head, lines and notes, as text; a line refers to its notes by number."""
+        notes: list[str] = []
+        lines: list[list[str]] = []
+        for result in self.results:
+            marks = []
+            for note in result.notes:
+                if note not in notes:
+                    notes.append(note)
+                marks.append(str(notes.index(note) + 1))
+            items = f"{result.items:,} of {result.official:,}" if result.official else f"{result.items:,}"
+            items += f" [{','.join(marks)}]" if marks else ""
+            for number, score in enumerate(result.scores):
+                lines.append(
+                    [
+                        result.task if number == 0 else "",
+                        score.metric,
+                        tables.number(score.value),
+                        "" if score.stderr is None else tables.number(score.stderr),
+                        items if number == 0 else "",
+                        str(result.shots) if number == 0 else "",
+                    ]
+                )
+        mean = self.mean
+        if mean is not None:
+            ten = [result for result in self.results if result.task in TEN]
+            items = f"{sum(r.items for r in ten):,} of {sum(r.official or 0 for r in ten):,}"
+            error = "" if mean[1] is None else tables.number(mean[1])
+            lines.append(["mean of the ten", "acc", tables.number(mean[0]), error, items, ""])
+        numbered = [f"[{number}] {note}" for number, note in enumerate(notes, 1)]
+        return list(HEAD), lines, numbered + list(self.notes)
+
+    def to_markdown(self) -> str:
+        """The table in Markdown with its notes."""
+        return tables.to_markdown(*self.table())
+
+    def to_csv(self) -> str:
+        """One line per score in full precision; every line of a task repeats the task's notes."""
+        return tables.to_csv(
+            CSV_HEAD,
+            (
+                [
+                    self.model,
+                    result.task,
+                    score.metric,
+                    repr(score.value),
+                    "" if score.stderr is None else repr(score.stderr),
+                    result.items,
+                    "" if result.official is None else result.official,
+                    "" if result.limit is None else result.limit,
+                    result.shots,
+                    "; ".join(result.notes),
+                ]
+                for result in self.results
+                for score in result.scores
+            ),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.model}\n\n{self.to_markdown()}"

@@ -1,0 +1,260 @@
+"""The harness's tasks on the hub's rows or on local ones, checked before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import lm_eval.tasks
+from lm_eval.api.group import Group
+
+from decondense.config import suggest
+from decondense.evaluate.catalogue import TASKS, EvaluationError, spread
+from decondense.evaluate.fields import check_rows
+from decondense.evaluate.local import local_rows
+
+Loader = Callable[..., Mapping[str, Any]]
+"""What the harness calls for a data set: split -> rows."""
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A benchmark that is ready to be scored."""
+
+    name: str
+    parts: list[Any]
+    """The harness's task objects: one, or those of a group."""
+    grouped: bool
+    counts: list[int]
+    """Items to score of each part."""
+    notes: tuple[str, ...]
+    """What was converted in its rows."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Items of each part, scored or not."""
+        return [len(task.eval_docs) for task in self.parts]
+
+
+class Tasks:
+    """The harness's tasks by name, on the hub's data or on local files."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        base = Path(lm_eval.tasks.__file__).parent
+        folders = sorted({base / TASKS[name].harness_folder for name in names if name in TASKS})
+        # reading every definition that comes with the harness takes seconds; the paper's live in a few folders
+        narrow = all(name in TASKS for name in names) and all(folder.is_dir() for folder in folders)
+        self.manager = (
+            lm_eval.tasks.TaskManager(include_defaults=False, include_path=[str(folder) for folder in folders])
+            if narrow
+            else lm_eval.tasks.TaskManager()
+        )
+        for name in names:
+            if name not in self.manager.task_index:
+                raise EvaluationError(
+                    f"the harness {lm_eval.__version__} has no task {name!r}.{suggest(name, self.manager.all_tasks)}"
+                )
+
+    def leaves(self, name: str) -> list[str]:
+        """The tasks that a name stands for, in the harness's order."""
+        entry = self.manager.task_index[name]
+        if entry.kind.name == "TAG":
+            return sorted(entry.tags)
+        if entry.kind.name != "GROUP":
+            return [name]
+        members = entry.cfg["task"]
+        found: list[str] = []
+        for member in members if isinstance(members, list) else [members]:
+            if not isinstance(member, str):
+                raise EvaluationError(f"{name} is a group with definitions of its own; name its tasks one by one.")
+            found += self.leaves(member)
+        return found
+
+    def group(self, name: str) -> Any:
+        """A new group that sums up the parts of a name; None for a single task."""
+        entry = self.manager.task_index[name]
+        if entry.kind.name != "GROUP":
+            return None
+        return Group.from_config(
+            {
+                "group": name,
+                "aggregate_metric_list": entry.cfg.get("aggregate_metric_list"),
+                "metadata": entry.cfg.get("metadata"),
+            }
+        )
+
+    def load(self, name: str, local: dict[str, Any] | None, shots: int | None, limit: int | None) -> LoadedTask:
+        """The task objects behind a name, their rows checked.
+
+        Raises:
+            EvaluationError: rows that the harness cannot score; the message names the row, the value and the remedy.
+        """
+        if self.manager.task_index[name].kind.name == "TAG":
+            raise EvaluationError(f"{name} is a label of several tasks; name them: {', '.join(self.leaves(name))}.")
+        leaves = self.leaves(name)
+        notes: tuple[str, ...] = ()
+        if local is not None:
+            overrides, notes = self._local(name, leaves, local, shots)
+            tasks = self._built(name, [{"group": "local", "task": overrides}])
+        elif name in TASKS:
+            overrides, notes = self._hub(name, leaves, shots)
+            tasks = self._built(name, [{"group": "hub", "task": overrides}])
+        else:
+            tasks = self._built(name, [name])
+        sizes = [len(task.eval_docs) for task in tasks]
+        grouped = self.manager.task_index[name].kind.name == "GROUP"
+        if grouped:
+            counts = sizes if limit is None else spread(limit, sizes)
+        else:
+            counts = [size if limit is None else min(limit, size) for size in sizes]
+        for task, count in zip(tasks, counts, strict=True):
+            if name not in TASKS:
+                _check_documents(task, count)
+        return LoadedTask(name, tasks, grouped, counts, notes)
+
+    def _built(self, name: str, wanted: list[Any]) -> list[Any]:
+        try:
+            return list(self.manager.load(wanted)["tasks"].values())
+        except Exception as error:
+            if is_about_data(error):
+                raise
+            # the harness reads the first row when it makes a task, and fails as its template or its function does
+            raise EvaluationError(
+                f"the harness cannot read the rows of {name} ({type(error).__name__}: {error}). Give them with the "
+                "fields that the task's definition names."
+            ) from error
+
+    def _local(
+        self, name: str, leaves: list[str], local: dict[str, Any], shots: int | None
+    ) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+        rows, notes = local_rows(name, local["splits"])
+        subject_of = {leaf: self.manager.task_index[leaf].cfg.get("dataset_name") for leaf in leaves}
+        if "subject" not in (TASKS[name].fields if name in TASKS else ()):
+            return [self._override(leaf, _loader(rows), local, shots) for leaf in leaves], notes
+        subjects = {row["subject"] for part in rows.values() for row in part}
+        strange = sorted(subjects - set(subject_of.values()))
+        if strange:  # rows of a subject that the harness does not know would be lost in silence
+            raise EvaluationError(
+                f"rows of subjects that the harness does not know: {', '.join(map(repr, strange[:5]))}."
+                f"{suggest(str(strange[0]), map(str, subject_of.values()))}"
+            )
+        return [
+            self._override(
+                leaf,
+                _loader({split: [row for row in part if row["subject"] == subject] for split, part in rows.items()}),
+                local,
+                shots,
+            )
+            for leaf, subject in subject_of.items()
+            if subject in subjects
+        ], notes
+
+    def _override(self, leaf: str, loader: Loader, local: dict[str, Any], shots: int | None) -> dict[str, Any]:
+        config = self.manager.task_index[leaf].cfg
+        splits = set(local["splits"])
+        scored = config.get("test_split") or config.get("validation_split")
+        changed: dict[str, Any] = {"task": leaf, "custom_dataset": loader}
+        if scored not in splits:
+            raise EvaluationError(f"{leaf} is scored on the split {scored!r}; there are {', '.join(sorted(splits))}.")
+        if config.get("training_split") not in splits:
+            changed["training_split"] = None
+        if config.get("validation_split") not in splits:
+            changed["validation_split"] = None
+        examples = (config.get("fewshot_split") or config.get("training_split")) if shots else None
+        if config.get("fewshot_split") not in {None, *splits}:
+            changed["fewshot_split"] = None
+        if local["few_shot_split"]:
+            # named, so that the harness never takes the question itself as its example
+            changed["fewshot_split"] = local["few_shot_split"]
+        elif examples and examples not in splits:
+            raise EvaluationError(
+                f"{leaf} takes its examples from {examples!r}; there are {', '.join(sorted(splits))}."
+            )
+        return changed
+
+    def _hub(self, name: str, leaves: list[str], shots: int | None) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+        """The hub's rows as they are, or converted: a copy or a mirror of a data set may be another release."""
+        info = TASKS[name]
+        splits = [info.split, *([info.few_shot_split] if shots and info.few_shot_split else [])]
+        columns = {field.partition(".")[0] for field in info.fields}
+        loaded: dict[str, Any] = {}
+        parts: list[tuple[str, list[dict[str, Any]]]] = []
+        for leaf in leaves:
+            config = self.manager.task_index[leaf].cfg
+            path, subset = config["dataset_path"], config.get("dataset_name")
+            loaded[leaf] = datasets.load_dataset(path, name=subset, **(config.get("dataset_kwargs") or {}))
+            for split in splits:
+                where = f"{path}{f' ({subset})' if subset else ''}, split {split}"
+                if split not in loaded[leaf]:
+                    raise EvaluationError(f"{where}: there is no such split; there are {', '.join(loaded[leaf])}.")
+                rows = loaded[leaf][split]
+                parts.append((where, rows.select_columns([c for c in rows.column_names if c in columns]).to_list()))
+        checked = check_rows(name, parts)
+        if checked.converted:
+            given = iter(checked.parts)
+            for leaf, there in loaded.items():
+                loaded[leaf] = {**there, **{split: datasets.Dataset.from_list(next(given)) for split in splits}}
+        return [{"task": leaf, "custom_dataset": _constant(there)} for leaf, there in loaded.items()], checked.notes
+
+
+def _loader(rows: Mapping[str, list[dict[str, Any]]]) -> Loader:
+    return lambda **_: {split: datasets.Dataset.from_list(part) for split, part in rows.items()}
+
+
+def _constant(splits: Mapping[str, Any]) -> Loader:
+    return lambda **_: splits
+
+
+_HUB_ERRORS = ("datasets", "huggingface_hub", "requests", "httpx", "urllib3", "fsspec")
+
+
+def is_about_data(error: Exception) -> bool:
+    """Whether an error comes from reading a data set, not from what is in it."""
+    return isinstance(error, (EvaluationError, OSError)) or type(error).__module__.split(".")[0] in _HUB_ERRORS
+
+
+def _check_documents(task: Any, count: int) -> None:
+    """Refuse items that the harness would fail on, or score as wrong whatever the model answers."""
+    for number, doc in enumerate(task.eval_docs):
+        if number >= count:
+            return
+        place = f"{task.task_name}, item {number + 1}"
+        try:
+            text, target = task.doc_to_text(doc), task.doc_to_target(doc)
+            choices = task.doc_to_choice(doc) if task.OUTPUT_TYPE == "multiple_choice" else None
+        except Exception as error:
+            raise EvaluationError(
+                f"{place}: the harness cannot read its fields {', '.join(map(str, doc))} ({type(error).__name__}: "
+                f"{error}). Give them as the task's data set on the hub has them."
+            ) from error
+        if choices is None or callable(task.config.process_results):
+            continue
+        given = text if task.multiple_input else target
+        for gold in given if isinstance(given, (list, tuple)) else [given]:
+            known = 0 <= gold < len(choices) if isinstance(gold, int) else gold in choices
+            if not known:
+                raise EvaluationError(
+                    f"{place}: the answer {gold!r} is not one of its {len(choices)} choices. Answers of hidden test "
+                    "splits cannot be scored; other labels have to be written as the task's data set on the hub has "
+                    "them."
+                )
+
+
+def scores_text_alone(loaded: LoadedTask, shots: int | None) -> bool:
+    """Whether some item has no prompt: its first token is scored after the token that begins a text."""
+    for task, count in zip(loaded.parts, loaded.counts, strict=True):
+        if task.OUTPUT_TYPE == "loglikelihood_rolling":
+            return True
+        if shots or task.OUTPUT_TYPE not in ("loglikelihood", "multiple_choice"):
+            continue
+        for number, doc in enumerate(task.eval_docs):
+            if number >= count:
+                break
+            contexts = task.doc_to_choice(doc) if task.multiple_input else [task.doc_to_text(doc)]
+            if "" in contexts:
+                return True
+    return False
