@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
-from synthetic import LAYERS, TOKENS_A_STEP, study
+from synthetic import LAYERS, TOKENS_A_STEP, config, study
 
 from decondense.compare import CompareError, Study, compare
-from decondense.config import ConfigError
+from decondense.config import ConfigError, StudyConfig
 from decondense.records import Row, check_row
 
 
@@ -220,6 +220,14 @@ def test_the_margin_is_the_studys_unless_given() -> None:
     # a cosine has no margin in nats
     assert {d.margin for m in found.condensation for d in m.differences} == {None}
     assert compare(rows, margin=0.1).margin == 0.1
+
+
+def test_the_margin_belongs_to_the_analysis_and_not_to_the_runs() -> None:
+    whole = StudyConfig.parse(config(["cross-entropy"], [0]), where="test")
+    other = whole.model_copy(update={"margin": 0.5})
+    assert other.fingerprint() == whole.fingerprint()
+    assert "margin" in other.to_yaml()
+    assert whole.model_copy(update={"seeds": (1,)}).fingerprint() != whole.fingerprint()
 
 
 def test_every_quantity_has_an_id_and_is_found_by_it() -> None:

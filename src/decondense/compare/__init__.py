@@ -119,9 +119,8 @@ def compare(
         baseline: the arm that the others are compared with; default: what the study names.
         incomplete: ``"refuse"`` (default) raises when any run is missing, failed, unfinished, duplicated or not paired;
             ``"omit"`` leaves those runs out, and names them in ``Comparison.omitted``.
-        margin: differences of a loss up to this, in nats per token, count as equal in practice; default: the
-        study's, or
-            0.02.
+        margin: differences of a loss up to this, in nats per token, count as equal in practice; default:
+            the study's, or 0.02.
 
     Raises:
         CompareError: runs that cannot be compared, named one by one.

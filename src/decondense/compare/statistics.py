@@ -16,10 +16,10 @@ interval of the mean difference is ``mean +- t(nu) sqrt(v)`` with
 * nu follows Satterthwaite: ``v^2 / sum of (term^2 / degrees of freedom of the term)``, with S - 1 for seeds, n - 1 for
   items and (S-1)(n-1) for the residual, where ``n = 1 / sum_i p_i^2`` is Kish's effective number of items.
 
-Student's interval over the seeds alone is shown where it is the wider of the two: a variance of few seeds may come out far
-too small, and the items' part must not lend it degrees of freedom then. Simulated coverage is 94 to 98 % over the
-conditions of ``tests/evidence/test_paired_statistics.py``: unequal weights, heavy tails; seeds, items or their interaction
-dominating. No interval of a mean covers a rare plateau in one arm only.
+Student's interval over the seeds alone is shown where it is the wider of the two: a variance of few seeds may come out
+far too small, and the items' part must not lend it degrees of freedom then. Simulated coverage is 94 to 98 % over the
+conditions of ``tests/evidence/test_paired_statistics.py``: unequal weights, heavy tails; seeds, items or their
+interaction dominating. No interval of a mean covers a rare plateau in one arm only.
 
 **Tests.** ``p`` belongs to the interval; ``p_sign_flip`` is the exact two-sided permutation test over all 2^S sign
 patterns, which assumes only that a difference is symmetric under the null, and can never fall below 2^(1-S). Both are
@@ -266,8 +266,7 @@ class Difference:
 
     @property
     def outcome(self) -> Outcome:
-        """The verdict. A detected difference is one, however small; else an interval within the margin is
-        equivalence."""
+        """The verdict; a detected difference counts however small, even where it lies within the margin."""
         if not self.tested:
             return "not tested"
         if self.detected:
