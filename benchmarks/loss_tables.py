@@ -177,7 +177,9 @@ def forms() -> str:
 
     body = []
     for name, info in FORMS.items():
-        implementations = "without pairs" if info.kind == "features" else ", ".join(info.implementations[1:]) or "dense only"
+        implementations = (
+            "without pairs" if info.kind == "features" else ", ".join(info.implementations[1:]) or "dense only"
+        )
         body.append(
             [f"`{name}`", f"${info.equation}$".replace("|", r"\vert "), info.source, info.extremes, implementations]
         )

@@ -22,8 +22,8 @@ from decondense.records import Row, read_rows
 from decondense.report import sentences
 from loss_tables import TABLES as LOSS_TABLES
 from measure_tables import TABLES as MEASURE_TABLES
-from result_tables import TABLES as RESULT_TABLES
-from result_tables import figures as result_figures
+from sections import TABLES as RESULT_TABLES
+from sections import figures as result_figures
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy import stats
 
+from decondense.compare import paired_difference
 from decondense.config import StudyConfig
 from decondense.records import read_rows, terminal_row
 from decondense.studies import load_study
@@ -15,46 +20,96 @@ from decondense.studies import load_study
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import result_tables as tables  # noqa: E402
+import claims  # noqa: E402
+import sections  # noqa: E402
+import study_rows  # noqa: E402
+from claims import CLAIMS, Claim, Contrast, joint, judge, verdicts  # noqa: E402
+from study_rows import estimate  # noqa: E402
 
 COMMITTED = sorted((ROOT / "benchmarks" / "results" / "studies").glob("*.jsonl.gz"))
 
 
-def test_a_verdict_needs_an_interval_that_excludes_zero() -> None:
-    below = tables.estimate([-1.0, -1.1, -0.9])
-    assert below.interval is not None
-    half = stats.t.ppf(0.975, 2) * 0.1 / 3**0.5
-    assert below.interval == pytest.approx((-1 - half, -1 + half))
-    assert tables.judge(below, "below") == "agrees"
-    assert tables.judge(below, "above") == "disagrees"
-    assert tables.judge(tables.estimate([-1.0, 1.0, -0.9]), "below") == "inconclusive"
-    assert tables.judge(tables.estimate([-1.0]), "below") == "inconclusive", "one seed is no evidence"
+def test_a_verdict_needs_a_detected_difference() -> None:
+    below = estimate([-1.0, -1.1, -0.9])
+    assert judge(below, "below") == "agrees"
+    assert judge(below, "above") == "disagrees"
+    assert judge(below, "below", p=0.06) == "undecided", "what is lost to the correction decides nothing"
+    assert judge(estimate([-1.0, 1.0, -0.9]), "below") == "undecided"
+    assert judge(estimate([-1.0]), "below") == "not tested", "one seed is no evidence"
+    assert judge(estimate([-1.0, -1.0, -1.0]), "below") == "not tested", "nothing says how much a seed differs"
+
+
+def test_a_difference_within_the_margin_is_equivalence_only_where_there_is_a_margin() -> None:
+    close = paired_difference([0.0, 0.0, 0.0], [-0.001, 0.0, 0.001], margin=0.02)
+    assert judge(close, "below") == "equivalent"
+    assert judge(estimate([-0.001, 0.0, 0.001]), "below") == "undecided"
 
 
 def test_parts_make_one_verdict() -> None:
-    assert tables.joint(["agrees", "agrees"]) == "agrees"
-    assert tables.joint(["agrees", "inconclusive"]) == "inconclusive"
-    assert tables.joint(["agrees", "disagrees", "inconclusive"]) == "disagrees"
-    assert tables.joint([]) == "not run"
+    assert joint(["agrees", "agrees"]) == "agrees"
+    assert joint(["agrees", "undecided"]) == "undecided"
+    assert joint(["agrees", "equivalent"]) == "undecided"
+    assert joint(["equivalent", "equivalent"]) == "equivalent"
+    assert joint(["agrees", "disagrees", "undecided"]) == "disagrees"
+    assert joint(["agrees", "agrees", "undecided"], majority=True) == "agrees"
+    assert joint(["agrees", "undecided", "undecided"], majority=True) == "undecided"
+    assert joint([]) == "not run"
 
 
-def test_a_measure_that_does_not_vary_with_size_decides_nothing() -> None:
-    f = tables.found("fig3")
+def test_claims_of_one_study_are_corrected_together() -> None:
+    f = study_rows.committed("fig4")
+    if f is None:
+        pytest.skip("no rows of fig4")
+    # p = .04 alone: agrees; beside a second contrast of the study: 2 x .04 decides nothing
+    t = stats.t.isf(0.02, 2)
+    values = -t / 3**0.5 + np.array([-1.0, 0.0, 1.0])
+    near = Claim("fig4", "near", "below", lambda f: [Contrast("a", estimate(values))])
+    far = Claim("fig4", "far", "below", lambda f: [Contrast("b", estimate([-1.0, 1.0, 0.0]))])
+    clear = Claim("fig4", "clear", "below", lambda f: [Contrast("c", estimate([-9.0, -9.1, -9.05]))])
+    assert {name: verdict for name, (_, verdict) in verdicts(f, [near]).items()} == {"near": "agrees"}
+    together = {name: verdict for name, (_, verdict) in verdicts(f, [near, far, clear]).items()}
+    assert together == {"near": "undecided", "far": "undecided", "clear": "agrees"}
+
+
+def test_a_slope_is_per_doubling_of_the_parameters() -> None:
+    f = study_rows.committed("fig3")
     if f is None:
         pytest.skip("no rows of fig3")
-    assert tables.size_correlation(f, f.study.arms, lambda cell: 1.0) == (None, len(f.study.seeds))
-    d, flat = tables.size_correlation(f, f.study.arms, lambda cell: -cell.run["parameters"])
+    d = study_rows.slope(f, f.study.arms, lambda cell: 3 + 0.5 * math.log2(cell.run["parameters"]) + cell.seed)
     assert d is not None
-    assert (d.mean, flat) == (-1.0, 0)
+    assert d.mean == pytest.approx(0.5)
 
 
-def test_numbers_are_shown_with_interval_and_n() -> None:
-    assert tables.shown(tables.estimate([-0.5, -0.5])) == "−0.500 [−0.500, −0.500], n = 2"
+def test_settings_are_read_from_the_configuration_and_not_from_names() -> None:
+    f = study_rows.committed("table4")
+    if f is None:
+        pytest.skip("no rows of table4")
+    renamed = dataclasses.replace(f.study, arms=f.study.arms[::-1], labels=dict.fromkeys(f.study.arms, "?"))
+    again = dataclasses.replace(f, study=renamed)
+    assert (again.weights(), again.taus()) == ([0.1, 0.3, 1.0, 3.0], [0.1, 0.3, 1.0])
+    arm = again.with_setting(0.3, 0.1)
+    assert arm is not None
+    entry = f.study.arm_config(arm)
+    assert entry is not None
+    assert entry.dispersion is not None
+    assert (entry.dispersion.weight, entry.dispersion.loss.tau) == (0.3, 0.1)
+    assert f.with_setting(0.5, 1.0) is None
 
 
 def test_every_claim_names_a_shipped_study() -> None:
-    for claim in tables.CLAIMS:
+    for claim in CLAIMS:
         load_study(claim.study, "tiny")
+    assert len({(claim.study, claim.published) for claim in CLAIMS}) == len(CLAIMS)
+
+
+def test_the_tables_of_the_page_are_those_of_the_committed_rows() -> None:
+    """Each section that the page shows is made by a table of that name, and by no other."""
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"<!-- rows:([\w-]+) -->", page)) == set(sections.TABLES)
+    verdict = {key: verdict for key, (_, verdict) in claims.judged("tiny").items()}
+    for claim in CLAIMS:
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| `{claim.study}` | {claim.published} |")]
+        assert line.endswith(f"| **{verdict[claim.study, claim.published]}** |")
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name)

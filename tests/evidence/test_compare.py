@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
-from synthetic import LAYERS, TOKENS_A_STEP, study
+from synthetic import LAYERS, TOKENS_A_STEP, config, study
 
 from decondense.compare import CompareError, Study, compare
-from decondense.config import ConfigError
+from decondense.config import ConfigError, StudyConfig
 from decondense.records import Row, check_row
 
 
@@ -170,6 +170,81 @@ def test_tokens_to_the_baselines_final_loss() -> None:
     assert speed.median_time_ratio == pytest.approx(1.6)
 
 
+def test_a_start_that_has_the_target_counts_as_reached() -> None:
+    def known(row: Row) -> Row:
+        if _is(row, "eval"):
+            # the start is the best of both arms, as in mid-training on text that the model knows
+            row["value"] = 4.0 + row["step"] / 300
+        return row
+
+    (speed,) = compare(study(change=known)).speed
+    assert (speed.reached, speed.n) == (3, 3)
+    assert speed.tokens == (0.0, 0.0, 0.0)
+    assert speed.median_token_ratio == float("inf")
+    assert speed.words == "reached at the start"
+
+
+def test_faults_name_their_cell_and_kind() -> None:
+    def broken(row: Row) -> Row | None:
+        if row["kind"] == "run" and row["arm"] == "dispersion" and row["seed"] == 1:
+            row["order_hash"] = "0" * 16
+        # a name that begins like another's must not take the blame for it
+        return None if row["arm"] == "dispersion (seed 1)" and row["seed"] == 2 else row
+
+    with pytest.raises(CompareError) as caught:
+        compare(study(change=broken))
+    (fault,) = caught.value.faults
+    assert (fault.cell, fault.kind) == (("dispersion", 1), "other hash")
+    assert compare(study(change=broken), incomplete="omit").omitted == (fault,)
+
+
+def test_a_configuration_that_is_not_valid_is_named() -> None:
+    rows = study()
+    for row in rows:
+        if row["kind"] == "run":
+            row["config"] = {**row["config"], "seeds": [-1]}
+    with pytest.raises(CompareError, match="configuration in the rows is not valid"):
+        Study.from_rows(rows)
+
+
+def test_the_margin_is_the_studys_unless_given() -> None:
+    rows = study()
+    for row in rows:
+        if row["kind"] == "run":
+            row["config"] = {**row["config"], "margin": 0.5}
+    assert compare(study()).margin == 0.02
+    found = compare(rows)
+    assert found.margin == 0.5
+    assert found.validation is not None
+    assert found.validation.differences[0].margin == 0.5
+    # a cosine has no margin in nats
+    assert {d.margin for m in found.condensation for d in m.differences} == {None}
+    assert compare(rows, margin=0.1).margin == 0.1
+
+
+def test_the_margin_belongs_to_the_analysis_and_not_to_the_runs() -> None:
+    whole = StudyConfig.parse(config(["cross-entropy"], [0]), where="test")
+    other = whole.model_copy(update={"margin": 0.5})
+    assert other.fingerprint() == whole.fingerprint()
+    assert "margin" in other.to_yaml()
+    assert whole.model_copy(update={"seeds": (1,)}).fingerprint() != whole.fingerprint()
+
+
+def test_every_quantity_has_an_id_and_is_found_by_it() -> None:
+    found = compare(study(tasks={arm: {"a": 0.4, "b": 0.5} for arm in ("cross-entropy", "dispersion")}))
+    ids = [measure.quantity for measure in found.measures()]
+    assert ids == ["validation.loss", "a.acc", "b.acc", "mean.acc", "mean_cosine.blocks", "mean_cosine.last",
+                   "spearman.depth", "kendall.depth"]  # fmt: skip
+    for name in ids:
+        measure = found.measure(name)
+        assert measure is not None
+        assert {d.quantity for d in measure.differences} == {name}
+    assert found.layers is not None
+    assert [d.quantity for d in found.layers.differences["dispersion"]] == [
+        f"mean_cosine.state.{place}" for place in range(len(LAYERS))
+    ]
+
+
 def test_reached_by_some_seeds_only_gives_no_median() -> None:
     def one_fails(row: Row) -> Row:
         if _is(row, "eval", arm="dispersion", seed=1):
@@ -245,7 +320,7 @@ def test_a_score_that_is_not_the_mean_of_its_items_is_noted() -> None:
             row["value"] += 0.5
         return row
 
-    assert not compare(study()).notes
+    assert not any("weighted mean" in note for note in compare(study()).notes)
     assert any("weighted mean of its items" in note for note in compare(study(change=odd)).notes)
 
 
@@ -431,7 +506,7 @@ def test_simulated_null_studies_from_rows_to_verdict() -> None:
                 row["value"] = 5.0 + float(np.random.default_rng(key).normal(0, 0.05))
             return row
 
-        found = compare(study({"cross-entropy": 0.0, "dispersion": 0.0}, change=null, documents=2), resamples=100)
+        found = compare(study({"cross-entropy": 0.0, "dispersion": 0.0}, change=null, documents=2))
         assert found.validation is not None
         detected += found.validation.differences[0].detected
     assert detected <= stats.binom.ppf(1 - 1e-4, 400, 0.05)

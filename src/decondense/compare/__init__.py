@@ -1,4 +1,4 @@
-r"""Paired comparison of the arms of a study, computed from its rows alone (numpy and scipy, no torch).
+"""Paired comparison of the arms of a study, computed from its rows alone (numpy and scipy, no torch).
 
 What is compared is fixed before anything is looked at: the *final* checkpoint of every run. Within a seed all arms
 start from the same weights and read the same sequences in the same order, which the recorded hashes prove; so the unit
@@ -6,21 +6,8 @@ of evidence is the difference d_s = arm - baseline of seed s, and nothing else a
 An arm with a model of its own starts from other weights by design: it is paired by the order of the data alone, and a
 note says so. A study that only measures starts trains nothing: there a seed is one choice of passages.
 
-**Interval.** Two 95 % intervals of the mean difference are computed, and the wider one is shown:
-
-* over seeds: ``mean +- t(S-1) sd(d) / sqrt(S)``, Student's interval. It answers for other seeds *on the same items*.
-* over seeds and items: ``mean +- t(nu) se``, where ``se`` is the standard deviation of the mean difference under a
-  two-level bootstrap that resamples seeds and items independently (Owen 2007, "The pigeonhole bootstrap"), after the
-  seed effects have been inflated by ``sqrt(S / (S-1))``, the narrowness of a bootstrap of few seeds (Hesterberg 2015).
-  With ``v_s = sd(d)^2 / S`` and ``v_i = se^2 - v_s``, ``nu = se^4 / (v_s^2/(S-1) + v_i^2/(I-1))`` (Satterthwaite). It
-  answers for other seeds and other items.
-
-A plain percentile bootstrap of three seeds covers far less than it says, and an interval over seeds alone rejects a
-true null in 11 to 17 % of simulated studies in which the items differ; the wider of the two stays at or below 5 %.
-
-**Tests.** ``p`` belongs to the interval that is shown; ``p_sign_flip`` is the exact two-sided permutation test over all
-2^S sign patterns, which assumes only that a difference is symmetric under the null, and can never fall below 2^(1-S).
-Both are corrected over arms by Holm's method. With one seed there is neither interval nor test.
+Interval, tests, power and verdicts: :mod:`decondense.compare.statistics`. An interval for seeds that are added until a
+study is decided: :mod:`decondense.compare.sequential`.
 """
 
 from __future__ import annotations
@@ -60,27 +47,61 @@ from decondense.compare.results import (
 )
 from decondense.compare.statistics import (
     CONFIDENCE,
-    RESAMPLES,
+    MARGIN,
     Difference,
     Interval,
     Items,
     holm,
     paired_difference,
+    seeds_needed,
     sign_flip_p,
     smallest_sign_flip_p,
-    two_level_bootstrap,
 )
 from decondense.compare.study import VALIDATION, Cell, CellId, CompareError, Fault, Key, Study
 from decondense.config import one_of
 from decondense.records import Row
 
 __all__ = [
-    "CONFIDENCE", "FEWEST_MODELS", "QUANTITIES", "RESAMPLES", "SIZE_QUANTITIES", "VALIDATION",
-    "ArmCondensation", "Cell", "CellId", "CompareError", "Comparison", "Cost", "Difference", "Fault",
-    "Interval", "Items", "Key", "Layers", "Measure", "Pairing", "Quantity", "Selection", "SizeCorrelation",
-    "SizePoint", "SizeTrend", "Speed", "Study", "Sweep", "TaskMean", "TaskMeasure", "Trial", "Values",
-    "compare", "family_of", "holm", "paired_difference", "sign_flip_p", "smallest_sign_flip_p",
-    "tokens_to_reach", "two_level_bootstrap",
+    "CONFIDENCE",
+    "FEWEST_MODELS",
+    "MARGIN",
+    "QUANTITIES",
+    "SIZE_QUANTITIES",
+    "VALIDATION",
+    "ArmCondensation",
+    "Cell",
+    "CellId",
+    "CompareError",
+    "Comparison",
+    "Cost",
+    "Difference",
+    "Fault",
+    "Interval",
+    "Items",
+    "Key",
+    "Layers",
+    "Measure",
+    "Pairing",
+    "Quantity",
+    "Selection",
+    "SizeCorrelation",
+    "SizePoint",
+    "SizeTrend",
+    "Speed",
+    "Study",
+    "Sweep",
+    "TaskMean",
+    "TaskMeasure",
+    "Trial",
+    "Values",
+    "compare",
+    "family_of",
+    "holm",
+    "paired_difference",
+    "seeds_needed",
+    "sign_flip_p",
+    "smallest_sign_flip_p",
+    "tokens_to_reach",
 ]  # fmt: skip
 
 
@@ -89,7 +110,7 @@ def compare(
     baseline: str | None = None,
     *,
     incomplete: Literal["refuse", "omit"] = "refuse",
-    resamples: int = RESAMPLES,
+    margin: float | None = None,
 ) -> Comparison:
     """Compare the arms of one study with its baseline, at the final checkpoints, paired by seed and by item.
 
@@ -98,7 +119,8 @@ def compare(
         baseline: the arm that the others are compared with; default: what the study names.
         incomplete: ``"refuse"`` (default) raises when any run is missing, failed, unfinished, duplicated or not paired;
             ``"omit"`` leaves those runs out, and names them in ``Comparison.omitted``.
-        resamples: replicates of the two-level bootstrap.
+        margin: differences of a loss up to this, in nats per token, count as equal in practice; default:
+            the study's, or 0.02.
 
     Raises:
         CompareError: runs that cannot be compared, named one by one.
@@ -131,11 +153,13 @@ def compare(
         )
     if not good:
         raise CompareError(f"study {study.name} has no finished run", faults)
+    if margin is None:
+        margin = study.config.margin if study.config else MARGIN
     # an arm is compared over the seeds that it shares with the baseline
     pairs = {arm: [seed for seed in study.seeds if (arm, seed) in good and (base, seed) in good] for arm in study.arms}
     arms = [base, *(arm for arm in study.arms if arm != base and any((arm, seed) in good for seed in study.seeds))]
     seeds = [seed for seed in study.seeds if any((arm, seed) in good for arm in arms)]
-    context = Context(study, base, arms, seeds, good, pairs, resamples)
+    context = Context(study, base, arms, seeds, good, pairs, margin)
 
     keys = [key for key in study.task_keys() if any(key in cell.scores for cell in good.values())]
     tasks = tuple(task(context, key) for key in keys)
@@ -162,6 +186,7 @@ def compare(
         selection=selections(context, keys),
         pairing=pairings(context),
         omitted=tuple(faults),
+        margin=margin,
         notes=tuple(notes),
         task_notes=(*item_notes(tasks), *task_notes(context)),
         measured=study.measured,

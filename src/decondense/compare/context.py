@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from decondense.compare.quantity import Quantity
+from decondense.compare.quantity import LOSS_UNIT, Quantity
 from decondense.compare.results import Measure, Values
 from decondense.compare.statistics import Difference, Items, holm_over_arms, paired_difference
 from decondense.compare.study import Cell, Key, Study
@@ -39,7 +39,8 @@ class Context:
     seeds: list[int]
     cells: dict[tuple[str, int], Cell]
     pairs: dict[str, list[int]]
-    resamples: int
+    margin: float
+    """For differences of a loss, in nats per token."""
 
     def measure(self, quantity: Quantity, items: PairedItems | None = None) -> Measure:
         """The values of a quantity by arm, and every arm's paired difference to the baseline."""
@@ -66,7 +67,7 @@ class Context:
                     higher_is_better=quantity.higher_is_better,
                     items=per_item,
                     no_items=why,
-                    resamples=self.resamples,
+                    margin=self.margin if quantity.unit == LOSS_UNIT else None,
                 )
             )
         count = next((d.items for d in differences if d.items), None)

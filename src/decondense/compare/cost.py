@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,7 +37,8 @@ def speeds(context: Context) -> tuple[Speed, ...]:
             assert target is not None
             total = float(rival.curve()[0][-1])
             at, bracket = tokens_to_reach(*cell.curve(), target)
-            ratio = total / at if at else None
+            # a start that already has the loss needs no tokens at all
+            ratio = None if at is None else total / at if at else math.inf
             pace, rival_pace = cell.timing("step_wall_ms"), rival.timing("step_wall_ms")
             targets.append(target)
             tokens.append(at)

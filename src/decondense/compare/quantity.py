@@ -35,7 +35,8 @@ class Quantity:
         return self.short or self.title
 
 
-_TASK_UNITS = {"loss": "nats/token", "mean_cosine": "cosine"}
+LOSS_UNIT = "nats/token"
+_TASK_UNITS = {"loss": LOSS_UNIT, "mean_cosine": "cosine"}
 
 
 def task_id(key: Key) -> str:

@@ -94,7 +94,7 @@ class Speed:
     brackets: tuple[tuple[float, float] | None, ...]
     """The two evaluated checkpoints (in tokens) between which the target was reached."""
     token_ratios: tuple[float | None, ...]
-    """Baseline's tokens over the arm's: 2 means half the tokens."""
+    """Baseline's tokens over the arm's: 2 means half the tokens, infinity that the start already had the loss."""
     time_ratios: tuple[float | None, ...]
     """The same in step time."""
     median_token_ratio: float | None
@@ -112,7 +112,10 @@ class Speed:
             return "evaluated too rarely"
         if self.reached < self.n:
             return f"reached by {self.reached} of {self.n} seeds"
-        return f"{self.median_token_ratio:.2f}x fewer tokens"
+        assert self.median_token_ratio is not None
+        if math.isinf(self.median_token_ratio):
+            return "reached at the start"
+        return f"same loss after {100 / self.median_token_ratio:.0f} % of the tokens"
 
 
 @dataclass(frozen=True)
@@ -315,6 +318,8 @@ class Comparison:
     pairing: tuple[Pairing, ...]
     omitted: tuple[Fault, ...]
     notes: tuple[str, ...]
+    margin: float
+    """Differences of a loss up to this, in nats per token, count as equal in practice."""
     task_notes: tuple[str, ...] = ()
     """What qualifies the scores of benchmarks; every table that shows them says so."""
     measured: bool = False

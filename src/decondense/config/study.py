@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -117,6 +117,8 @@ class SweepConfig(Config):
 class StudyConfig(Config):
     """A paired comparison: arms x seeds from the same starts on the same data in the same order."""
 
+    not_identity: ClassVar[frozenset[str]] = frozenset({"margin"})
+
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     title: str
     question: str
@@ -135,6 +137,8 @@ class StudyConfig(Config):
     measure: MeasureConfig | None = None
     """Train nothing: measure the arms' starts (hub ids, revisions, directories), each with its own tokenizer, on this
     text. A seed is then the seed of the passages."""
+    margin: float = Field(default=0.02, gt=0)
+    """Differences of the held-out loss up to this, in nats per token, count as equal in practice."""
     launch: Literal["study", "torchtitan"] = "study"
     """``torchtitan``: too large for the study's own runner; ``--dry-run`` prints the commands that run it there."""
 

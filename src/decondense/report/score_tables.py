@@ -211,7 +211,7 @@ def difference_table(comparison: Comparison) -> Table | None:
         "p, Holm", "p, sign flip", "smallest p, sign flip", "effect g", "n", "items", "verdict",
     )  # fmt: skip
     caption = (
-        "Every paired difference: both intervals (the wider is the one shown elsewhere), the p of the shown one, "
+        "Every paired difference: both intervals (that over items, where there is one, is shown elsewhere), its p, "
         "and the exact sign-flip p."
     )
     return Table("differences", qualified(caption, comparison), columns, rows, 2)

@@ -1,0 +1,462 @@
+"""The tables and figures of ``docs/results.md``, each from the committed rows of one study."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from claims import CLAIMS, judged
+from decondense.compare import VALIDATION, Cell, Difference
+from decondense.figures import comparison as draw
+from decondense.figures.style import export
+from decondense.report import interval, number, probability
+from study_rows import Committed, blocks, committed, deep_half, last, loss_difference, paired, shown
+
+NOT_RUN = "not run"
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    rule = ["---:" if column in right else ":---" for column in range(len(header))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [list(header), rule, *map(list, lines)])
+
+
+def machine(f: Committed) -> str:
+    cell = next(cell for cell in f.study.cells.values() if cell.status == "finished")
+    where = cell.run["provenance"]
+    device = where.get("device") or "cpu"
+    name = where["cpu"] if device == "cpu" else device
+    return f"{name}, torch {where['versions']['torch']}"
+
+
+def base(f: Committed) -> str:
+    train, source, seeds = f.config.train, f.config.corpus.source, len(f.study.seeds)
+    tokens = train.steps * train.batch_sequences * train.sequence_tokens
+    text = "the embedded text" if source == "python_docs" else source
+    return (
+        f"{seeds} seeds, {train.steps} steps of {train.batch_sequences} x {train.sequence_tokens} tokens "
+        f"({tokens / 1e6:.2f} M) of {text}; {machine(f)}; `decondense study {f.name} --scale {f.scale}`, rows: "
+        f"`benchmarks/results/studies/{f.name}-{f.scale}.jsonl.gz`"
+    )
+
+
+def _outcome(d: Difference) -> str:
+    return d.outcome if d.tested else d.verdict
+
+
+def losses(f: Committed, arms: Sequence[str] | None = None) -> str:
+    """Held-out loss and condensation of every arm, and its difference to the baseline."""
+    compared = f.comparison
+    assert compared.validation is not None
+    lines = []
+    for arm in arms or compared.arms:
+        values, d = compared.validation.of(arm), compared.validation.difference(arm)
+        assert values is not None
+        cosine = [blocks(cell) for cell in f.cells(arm)]
+        lines.append(
+            [
+                f.label(arm),
+                f"{number(values.mean)} ± {number(values.sd)}",
+                "" if d is None else number(d.mean, sign=True),
+                "" if d is None else interval(d.interval),
+                "" if d is None else probability(d.p_holm),
+                "baseline" if d is None else _outcome(d),
+                number(float(np.mean(cosine))),
+                number(float(np.mean([last(cell) for cell in f.cells(arm)]))),
+            ]
+        )
+    header = (
+        "arm",
+        "held-out loss",
+        "difference",
+        "95 % interval",
+        "p (Holm)",
+        "in words",
+        "mean cosine, blocks",
+        "last layer",
+    )
+    return table(header, lines, right=(1, 2, 3, 4, 6, 7))
+
+
+def overview() -> str:
+    tiny, gpu = judged("tiny"), judged("gpu")
+    lines, settled = [], []
+    for claim in CLAIMS:
+        (small, verdict), (large, gpu_verdict) = (entries[claim.study, claim.published] for entries in (tiny, gpu))
+        settled.append(verdict if gpu_verdict == "not run" else gpu_verdict)
+        lines.append([f"`{claim.study}`", claim.published, small, large, NOT_RUN, f"**{settled[-1]}**"])
+    kinds = ("agrees", "disagrees", "equivalent", "undecided", "not tested", "not run")
+    tally = ", ".join(f"{settled.count(kind)} {kind}" for kind in kinds)
+    return (
+        table(("study", "published", "ours, `tiny`", "ours, `gpu`", "ours, `paper`", "verdict"), lines)
+        + f"\n\nVerdicts over {len(lines)} claims: {tally}."
+    )
+
+
+def section(name: str, *, scale: str = "tiny", arms: bool = True) -> Callable[[], str]:
+    def made() -> str:
+        f = committed(name, scale)
+        if f is None:
+            return f"Not run yet: `decondense study {name} --scale {scale}`."
+        parts = [] if not arms else [losses(f)]
+        if f.comparison.omitted:
+            parts.append("Left out: " + "; ".join(map(str, f.comparison.omitted)) + ".")
+        return "\n\n".join([*parts, f"Final checkpoints: {base(f)}."])
+
+    return made
+
+
+def sizes(name: str) -> Callable[[], str]:
+    def made() -> str:
+        f = committed(name)
+        if f is None:
+            return f"Not run yet: `decondense study {name}`."
+        lines = []
+        for entry in f.comparison.condensation_by_arm:
+            half = entry.last.get("L/2")
+            score = f.comparison.validation.of(entry.arm) if f.comparison.validation else None
+            lines.append(
+                [
+                    f.label(entry.arm),
+                    f"{(entry.parameters or 0) / 1e6:.2f} M",
+                    *(
+                        "" if values is None else f"{number(values.mean, 2)} ± {number(values.sd, 2)}"
+                        for values in (entry.spearman, entry.kendall, half, entry.last.get("1"))
+                    ),
+                    "" if score is None else f"{number(score.mean)} ± {number(score.sd)}",
+                ]
+            )
+        header = ("model", "parameters", "Spearman", "Kendall", "mean cosine, last L/2", "last layer", "held-out loss")
+        return table(header, lines, right=range(1, 7)) + f"\n\nFinal checkpoints, mean ± standard deviation: {base(f)}."
+
+    return made
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The reader's questions
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def table4_grid(scale: str) -> str:
+    f = committed("table4", scale)
+    if f is None:
+        return f"Not run yet: `decondense study table4 --scale {scale}`."
+    lines = []
+    for tau in f.taus():
+        line = [f"τ = {tau:g}"]
+        for weight in f.weights():
+            arm = f.with_setting(weight, tau)
+            if arm is None:
+                line.append("")
+                continue
+            d = loss_difference(f, arm)
+            star = {"better": " ✓", "worse": " ✗"}.get(d.outcome, "")
+            line.append(f"{number(d.mean, sign=True)} {interval(d.interval, 2)}{star}")
+        lines.append(line)
+    width = f.width
+    return (
+        table(("", *(f"λ = {weight:g}" for weight in f.weights())), lines, right=range(1, len(f.weights()) + 1))
+        + f"\n\nHeld-out loss less that of cross-entropy, width {width}; ✓ better and ✗ worse after Holm's correction "
+        f"over the {len(f.comparison.treated)} settings. {base(f)}."
+    )
+
+
+def best_weight() -> str:
+    lines = []
+    for scale in ("quick", "tiny", "gpu"):
+        f = committed("table4", scale)
+        if f is None:
+            continue
+        best: dict[int, tuple[float, str]] = {}
+        arms = [arm for weight in f.weights() if (arm := f.with_setting(weight, 1.0))]
+        for arm in arms:
+            for cell in f.cells(arm):
+                score = cell.final_score(VALIDATION)
+                if score is not None and (cell.seed not in best or score < best[cell.seed][0]):
+                    best[cell.seed] = (score, f.label(arm))
+        means = {arm: loss_difference(f, arm).mean for arm in arms}
+        top = min(means, key=means.__getitem__)
+        width = f.width
+        seeds = "; ".join(f"seed {seed}: {arm}" for seed, (_, arm) in sorted(best.items()))
+        edge = " (the largest tried: the best may lie beyond)" if f.setting(top) == (max(f.weights()), 1.0) else ""
+        lines.append(f"- `{scale}`, width {width}: the least mean loss is at {f.label(top)}{edge}; by seed: {seeds}.")
+    return "\n".join(lines) or "Not run yet."
+
+
+def temperature() -> str:
+    f = committed("table4")
+    if f is None:
+        return "Not run yet."
+    lines = []
+    for weight in f.weights():
+        for tau in (tau for tau in f.taus() if tau != 1):
+            arm, plain = f.with_setting(weight, tau), f.with_setting(weight, 1.0)
+            if arm is not None and plain is not None:
+                d = loss_difference(f, arm, plain)
+                answer = "yes" if _excludes_zero(d) else "no"
+                lines.append([f"λ = {weight:g}", f"τ = {tau:g} less τ = 1", shown(d), answer])
+    return table(("weight", "temperatures", "difference in held-out loss", "interval excludes 0"), lines)
+
+
+def _excludes_zero(d: Difference) -> bool:
+    return d.interval is not None and not d.interval[0] <= 0 <= d.interval[1]
+
+
+def rivals() -> str:
+    f = committed("rivals")
+    if f is None:
+        return "Not run yet."
+    against = f.against("angular")
+    assert f.comparison.validation is not None
+    assert against.validation is not None
+    costs = {cost.arm: cost for cost in f.comparison.cost}
+    speeds = {speed.arm: speed for speed in f.comparison.speed}
+    lines = []
+    for arm in f.comparison.arms:
+        values, d, e = (
+            f.comparison.validation.of(arm),
+            f.comparison.validation.difference(arm),
+            against.validation.difference(arm),
+        )
+        assert values is not None
+        ratio = costs[arm].cpu_ratio
+        speed = speeds.get(arm)
+        fewer = "" if speed is None else "not reached" if speed.median_token_ratio is None else ""
+        if speed is not None and speed.median_token_ratio is not None:
+            saved = speed.median_token_ratio / (ratio[0] if ratio else 1)
+            fewer = f"{speed.median_token_ratio:.2f} / {saved:.2f}"
+        lines.append(
+            [
+                f.label(arm),
+                f"{number(values.mean)} ± {number(values.sd)}",
+                "" if d is None else f"{number(d.mean, sign=True)} {interval(d.interval, 2)}",
+                "" if e is None else f"{number(e.mean, sign=True)} {interval(e.interval, 2)}",
+                "" if ratio is None else f"{ratio[0]:.2f}",
+                fewer,
+                number(float(np.mean([blocks(cell) for cell in f.cells(arm)])), 2),
+            ]
+        )
+    header = (
+        "arm",
+        "held-out loss",
+        "less cross-entropy",
+        "less angular",
+        "step time (CPU), ratio",
+        "speed-up in tokens / CPU time",
+        "mean cosine, blocks",
+    )
+    return (
+        table(header, lines, right=range(1, 7))
+        + "\n\nThe speed-up is that to the loss with which cross-entropy ended, the median over seeds, in tokens and "
+        f"in CPU time (equal cost); *not reached*: at least one seed did not get there. {base(f)}."
+    )
+
+
+def horizon() -> str:
+    """Difference to cross-entropy at every evaluated point of the schedule study, at each arm's own rate."""
+    f = committed("schedule")
+    if f is None:
+        return "Not run yet: `decondense study schedule`."
+    steps = sorted({step for cell in f.cells("cross-entropy") for step in cell.scores[VALIDATION]})
+    wanted = [step for step in steps if step]
+    lines = []
+    for step in wanted:
+        line = [f"{100 * step / max(steps):.0f} %"]
+        for arm in f.comparison.treated:
+
+            def at(cell: Cell, step: int = step) -> float:
+                return float(cell.scores[VALIDATION][step]["value"])
+
+            d = paired(f, arm, "cross-entropy", at)
+            line.append(f"{number(d.mean, 3, sign=True)} {interval(d.interval, 2)}")
+        lines.append(line)
+    header = ("of training", *(f.label(arm) for arm in f.comparison.treated))
+    return (
+        table(header, lines, right=range(1, len(header))) + f"\n\nHeld-out loss less that of cross-entropy. {base(f)}."
+    )
+
+
+def rates() -> str:
+    f = committed("schedule")
+    if f is None:
+        return "Not run yet."
+    lines = []
+    for sweep in f.comparison.trials:
+        cells = [
+            f"**{number(trial.value)}**"
+            if trial.chosen
+            else number(trial.value)
+            if trial.value is not None
+            else "failed"
+            for trial in sweep.trials
+        ]
+        lines.append([f.label(sweep.arm), *cells, f"the {sweep.edge} tried" if sweep.edge else ""])
+    header = ("arm", *(f"{trial.learning_rate:g}" for trial in f.comparison.trials[0].trials), "the choice is")
+    return table(header, lines) + (
+        f"\n\nLoss on the tuning documents after {f.comparison.trials[0].trials[0].steps} steps, seed "
+        f"{f.comparison.trials[0].trials[0].seed}; the chosen rate is bold."
+    )
+
+
+def end_point() -> str:
+    f = committed("schedule")
+    if f is None:
+        return "Not run yet."
+    said = []
+    speeds = {speed.arm: speed for speed in f.comparison.speed}
+    for arm in f.comparison.treated:
+        early_step = min(
+            (
+                step
+                for step in f.cells(arm)[0].scores[VALIDATION]
+                if step >= 0.1 * max(f.cells(arm)[0].scores[VALIDATION])
+            ),
+        )
+
+        def early(cell: Cell, step: int = early_step) -> float:
+            return float(cell.scores[VALIDATION][step]["value"])
+
+        before, end = paired(f, arm, "cross-entropy", early), loss_difference(f, arm)
+        speed = speeds[arm]
+        kept = 100 * end.mean / before.mean if before.mean < 0 else math.nan
+        share = "" if math.isnan(kept) else f" ({kept:.0f} % of the early lead)"
+        said.append(
+            f"- {f.label(arm)}: {shown(before)} after 10 % of training, {shown(end)} at the end{share}: "
+            f"{_outcome(end)}; cross-entropy's final loss: {speed.words}."
+        )
+    return "\n".join(said)
+
+
+def recommendation() -> str:
+    """What the rows say about the defaults: a default changes only for what is detectably better."""
+    said = []
+    f = committed("schedule")
+    if f is not None:
+        against = f.against("constant-1")
+        assert against.validation is not None
+        fades = [d for d in against.validation.differences if d.arm != "cross-entropy"]
+        up = [d for d in fades if d.judgement == "better"]
+        each = "; ".join(f"{f.label(d.arm)} {shown(d)}" for d in fades)
+        if up:
+            best = min(up, key=lambda d: d.mean)
+            said.append(
+                f"- **Schedule: {f.label(best.arm)}**, for pre-training; it is detectably better than a constant one. "
+                f"Held-out loss less that of a constant weight: {each}. The code's default is constant all the same, "
+                "because a loop that does not tell its length cannot fade."
+            )
+        else:
+            said.append(
+                "- **Schedule: constant**, which stays the default, because no fading weight is detectably better. "
+                f"Held-out loss less that of a constant weight: {each}. A weight that is off after 30 % of training "
+                "costs nothing for the other 70 %, and may be taken for that."
+            )
+    for scale in ("quick", "tiny"):
+        f = committed("table4", scale)
+        if f is None:
+            continue
+        width = f.width
+        plain = f.with_setting(0.1, 1.0)
+        assert plain is not None
+        others = [(weight, arm) for weight in f.weights() if weight != 0.1 and (arm := f.with_setting(weight, 1.0))]
+        each = "; ".join(f"λ = {weight:g} {shown(loss_difference(f, arm, plain))}" for weight, arm in others)
+        said.append(
+            f"- **Weight, from scratch at width {width}.** Held-out loss less that of the paper's λ = 0.1: {each}."
+        )
+    return "\n".join(said) or "Not run yet."
+
+
+def pretrained() -> str:
+    f = committed("mid-training-260k")
+    if f is None:
+        return "Not run yet."
+    parts = [losses(f)]
+    lines = []
+    for mean in f.comparison.means:
+        for arm in f.comparison.arms:
+            values, d = mean.measure.of(arm), mean.measure.difference(arm)
+            if values is None:
+                continue
+            rank = mean.mean_rank.get(arm)
+            lines.append(
+                [
+                    f"{mean.metric}, {len(mean.tasks)} tasks",
+                    f.label(arm),
+                    f"{number(100 * values.mean, 2)}" if mean.metric.startswith("acc") else number(values.mean),
+                    "" if d is None else f"{number(100 * d.mean, 2, sign=True)} {_percent(d)}",
+                    "" if d is None else d.verdict,
+                    number(rank, 2),
+                ]
+            )
+    parts.append(
+        table(("mean over benchmarks", "arm", "score", "difference, 95 % interval", "in words", "mean rank"), lines)
+    )
+    parts.append("\n".join(f"- {note}." for note in f.comparison.task_notes))
+    limit = f.config.evaluate.limit
+    assert limit is not None
+    parts.append(
+        f"At most {limit} items a task: a task's own standard error is about "
+        f"{100 * math.sqrt(0.25 / limit):.0f} points. {base(f)}.".replace(
+            "decondense study mid-training-260k --scale tiny",
+            "decondense study benchmarks/studies/mid-training-260k.yaml",
+        )
+    )
+    return "\n\n".join(parts)
+
+
+def _percent(d: Difference) -> str:
+    return interval(None if d.interval is None else (100 * d.interval[0], 100 * d.interval[1]), 2)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "results-overview": overview,
+    **{f"results-{name}": sizes(name) for name in ("fig2", "fig3", "figS2")},
+    **{
+        f"results-{name}": section(name)
+        for name in ("fig4", "fig5", "fig7", "table2", "table3", "table5", "pairs", "schedule")
+    },
+    "results-table4": lambda: table4_grid("tiny"),
+    "results-table4-small": lambda: table4_grid("quick"),
+    "results-best-weight": best_weight,
+    "results-temperature": temperature,
+    "results-rivals": rivals,
+    "results-horizon": horizon,
+    "results-rates": rates,
+    "results-end-point": end_point,
+    "results-recommendation": recommendation,
+    "results-pretrained": pretrained,
+}
+
+FIGURES: dict[str, tuple[str, Callable[[Committed], Figure]]] = {
+    "fig2": ("fig2", lambda f: draw.size_trend(f.comparison)),
+    "fig3": ("fig3", lambda f: draw.size_trend(f.comparison)),
+    "fig4": ("fig4", lambda f: draw.profiles(f.study, _spread(f))),
+    "fig7": ("fig7", lambda f: draw.heat_maps(f.study, f.study.arms, count=4)),
+    "schedule": ("schedule", lambda f: draw.loss_curves(f.study, ("validation", "difference"))),
+    "table2": ("table2", lambda f: _forest(f)),
+    "rivals": ("rivals", lambda f: _forest(f)),
+}
+"""Name of a figure -> the study it shows, and how it is drawn."""
+
+
+def _spread(f: Committed) -> list[int]:
+    """Start, peak and end of condensation, and what lies between."""
+    cell = f.cells("cross-entropy")[0]
+    steps = sorted(cell.profiles)
+    top = max(steps, key=lambda step: deep_half(cell, step))
+    later = [step for step in steps if step > top]
+    return sorted({0, top, later[len(later) // 3], later[-1]})
+
+
+def _forest(f: Committed) -> Figure:
+    assert f.comparison.validation is not None
+    return draw.forest([f.comparison.validation], f.comparison, xlabel="Δ held-out loss, nats/token")
+
+
+def figures(folder: Path) -> None:
+    for name, (study, drawn) in FIGURES.items():
+        f = committed(study)
+        if f is not None:
+            export(drawn(f), folder / name, ("png",), dpi=160)

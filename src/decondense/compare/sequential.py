@@ -1,0 +1,98 @@
+r"""An interval that stays valid however often it is looked at: the t-mixture confidence sequence.
+
+With n differences of mean m and sample standard deviation s, t = m sqrt(n) / s and nu = n - 1, the Bayes
+factor of a mean of
+unknown sign against zero, with a normal prior of variance g on the standardised effect and the right-Haar prior on the
+scale, is
+
+    log B = -1/2 log(1 + n g) + n/2 [log(1 + t^2 / nu) - log(1 + t^2 / ((1 + n g) nu))]
+
+Under the null B is a nonnegative martingale of mean 1, whatever the scale, so by Ville's inequality it ever
+exceeds 1/alpha
+with probability alpha at most: seeds may be added until it does (Lai 1976; Robbins 1970; Wang and Ramdas 2024,
+arXiv:2310.03722). The interval holds every mean that is not rejected. It covers other seeds on the same items, for
+differences that are about normal; a rare plateau in one arm only breaks it like every other interval of a mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from decondense.compare.statistics import CONFIDENCE, Interval
+
+G = 16.0
+"""Variance of the prior on the standardised effect. It must exceed 6.4 for a finite interval of three seeds."""
+FEWEST_SEEDS = 3
+
+
+def log_bayes_factor(
+    differences: Sequence[float] | npt.NDArray[np.float64], *, null: float = 0.0, g: float = G
+) -> float:
+    """The logarithm of B against a mean of ``null``; its reciprocal is a p-value that is valid at every look.
+
+    Raises:
+        ValueError: fewer than two differences, or differences that do not vary.
+    """
+    d = np.asarray(differences, float) - null
+    n = len(d)
+    if n < 2 or d.std() == 0:
+        raise ValueError(f"a sequence needs two or more differences that vary, got {d.tolist()}.")
+    ratio = n * float(d.mean()) ** 2 / float(d.var(ddof=1)) / (n - 1)  # t^2 / nu
+    return -0.5 * math.log1p(n * g) + n / 2 * (math.log1p(ratio) - math.log1p(ratio / (1 + n * g)))
+
+
+def confidence_sequence(
+    differences: Sequence[float] | npt.NDArray[np.float64], *, confidence: float = CONFIDENCE, g: float = G
+) -> Interval:
+    """The interval after these differences; with probability ``confidence`` the true mean is in all of them at once.
+
+    Args:
+        differences: arm - baseline, one value per seed, in the order in which the seeds were run.
+        confidence: simultaneous coverage.
+        g: variance of the prior on the standardised effect.
+
+    Returns:
+        Infinite bounds while no finite mean can be rejected: below three differences, or with a small g.
+
+    Raises:
+        ValueError: differences that do not vary.
+    """
+    d = np.asarray(differences, float)
+    n = len(d)
+    if n < FEWEST_SEEDS:
+        return -math.inf, math.inf
+    if d.std() == 0:
+        raise ValueError(f"the differences do not vary ({d[0]:g} in all {n} seeds), so that nothing can be said.")
+    # B = 1 / alpha solved for x = t^2 / nu: (1 + x) / (1 + x / k) = root, k = 1 + n g
+    k = 1 + n * g
+    root = math.exp(2 / n * (0.5 * math.log(k) - math.log1p(-confidence)))
+    if root >= k:
+        return -math.inf, math.inf
+    ratio = (root - 1) / (1 - root / k)
+    half = math.sqrt(ratio * (n - 1) * float(d.var(ddof=1)) / n)
+    return float(d.mean()) - half, float(d.mean()) + half
+
+
+def decided(
+    differences: Sequence[float] | npt.NDArray[np.float64],
+    *,
+    margin: float,
+    alpha: float = 1 - CONFIDENCE,
+    g: float = G,
+) -> Literal["lower", "higher", "equivalent"] | None:
+    """Whether seeds may stop: the sequence excludes 0, or its part of confidence 1 - 2 alpha lies within the margin.
+
+    For several arms pass ``alpha`` divided by their number. None: not decided yet.
+    """
+    if len(differences) < FEWEST_SEEDS or np.std(differences) == 0:
+        return None
+    low, high = confidence_sequence(differences, confidence=1 - alpha, g=g)
+    if low > 0 or high < 0:
+        return "higher" if low > 0 else "lower"
+    low, high = confidence_sequence(differences, confidence=1 - 2 * alpha, g=g)
+    return "equivalent" if -margin < low and high < margin else None
