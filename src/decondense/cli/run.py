@@ -288,11 +288,13 @@ def train(
             reader = readers.setdefault(task.folder, RowReader(task.rows))
             name = f"{task.name} seed {task.seed}"
             for row in reader.read()[1]:
+                display.drop("starting")
                 if row["kind"] == "step":
                     display.update(task.folder, name, row["step"], task.steps, f"loss {row['loss']:.4f}")
                 elif row["kind"] == "run" and row["status"] in ("finished", "failed"):
                     display.finish(task.folder, name, row["status"])
 
+        display.update("starting", f"{arm} seed {seed}: starting")
         ended = run_one(chosen, arm, seed, folder, retry_failed=retry_failed, watch=watch)
     if is_main_process():
         write_rows(folder / "rows.jsonl", collect(chosen, folder))
