@@ -135,7 +135,8 @@ class Spread:
 
     def detectable(self) -> float:
         """The smallest true difference that is detected with probability 0.8."""
-        return _noncentrality(round(self.degrees, 1)) * math.sqrt(self.variance)
+        # below one degree of freedom scipy's noncentral t has no values
+        return _noncentrality(max(1.0, round(self.degrees, 1))) * math.sqrt(self.variance)
 
 
 def spread_over_items(seeds: Spread, tasks: Sequence[Items]) -> Spread | None:
