@@ -18,7 +18,8 @@ from decondense.records import Row, read_rows
 from decondense.seeding import fence
 from decondense.studies import run_study
 from decondense.studies.measuring import measure_cell
-from decondense.training.hf import COMPLETE, run_cell
+from decondense.training.checkpoints import COMPLETE
+from decondense.training.hf import run_cell
 from studies.conftest import SMALL, Interrupted, small_study, stop_after
 
 
