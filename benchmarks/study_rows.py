@@ -71,7 +71,7 @@ def committed(name: str, scale: str = "tiny") -> Committed | None:
     path = FOLDER / f"{name}-{scale}.jsonl.gz"
     if not path.exists():
         return None
-    study = Study.from_rows(read_rows(path, check=False))
+    study = Study.from_rows(read_rows(path))
     return Committed(name, scale, study, compare(study, incomplete="omit"))
 
 

@@ -240,7 +240,11 @@ class DispersionHandle:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from :meth:`state_dict`; a state of other settings is refused."""
-        here, there = self.config.model_dump(mode="json"), dict(state["config"])
+        here = self.config.model_dump(mode="json")
+        # through the model, so that a state of an earlier release has its keys where they are now
+        there = DispersionConfig.parse(dict(state["config"]), where="the saved dispersion state").model_dump(
+            mode="json"
+        )
         different = sorted(key for key in {*here, *there} if here.get(key) != there.get(key))
         if different:
             pairs = ", ".join(f"{key}: {there.get(key)} then, {here.get(key)} now" for key in different)

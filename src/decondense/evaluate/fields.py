@@ -226,8 +226,8 @@ class _Checker:
         if len(letter) != 1 or letter not in letters:
             raise self._refused(
                 place,
-                f"has the answer {value!r} in the field {field!r}; answers are {self._first()} to "
-                f"{self._first() + choices - 1} or the letters {letters[0]} to {letters[-1]}",
+                f"has the answer {value!r} in the field {field!r}; answers are the numbers of the {choices} choices or "
+                f"the letters {letters[0]} to {letters[-1]}",
                 value,
             )
         self._store(row, letters.index(letter), value)

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from decondense.records.schema import SCHEMA_VERSION
 
@@ -139,6 +139,7 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
         handle: IO[bytes] = plain
         if Path(path).suffix == ".gz":
             # without name and time stamp, so that equal rows are equal files
-            handle = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=plain, mtime=0))  # type: ignore[assignment]
+            packed = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=plain, mtime=0))
+            handle = cast(IO[bytes], packed)
         for line in _stated(rows, set()):
             handle.write(line.encode())

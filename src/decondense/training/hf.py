@@ -264,13 +264,18 @@ def _keep(cell: Cell, model: PreTrainedModel, tokenizer: Any, trained: dict[str,
         tokenizer.save_pretrained(staging)
     shutil.rmtree(final, ignore_errors=True)
     staging.rename(final)
+
+    def progress(*_: Any) -> None:
+        cell.watch()
+        stop_if_requested()
+
     cell.benchmarks = benchmark_rows(
         final,
         cell.study.evaluate,
         {**cell.identity, "step": cell.steps, "tokens": cell.steps * cell.tokens_per_step},
         cell.folder / "benchmarks",
         threads=cell.train.threads,
-        progress=lambda *_: (cell.watch(), stop_if_requested()),
+        progress=progress,
     )
 
 

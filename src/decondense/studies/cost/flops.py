@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 
 from decondense.config import DispersionConfig, EvaluateConfig
+from decondense.forms import FORMS
 from decondense.studies.cost.sizes import Size
 
 
@@ -52,9 +53,6 @@ def _attention(size: Size, tokens: float, length: int, causal: bool) -> float:
     return 4.0 * size.layers * size.attention * length * tokens * (0.5 if causal else 1.0)
 
 
-_BY_FEATURES = ("decorrelation", "covariance", "vicreg", "barlow")
-
-
 def dispersion_flops(
     dispersion: DispersionConfig, size: Size, sequences: float, length: int, together: int = 1
 ) -> float:
@@ -74,11 +72,12 @@ def dispersion_flops(
     loss = dispersion.loss
     layers = len(resolve_layers(dispersion.layers, size.layers)) + dispersion.embedding
     partners: float = length * (1 if loss.within == "sequence" else together)
-    if loss.form == "mean_cosine":
+    cost = FORMS[loss.form].cost
+    if cost == "mean":
         each = 6.0 * length * size.features
-    elif loss.form in _BY_FEATURES:
+    elif cost == "gram":
         each = 6.0 * length * size.features * min(length, size.features)
-    elif loss.form == "sigreg":
+    elif cost == "slices":
         each = 6.0 * length * size.features * loss.slices
     else:
         rows: float = length
