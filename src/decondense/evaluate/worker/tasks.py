@@ -186,7 +186,9 @@ class Tasks:
         for leaf in leaves:
             config = self.manager.task_index[leaf].cfg
             path, subset = config["dataset_path"], config.get("dataset_name")
-            loaded[leaf] = datasets.load_dataset(path, name=subset, **(config.get("dataset_kwargs") or {}))
+            # some definitions of the harness allow their data set to run a script; here nothing runs unasked
+            options = {**(config.get("dataset_kwargs") or {}), "trust_remote_code": False}
+            loaded[leaf] = datasets.load_dataset(path, name=subset, **options)
             for split in splits:
                 where = f"{path}{f' ({subset})' if subset else ''}, split {split}"
                 if split not in loaded[leaf]:
