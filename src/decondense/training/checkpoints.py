@@ -51,7 +51,7 @@ def newest(folder: Path, rows: Path) -> tuple[Checkpoint | None, list[str]]:
         ),
         reverse=True,
     )
-    ignored = []
+    ignored: list[str] = []
     for step, path in there:
         reason = fault(path, step, rows)
         if reason is None:

@@ -769,6 +769,16 @@ def _as_it_is(cell: _Cell, model: PreTrainedModel, tokenizer: Any, init_hash: st
     )
 
 
+def _unless_stopped(watch: Callable[[], None]) -> Callable[..., None]:
+    """A progress of work without checkpoints: it is left at once when SIGUSR1 has come."""
+
+    def progress(*_: object) -> None:
+        watch()
+        stop_if_requested()
+
+    return progress
+
+
 def _keep(cell: _Cell, model: PreTrainedModel, tokenizer: Any, trained: dict[str, Any]) -> None:
     """Write ``final/`` in one move, and score the study's benchmarks on it."""
     if not is_main_process() or cell.study.evaluate.held_out_part == "tuning":
@@ -786,7 +796,7 @@ def _keep(cell: _Cell, model: PreTrainedModel, tokenizer: Any, trained: dict[str
         {**cell.identity, "step": cell.steps, "tokens": cell.steps * cell.tokens_per_step},
         cell.folder / "benchmarks",
         threads=cell.train.threads,
-        progress=lambda *_: (cell.watch(), stop_if_requested()),
+        progress=_unless_stopped(cell.watch),
     )
 
 
@@ -824,7 +834,7 @@ def measure_cell(study: StudyConfig, arm: ArmConfig, seed: int, folder: Path, wa
             metrics=settings.metrics,
             logits=settings.logits,
             batch_size=settings.batch_size,
-            progress=lambda *_: (watch(), stop_if_requested()),
+            progress=_unless_stopped(watch),
         )
         ended = make_row(
             "run",
