@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from decondense.records.schema import SCHEMA_VERSION
 
@@ -135,11 +135,11 @@ def _whole_length(path: Path) -> int:
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a whole file of rows atomically; compressed when it is called ``.gz``."""
-    with atomic_path(path) as temporary, temporary.open("wb") as plain, contextlib.ExitStack() as stack:
-        handle: IO[bytes] = plain
-        if Path(path).suffix == ".gz":
-            # without name and time stamp, so that equal rows are equal files
-            packed = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=plain, mtime=0))
-            handle = cast(IO[bytes], packed)
-        for line in _stated(rows, set()):
-            handle.write(line.encode())
+    packed = Path(path).suffix == ".gz"
+    with atomic_path(path) as temporary, temporary.open("wb") as plain:
+        if not packed:
+            plain.writelines(line.encode() for line in _stated(rows, set()))
+            return
+        # without name and time stamp, so that equal rows are equal files
+        with gzip.GzipFile(filename="", mode="wb", fileobj=plain, mtime=0) as handle:
+            handle.writelines(line.encode() for line in _stated(rows, set()))
