@@ -298,7 +298,8 @@ def test_the_figure_over_size_has_a_line_a_family() -> None:
     panels = draw.size_trend(found).axes
     assert [axes.get_xscale() for axes in panels] == ["log"] * 3
     assert found.size is not None
-    drawn = panels[0].containers[0].lines[0]
+    (panel,) = [axes for axes in panels if axes.get_ylabel() == "Spearman (depth)"]
+    drawn = panel.containers[0].lines[0]
     assert [float(x) for x in drawn.get_xdata()] == [124e6, 355e6, 774e6]
     assert [float(y) for y in drawn.get_ydata()] == pytest.approx([0.96, 0.86, 0.76])
     assert [text.get_text() for text in panels[0].figure.legends[0].get_texts()] == ["gpt2", "Qwen3"]

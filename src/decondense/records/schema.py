@@ -217,8 +217,12 @@ _EXACT: dict[str, dict[str, tuple[type, ...]]] = {
         "item": (str,),
         "value": (float,),
         "weight": (float,),
+        "bits_per_byte": (float, type(None)),
+        "margin_bits": (float, type(None)),
     }
 }
+_LATER = {"eval_item": ("bits_per_byte", "margin_bits")}
+"""Fields of these kinds that rows of earlier releases do not have; None there."""
 SHARED = frozenset(_EXACT)
 """Kinds of which a file holds very many rows with the same few strings."""
 assert all(fields.keys() == _KINDS[kind].model_fields.keys() for kind, fields in _EXACT.items())
@@ -270,14 +274,17 @@ def _short(value: Any) -> str:
 def check_row(row: Mapping[str, Any], *, where: str = "row") -> Row:
     """Validate a row that was read; the message names ``where``."""
     exact = _EXACT.get(row["kind"]) if isinstance(row.get("kind"), str) else None
-    if (
-        exact is not None
-        and row.keys() == exact.keys()
-        and all(type(row[name]) in types for name, types in exact.items())
-        and row["schema_version"] <= SCHEMA_VERSION
-        and math.isfinite(row["value"] + row["weight"])
-    ):
-        return dict(row)
+    if exact is not None:
+        whole = dict(row)
+        for name in _LATER[row["kind"]]:
+            whole.setdefault(name, None)
+        if (
+            whole.keys() == exact.keys()
+            and all(type(whole[name]) in types for name, types in exact.items())
+            and whole["schema_version"] <= SCHEMA_VERSION
+            and math.isfinite(sum(value for value in whole.values() if type(value) is float))
+        ):
+            return whole
     try:
         return _validated(row.get("kind"), row)
     except RecordError as error:
