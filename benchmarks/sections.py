@@ -13,7 +13,7 @@ from claims import CLAIMS, judged
 from decondense.compare import VALIDATION, Cell, Difference
 from decondense.figures import comparison as draw
 from decondense.figures.style import export
-from decondense.report import interval, number, probability
+from decondense.report import interval, number, probability, words
 from study_rows import Committed, blocks, committed, deep_half, last, loss_difference, paired, shown
 
 NOT_RUN = "not run"
@@ -43,10 +43,6 @@ def base(f: Committed) -> str:
     )
 
 
-def _outcome(d: Difference) -> str:
-    return d.outcome if d.tested else d.verdict
-
-
 def losses(f: Committed, arms: Sequence[str] | None = None) -> str:
     """Held-out loss and condensation of every arm, and its difference to the baseline."""
     compared = f.comparison
@@ -63,7 +59,7 @@ def losses(f: Committed, arms: Sequence[str] | None = None) -> str:
                 "" if d is None else number(d.mean, sign=True),
                 "" if d is None else interval(d.interval),
                 "" if d is None else probability(d.p_holm),
-                "baseline" if d is None else _outcome(d),
+                "baseline" if d is None else words.outcome(d),
                 number(float(np.mean(cosine))),
                 number(float(np.mean([last(cell) for cell in f.cells(arm)]))),
             ]
@@ -325,7 +321,7 @@ def end_point() -> str:
         share = "" if math.isnan(kept) else f" ({kept:.0f} % of the early lead)"
         said.append(
             f"- {f.label(arm)}: {shown(before)} after 10 % of training, {shown(end)} at the end{share}: "
-            f"{_outcome(end)}; cross-entropy's final loss: {speed.words}."
+            f"{words.outcome(end)}; cross-entropy's final loss: {speed.words}."
         )
     return "\n".join(said)
 
@@ -338,7 +334,7 @@ def recommendation() -> str:
         against = f.against("constant-1")
         assert against.validation is not None
         fades = [d for d in against.validation.differences if d.arm != "cross-entropy"]
-        up = [d for d in fades if d.judgement == "better"]
+        up = [d for d in fades if d.outcome == "better"]
         each = "; ".join(f"{f.label(d.arm)} {shown(d)}" for d in fades)
         if up:
             best = min(up, key=lambda d: d.mean)
@@ -386,7 +382,7 @@ def pretrained() -> str:
                     f.label(arm),
                     f"{number(100 * values.mean, 2)}" if mean.metric.startswith("acc") else number(values.mean),
                     "" if d is None else f"{number(100 * d.mean, 2, sign=True)} {_percent(d)}",
-                    "" if d is None else d.verdict,
+                    "" if d is None else words.outcome(d),
                     number(rank, 2),
                 ]
             )

@@ -152,7 +152,7 @@ def test_learning_rates_are_tabled_with_choice_edge_and_failure(found: Compariso
     edge = compare([*trial("dispersion", {1e-3: 4.9, 3e-3: 5.0}), *study(documents=3)])
     edged = trials_table(edge)
     assert edged is not None
-    assert edged.text()[0][5] == "chosen; the smallest tried: the best rate may lie outside"
+    assert edged.text()[0][5] == "chosen; the smallest learning rate tried: the best setting may lie outside"
     assert trials_table(compare(study(documents=3))) is None
 
 
@@ -171,8 +171,8 @@ def test_many_arms_are_grouped_in_words(found: Comparison) -> None:
     assert found.validation is not None
     for d in found.validation.differences:
         assert found.labels[d.arm] in first
-    better = [d for d in found.validation.differences if d.judgement == "better"]
-    assert f"{len(better)} lower, which is better: " in first
+    better = [d for d in found.validation.differences if d.outcome == "better"]
+    assert f"{len(better)} better: " in first
     assert "Cost: an optimizer step takes 1.00" in text
 
 

@@ -48,7 +48,7 @@ def test_one_pair_has_neither_interval_nor_test() -> None:
     assert d.p_sign_flip is None
     assert d.sd is None
     assert not d.detected
-    assert "one seed" in d.verdict
+    assert d.outcome == "not tested"
     assert "one seed" in d.interval_reason
 
 

@@ -6,7 +6,7 @@ of evidence is the difference d_s = arm - baseline of seed s, and nothing else a
 An arm with a model of its own starts from other weights by design: it is paired by the order of the data alone, and a
 note says so. A study that only measures starts trains nothing: there a seed is one choice of passages.
 
-Interval, tests, power and verdicts: :mod:`decondense.compare.statistics`. An interval for seeds that are added until a
+Interval, tests, power and outcomes: :mod:`decondense.compare.statistics`. An interval for seeds that are added until a
 study is decided: :mod:`decondense.compare.sequential`.
 """
 
@@ -33,6 +33,8 @@ from decondense.compare.results import (
     Cost,
     Layers,
     Measure,
+    Note,
+    NoteKind,
     Pairing,
     Selection,
     SizeCorrelation,
@@ -51,6 +53,7 @@ from decondense.compare.statistics import (
     Difference,
     Interval,
     Items,
+    Outcome,
     holm,
     paired_difference,
     seeds_needed,
@@ -81,6 +84,9 @@ __all__ = [
     "Key",
     "Layers",
     "Measure",
+    "Note",
+    "NoteKind",
+    "Outcome",
     "Pairing",
     "Quantity",
     "Selection",

@@ -185,37 +185,72 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Trial:
-    """One learning rate that was tried."""
+    """One setting that was tried."""
 
     learning_rate: float
+    warmup: float | None
+    """As a fraction of the run's steps; None: not swept."""
+    gradient_clip: float | None
     steps: int
-    seed: int
+    seeds: tuple[int, ...]
     value: float | None
-    """Loss on the documents set aside for this choice; None: the trial failed."""
+    """Loss on the documents set aside for this choice, mean over ``seeds``; None: a trial failed."""
     chosen: bool
     error: str | None
+
+    @property
+    def seed(self) -> int:
+        """The first trial seed."""
+        return self.seeds[0]
+
+
+Edge = Literal["smallest", "largest"]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The learning rates tried for an arm, ascending."""
+    """The settings tried for an arm, ascending."""
 
     arm: str
     trials: tuple[Trial, ...]
 
     @property
     def chosen(self) -> Trial | None:
-        """The trial whose rate the arm's runs take."""
+        """The trial whose setting the arm's runs take."""
         return next((trial for trial in self.trials if trial.chosen), None)
 
     @property
-    def edge(self) -> Literal["smallest", "largest"] | None:
-        """Whether the chosen rate ends the grid, so that a better one may lie outside; a failed rate bounds it too."""
-        if self.chosen is None or len(self.trials) < 2:
-            return None
-        if self.chosen is self.trials[0]:
-            return "smallest"
-        return "largest" if self.chosen is self.trials[-1] else None
+    def edges(self) -> dict[str, Edge]:
+        """The knobs whose chosen value ends the grid, so that a better one may lie outside.
+
+        A value that failed bounds the grid too, and below a warm-up of 0 there is nothing.
+        """
+        found: dict[str, Edge] = {}
+        for knob in ("learning_rate", "warmup", "gradient_clip"):
+            values = sorted({v for trial in self.trials if (v := getattr(trial, knob)) is not None})
+            value = getattr(self.chosen, knob, None)
+            if len(values) < 2 or value is None:
+                continue
+            if value == values[-1]:
+                found[knob] = "largest"
+            elif value == values[0] and value > 0:
+                found[knob] = "smallest"
+        return found
+
+    @property
+    def edge(self) -> Edge | None:
+        """Whether the chosen learning rate ends the grid."""
+        return self.edges.get("learning_rate")
+
+    @property
+    def by_rate(self) -> tuple[Trial, ...]:
+        """For each learning rate the trial with the least loss over the other knobs."""
+        best: dict[float, Trial] = {}
+        for trial in self.trials:
+            rival = best.get(trial.learning_rate)
+            if rival is None or rival.value is None or (trial.value is not None and trial.value < rival.value):
+                best[trial.learning_rate] = trial
+        return tuple(best.values())
 
 
 @dataclass(frozen=True)
@@ -293,6 +328,22 @@ class Layers:
     differences: dict[str, tuple[Difference, ...]]
 
 
+NoteKind = Literal[
+    "not the mean of items", "different layers", "measured", "other start", "untrained", "rates by seed",
+    "rates without a sweep", "rates that no sweep chose", "not swept", "no trials", "no choice", "no trial finished",
+    "edge of the grid", "not the least loss", "not as chosen",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Note:
+    """What qualifies a comparison: a kind, the arms that it is about, and its numbers."""
+
+    kind: NoteKind
+    arms: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Everything that a study says about its arms."""
@@ -317,7 +368,7 @@ class Comparison:
     selection: tuple[Selection, ...]
     pairing: tuple[Pairing, ...]
     omitted: tuple[Fault, ...]
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
     margin: float
     """Differences of a loss up to this, in nats per token, count as equal in practice."""
     task_notes: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ A study with failed or missing runs still gets its report, which then names them
 
 from decondense.formatting import interval, number, probability
 from decondense.report.condensation_tables import condensation_table, layer_table, size_table
+from decondense.report.notes import notes_in_words
 from decondense.report.page import ReportPaths, build_report
 from decondense.report.score_tables import difference_table, headline, seed_table, selection_table, task_table
 from decondense.report.sentences import sentences, size_sentences, summary
@@ -24,6 +25,7 @@ __all__ = [
     "headline",
     "interval",
     "layer_table",
+    "notes_in_words",
     "number",
     "probability",
     "seed_table",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from decondense.compare import VALIDATION, Comparison, Measure, TaskMeasure
 from decondense.formatting import MINUS, NONE, number, probability
+from decondense.report import words
 from decondense.report.cells import bounds, mean_and_sd, spread
 from decondense.report.selection import MANY, main_measures, names_of, qualified, task_head
 from decondense.table import Entry, Table
@@ -28,7 +29,16 @@ def headline(comparison: Comparison) -> Table | None:
         values = measure.of(comparison.baseline)
         n = len(values.values) if values else 0
         rows.append(
-            (shown, comparison.labels[comparison.baseline], spread(values), *[NONE] * 4, (str(n), n), "baseline")
+            (
+                shown,
+                comparison.labels[comparison.baseline],
+                spread(values),
+                *[NONE] * 4,
+                (str(n), n),
+                NONE,
+                NONE,
+                "baseline",
+            )
         )
         for d in measure.differences:
             rows.append(
@@ -41,10 +51,15 @@ def headline(comparison: Comparison) -> Table | None:
                     (probability(d.p_holm), d.p_holm),
                     (probability(d.p_sign_flip_holm), d.p_sign_flip_holm),
                     (str(d.n), d.n),
-                    d.verdict + (f" ({d.judgement})" if d.judgement in ("better", "worse") else ""),
+                    (number(d.detectable), d.detectable),
+                    (NONE if d.seeds_needed is None else str(d.seeds_needed), d.seeds_needed),
+                    words.outcome(d),
                 )
             )
-    columns = ("measure", "arm", "value", "difference", "95 % interval", "p", "p, sign flip", "n", "verdict")
+    columns = (
+        "measure", "arm", "value", "difference", "95 % interval", "p", "p, sign flip", "n", "detectable",
+        "seeds needed", "outcome",
+    )  # fmt: skip
     validation = comparison.validation
     items = f" over {validation.items} held-out items" if validation is not None and validation.items else ""
     holm = " and is corrected over arms (Holm)" if len(comparison.treated) > 1 else ""
@@ -56,7 +71,8 @@ def headline(comparison: Comparison) -> Table | None:
     loss = f"Validation loss{items}. " if validation is not None else ""
     caption = (
         f"{what}{loss}p is that of the interval shown{holm}; the sign-flip test assumes less and needs six seeds "
-        "or more to reach 0.05."
+        "or more to reach 0.05. detectable: the smallest true difference that n seeds detect in 80 % of studies; "
+        f"seeds needed: to detect {comparison.margin:g} nats/token. equivalent: the whole interval lies within that."
     )
     return Table("headline", qualified(caption, comparison), columns, tuple(rows), 2)
 
@@ -169,7 +185,7 @@ def _tasks_by_arm(comparison: Comparison, tasks: Sequence[TaskMeasure]) -> Table
                 row.append((number(ranks.get(arm), 2), ranks.get(arm)))
                 continue
             values, d = measure.of(arm), measure.difference(arm)
-            marked = f" {'+' if d.judgement == 'better' else MINUS}" if d is not None and d.detected else ""
+            marked = f" {'+' if d.outcome == 'better' else MINUS}" if d is not None and d.detected else ""
             row.append(NONE if values is None else (number(values.mean) + marked, values.mean))
         rows.append(tuple(row))
     caption = (
@@ -200,7 +216,7 @@ def difference_table(comparison: Comparison) -> Table | None:
             (number(d.effect_size, 2, sign=True), d.effect_size),
             (str(d.n), d.n),
             (NONE if d.items is None else str(d.items), d.items),
-            d.verdict,
+            words.outcome(d),
         )
         for d in comparison.differences()
     )
@@ -208,7 +224,7 @@ def difference_table(comparison: Comparison) -> Table | None:
         return None
     columns = (
         "measure", "arm", "difference", "95 % interval over seeds", "95 % interval over seeds and items", "shown", "p",
-        "p, Holm", "p, sign flip", "smallest p, sign flip", "effect g", "n", "items", "verdict",
+        "p, Holm", "p, sign flip", "smallest p, sign flip", "effect g", "n", "items", "outcome",
     )  # fmt: skip
     caption = (
         "Every paired difference: both intervals (that over items, where there is one, is shown elsewhere), its p, "

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from decondense.compare import FEWEST_MODELS, SIZE_QUANTITIES, Comparison, Cost, Difference, SizeCorrelation
 from decondense.formatting import NBSP, interval, listed, number, probability
+from decondense.report import words
 from decondense.report.selection import MANY
 
 
@@ -15,30 +16,33 @@ def _seeds(n: int) -> str:
 
 def _score_clause(d: Difference, label: str) -> str:
     size = f"{number(abs(d.mean))} {d.unit}".strip()
-    better = sum((x > 0) == bool(d.higher_is_better) and x != 0 for x in d.differences)
     if d.n < 2:
-        way = "lower" if d.mean < 0 else "higher"
         return (
-            f"{label} is {way} by {size} in the only seed, which cannot be told from chance: no interval and no "
-            "test, more seeds are needed"
+            f"{label} is {words.direction(d)} by {size} in the only seed, which cannot be told from chance: not "
+            "tested, more seeds are needed"
         )
+    if not d.tested:
+        return f"{label} differs by {number(d.mean, sign=True)} {d.unit}".strip() + f" ({words.outcome(d)})"
+    better = sum((x > 0) == bool(d.higher_is_better) and x != 0 for x in d.differences)
     evidence = (
-        f"95{NBSP}% interval of the difference {interval(d.interval)}, n = {_seeds(d.n)}, better in {better} of {d.n}"
+        f"95{NBSP}% interval of the difference {interval(d.interval)}, n = {_seeds(d.n)}, better in {better} of "
+        f"{d.n}; {words.power([d])}"
     )
-    if not d.detected:
-        corrected = ", after correction for several arms" if d.p is not None and d.p <= 0.05 else ""
-        signed = f"{number(d.mean, sign=True)} {d.unit}".strip()
-        return f"{label} shows no detectable difference{corrected} ({signed}, {evidence})"
-    return f"{label} is {d.verdict}, which is {d.judgement}, by {size} ({evidence})"
+    if d.detected:
+        return f"{label} is {words.direction(d)}, by {size} ({evidence})"
+    signed = f"{number(d.mean, sign=True)} {d.unit}".strip()
+    corrected = " after correction for several arms" if d.p is not None and d.p <= 0.05 else ""
+    within = f" within {number(d.margin)} {d.unit}".rstrip() if d.outcome == "equivalent" else ""
+    return f"{label} is {d.outcome}{within}{corrected} ({signed}, {evidence})"
 
 
 def _cosine_clause(d: Difference, label: str) -> str:
     values = f"{number(sum(d.baseline_values) / d.n)} to {number(sum(d.arm_values) / d.n)}"
-    if d.n < 2:
-        return f"{label} moves it from {values} in its one seed (not tested)"
+    if not d.tested:
+        return f"{label} moves it from {values} ({words.outcome(d)})"
     tail = f"95{NBSP}% interval of the difference {interval(d.interval)}"
     if not d.detected:
-        return f"{label} shows no detectable difference ({values}, {tail})"
+        return f"{label} is {d.outcome} ({values}, {tail}; {words.power([d])})"
     return f"{label} {'lowers' if d.mean < 0 else 'raises'} it from {values} ({tail})"
 
 
@@ -61,30 +65,22 @@ def _cost_clause(comparison: Comparison, cost: Cost) -> str:
 
 
 def _grouped_scores(differences: Sequence[Difference], label: dict[str, str]) -> str:
-    """Many arms, grouped by verdict."""
-    groups: dict[str, list[Difference]] = {}
-    for d in differences:
-        groups.setdefault(
-            "only one seed, not tested"
-            if d.n < 2
-            else f"{d.verdict}, which is {d.judgement}"
-            if d.detected and d.judgement != "different"
-            else d.verdict,
-            [],
-        ).append(d)
-    order = ["better", "worse", "lower", "higher", "no detectable", "one seed"]
+    """Many arms, grouped by outcome."""
     parts = []
-    for words, members in sorted(groups.items(), key=lambda item: next(i for i, w in enumerate(order) if w in item[0])):
-        members = sorted(members, key=lambda d: d.mean)
-        if members[0].detected or members[0].n < 2 or len(members) <= MANY:
+    for outcome in words.ORDER:
+        members = sorted((d for d in differences if d.outcome == outcome), key=lambda d: d.mean)
+        if not members:
+            continue
+        if members[0].detected or not members[0].tested or len(members) <= MANY:
             members_text = ", ".join(f"{label[d.arm]} ({number(d.mean, sign=True)})" for d in members)
         else:
             span = f"{number(members[0].mean, sign=True)} to {number(members[-1].mean, sign=True)}"
             members_text = f"{', '.join(label[d.arm] for d in members)} ({span})"
         lost = [label[d.arm] for d in members if not d.detected and d.p is not None and d.p <= 0.05]
         tail = f", of which {listed(lost)} would differ without the correction for several arms" if lost else ""
-        parts.append(f"{len(members)} {words}: {members_text}{tail}")
-    return "; ".join(parts)
+        parts.append(f"{len(members)} {words.outcome(members[0])}: {members_text}{tail}")
+    power = words.power(differences)
+    return "; ".join(parts) + (f". Power: {power}" if power else "")
 
 
 def _many(differences: Sequence[Difference]) -> str:
@@ -96,7 +92,7 @@ def _many(differences: Sequence[Difference]) -> str:
 
 def _many_costs(comparison: Comparison, costs: Sequence[Cost]) -> str:
     known = sorted((c.wall_ratio[0], comparison.labels[c.arm]) for c in costs if c.wall_ratio)
-    words = (
+    text = (
         f"an optimizer step takes {known[0][0]:.2f} ({known[0][1]}) to {known[-1][0]:.2f} ({known[-1][1]}) times as "
         "long as the baseline's"
     )
@@ -106,17 +102,17 @@ def _many_costs(comparison: Comparison, costs: Sequence[Cost]) -> str:
     if speeds:
         best = max(speeds, key=lambda s: s.median_token_ratio or 0.0)
         assert best.median_token_ratio is not None
-        words += (
+        text += (
             f"; {target} is reached by every seed of {len(speeds)} of {len(comparison.speed)} arms, by "
             f"{comparison.labels[best.arm]} after {100 / best.median_token_ratio:.0f}{NBSP}% of the tokens"
         )
     if never:
-        words += (
+        text += (
             f"; it is never reached by {listed([comparison.labels[s.arm] for s in never])}"
             if speeds
             else (f"; {target} is never reached by {listed([comparison.labels[s.arm] for s in never])}")
         )
-    return words
+    return text
 
 
 def _signed(value: float | None) -> str:
@@ -135,7 +131,7 @@ def _condensation_alone(comparison: Comparison) -> list[str]:
     else:
         start = "The rows hold no score of a final checkpoint, so only condensation is compared."
 
-    def words(arm: str) -> str:
+    def state(arm: str) -> str:
         entry = next(e for e in entries if e.arm == arm)
         trend = ", ".join(
             f"{name} {_signed(values.mean)}"
@@ -147,11 +143,11 @@ def _condensation_alone(comparison: Comparison) -> list[str]:
 
     lead = "Condensation, as the mean cosine of the last layer and the rank correlations of the mean cosine with depth"
     if len(entries) <= 2 * MANY:
-        return [start, f"{lead}: " + "; ".join(words(entry.arm) for entry in entries) + "."]
+        return [start, f"{lead}: " + "; ".join(state(entry.arm) for entry in entries) + "."]
     ordered = sorted(entries, key=lambda entry: entry.last["1"].mean)
     return [
         start,
-        f"{lead}: least in {words(ordered[0].arm)}, most in {words(ordered[-1].arm)}; the table has all "
+        f"{lead}: least in {state(ordered[0].arm)}, most in {state(ordered[-1].arm)}; the table has all "
         f"{len(entries)}.",
     ]
 

@@ -51,9 +51,10 @@ def terminal_table(comparison: Comparison) -> Table:
             begun.add(name)
         lines.append(["", short[arm], own, *cells])
 
-    def add_difference(name: str, d: Difference) -> None:
+    def add_difference(name: str, d: Difference, *, outcome: bool = False) -> None:
         base, own = (fitting(sum(values) / d.n) for values in (d.baseline_values, d.arm_values))
-        add(name, d.arm, base, own, fitting(d.mean, sign=True), fitting_interval(d.interval), str(d.n))
+        difference = fitting(d.mean, sign=True) + (f"\n{d.outcome}" if outcome else "")
+        add(name, d.arm, base, own, difference, fitting_interval(d.interval), str(d.n))
 
     layered = comparison.layers is not None and not many
     # the mean over benchmarks speaks for them where every one would have a row for each of many arms
@@ -62,7 +63,7 @@ def terminal_table(comparison: Comparison) -> Table:
             continue  # the last of the layers below
         name = QUANTITIES[measure.quantity].short_title if measure.quantity in QUANTITIES else measure.title
         for d in measure.differences:
-            add_difference(name, d)
+            add_difference(name, d, outcome=True)
     if comparison.layers is not None and layered:
         labels = comparison.layers.labels
         stride = math.ceil(len(labels) / 16)

@@ -5,35 +5,40 @@ from __future__ import annotations
 from decondense.compare import Comparison
 from decondense.formatting import NONE, count, listed, number
 from decondense.report.cells import mebibytes, median_of, ratio
+from decondense.report.notes import KNOBS
 from decondense.table import Entry, Table
 
 
 def trials_table(comparison: Comparison) -> Table | None:
-    """The learning rates tried for each arm."""
+    """The settings tried for each arm."""
+    every = [trial for sweep in comparison.trials for trial in sweep.trials]
+    if not every:
+        return None
+    knobs = [knob for knob in KNOBS if knob == "learning_rate" or len({getattr(t, knob) for t in every}) > 1]
     rows: list[tuple[Entry, ...]] = []
     for sweep in comparison.trials:
         for t in sweep.trials:
-            words = f"failed: {t.error}" if t.error is not None else ""
+            note = f"failed: {t.error}" if t.error is not None else ""
             if t.chosen:
-                edge = f"; the {sweep.edge} tried: the best rate may lie outside" if sweep.edge else ""
-                words = f"chosen{edge}"
+                edges = [f"the {side} {KNOBS[knob]} tried" for knob, side in sweep.edges.items()]
+                note = f"chosen; {listed(edges)}: the best setting may lie outside" if edges else "chosen"
+            settings = [getattr(t, knob) for knob in knobs]
             rows.append(
                 (
                     comparison.labels[sweep.arm],
-                    (f"{t.learning_rate:g}", t.learning_rate),
+                    *((NONE if value is None else f"{value:g}", value) for value in settings),
                     (number(t.value, 4), t.value),
                     (str(t.steps), t.steps),
-                    (str(t.seed), t.seed),
-                    words,
+                    (", ".join(map(str, t.seeds)), ", ".join(map(str, t.seeds))),
+                    note,
                 )
             )
-    if not rows:
-        return None
     caption = (
-        "Learning rates tried, by the loss on documents that are set aside for this choice (nats/token), before the "
-        "runs and on a seed that is none of theirs. The chosen rate is that of the arm's runs."
+        "Settings tried, by the loss on documents that are set aside for this choice (nats/token), before the runs and "
+        "on seeds that are none of theirs (mean over them). The chosen setting is that of the arm's runs."
     )
-    return Table("learning_rates", caption, ("arm", "learning rate", "loss", "steps", "seed", "note"), tuple(rows))
+    columns = ("arm", *(KNOBS[knob] for knob in knobs), "loss", "steps", "seed", "note")
+    return Table("learning_rates", caption, columns, tuple(rows))
 
 
 def cost_table(comparison: Comparison) -> Table | None:
