@@ -220,10 +220,7 @@ def rivals() -> str:
         assert values is not None
         ratio = costs[arm].cpu_ratio
         speed = speeds.get(arm)
-        fewer = "" if speed is None else "not reached" if speed.median_token_ratio is None else ""
-        if speed is not None and speed.median_token_ratio is not None:
-            saved = speed.median_token_ratio / (ratio[0] if ratio else 1)
-            fewer = f"{speed.median_token_ratio:.2f} / {saved:.2f}"
+        equal = f.comparison.equal_time.difference(arm) if f.comparison.equal_time else None
         lines.append(
             [
                 f.label(arm),
@@ -231,7 +228,9 @@ def rivals() -> str:
                 "" if d is None else f"{number(d.mean, sign=True)} {interval(d.interval, 2)}",
                 "" if e is None else f"{number(e.mean, sign=True)} {interval(e.interval, 2)}",
                 "" if ratio is None else f"{ratio[0]:.2f}",
-                fewer,
+                "" if equal is None else f"{number(equal.mean, sign=True)} {interval(equal.interval, 2)}",
+                "" if speed is None else _share(speed.in_tokens),
+                "" if speed is None else _share(speed.in_time),
                 number(float(np.mean([blocks(cell) for cell in f.cells(arm)])), 2),
             ]
         )
@@ -241,14 +240,23 @@ def rivals() -> str:
         "less cross-entropy",
         "less angular",
         "step time (CPU), ratio",
-        "speed-up in tokens / CPU time",
+        "less cross-entropy at equal CPU time",
+        "same-loss tokens",
+        "same-loss CPU time",
         "mean cosine, blocks",
     )
     return (
-        table(header, lines, right=range(1, 7))
-        + "\n\nThe speed-up is that to the loss with which cross-entropy ended, the median over seeds, in tokens and "
-        f"in CPU time (equal cost); *not reached*: at least one seed did not get there. {base(f)}."
+        table(header, lines, right=range(1, 9))
+        + "\n\nSame-loss tokens and CPU time: those until a loss that both arms of a seed reach, over those of "
+        f"cross-entropy (geometric mean over seeds, 95 % interval). {base(f)}."
     )
+
+
+def _share(d: Difference | None) -> str:
+    if d is None:
+        return ""
+    share, bounds = words.shares(d)
+    return f"× {share:.2f}" + ("" if bounds is None else f" [{bounds[0]:.2f}, {bounds[1]:.2f}]")
 
 
 def horizon() -> str:
@@ -321,7 +329,7 @@ def end_point() -> str:
         share = "" if math.isnan(kept) else f" ({kept:.0f} % of the early lead)"
         said.append(
             f"- {f.label(arm)}: {shown(before)} after 10 % of training, {shown(end)} at the end{share}: "
-            f"{words.outcome(end)}; cross-entropy's final loss: {speed.words}."
+            f"{words.outcome(end)}; {words.same_loss(speed)}."
         )
     return "\n".join(said)
 

@@ -17,10 +17,11 @@ from typing import Literal
 
 from decondense.compare.condensation import by_arm, family_of, layers, measures, size_trend
 from decondense.compare.context import Context, common
-from decondense.compare.cost import costs, speeds, tokens_to_reach
-from decondense.compare.notes import item_notes, task_notes
+from decondense.compare.cost import costs, equal_time, speeds, tokens_to_reach
+from decondense.compare.notes import evidence_notes, item_notes, task_notes
 from decondense.compare.notes import notes as all_notes
 from decondense.compare.pairing import faults_of, pairings, unpaired
+from decondense.compare.plateaus import plateaus
 from decondense.compare.quality import selections, task, task_means
 from decondense.compare.quantities import QUANTITIES
 from decondense.compare.quantity import Quantity
@@ -29,13 +30,16 @@ from decondense.compare.results import (
     FEWEST_MODELS,
     SIZE_QUANTITIES,
     ArmCondensation,
+    Clock,
     Comparison,
     Cost,
+    EqualTime,
     Layers,
     Measure,
     Note,
     NoteKind,
     Pairing,
+    Plateau,
     Selection,
     SizeCorrelation,
     SizePoint,
@@ -74,10 +78,12 @@ __all__ = [
     "ArmCondensation",
     "Cell",
     "CellId",
+    "Clock",
     "CompareError",
     "Comparison",
     "Cost",
     "Difference",
+    "EqualTime",
     "Fault",
     "Interval",
     "Items",
@@ -88,6 +94,7 @@ __all__ = [
     "NoteKind",
     "Outcome",
     "Pairing",
+    "Plateau",
     "Quantity",
     "Selection",
     "SizeCorrelation",
@@ -170,7 +177,8 @@ def compare(
     keys = [key for key in study.task_keys() if any(key in cell.scores for cell in good.values())]
     tasks = tuple(task(context, key) for key in keys)
     final = [cell.run for cell in good.values()]
-    notes = all_notes(context)
+    stuck = plateaus(context)
+    notes = [*all_notes(context), *evidence_notes(context, tasks, stuck)]
     return Comparison(
         study=study.name,
         fingerprint=study.fingerprint,
@@ -187,6 +195,7 @@ def compare(
         condensation=measures(context),
         layers=layers(context),
         means=task_means(context, keys),
+        equal_time=equal_time(context),
         speed=speeds(context),
         cost=costs(context),
         selection=selections(context, keys),
@@ -202,5 +211,6 @@ def compare(
         condensation_by_arm=by_arm(context),
         size=size_trend(context),
         trials=tuple(sweeps(context)),
+        plateaus=stuck,
         learning_rates=learning_rates(context),
     )

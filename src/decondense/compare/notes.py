@@ -10,7 +10,14 @@ import numpy as np
 
 from decondense.compare.context import Context
 from decondense.compare.rates import learning_rates, sweeps
-from decondense.compare.results import Note, TaskMeasure
+from decondense.compare.results import Note, Plateau, TaskMeasure
+from decondense.compare.study import VALIDATION
+
+FEWEST_DOCUMENTS = 30
+"""Fewer held-out documents (Kish's effective number) say little about other text."""
+WIDEST_SPREADS = 5.0
+"""Standard deviations over seeds of two arms that differ more than that are not of one kind of run."""
+FEWEST_FOR_SPREADS = 3
 
 
 def notes(context: Context) -> list[Note]:
@@ -92,6 +99,30 @@ def not_swept(context: Context, rates: dict[str, tuple[float, ...]]) -> list[Not
     if config.sweep is None or len(config.sweep.warmups) < 2:
         knobs["warmup"] = config.train.warmup
     return [Note("not swept", tuple(rates), {"knobs": knobs})] if knobs else []
+
+
+def evidence_notes(context: Context, tasks: Sequence[TaskMeasure], plateaus: Sequence[Plateau]) -> list[Note]:
+    """What weakens the intervals: plateaus in some arms only, spreads that differ between arms, few documents."""
+    found = []
+    stuck = tuple(arm for arm in context.arms if any(p.share > 0 for p in plateaus if p.arm == arm))
+    free = tuple(arm for arm in dict.fromkeys(p.arm for p in plateaus) if arm not in stuck)
+    if stuck and free:
+        found.append(Note("plateaus in some arms", stuck, {"without": free}))
+    held_out = next((task for task in tasks if (task.task, task.metric) == VALIDATION), None)
+    base = held_out.of(context.base) if held_out is not None else None
+    if held_out is None or base is None:
+        return found
+    for d in held_out.differences:
+        values = held_out.of(d.arm)
+        if values is None or d.n < FEWEST_FOR_SPREADS or not base.sd or not values.sd:
+            continue
+        ratio = values.sd / base.sd
+        if max(ratio, 1 / ratio) > WIDEST_SPREADS:
+            found.append(Note("spreads differ", (d.arm,), {"arm_sd": values.sd, "baseline_sd": base.sd}))
+    effective = [d.effective_items for d in held_out.differences if d.effective_items is not None]
+    if effective and min(effective) < FEWEST_DOCUMENTS:
+        found.append(Note("few documents", (), {"effective": min(effective), "items": held_out.items}))
+    return found
 
 
 def task_notes(context: Context) -> list[str]:

@@ -12,7 +12,7 @@ from decondense.report.score_tables import difference_table, headline, seed_tabl
 from decondense.report.sentences import sentences, size_sentences, summary
 from decondense.report.tables import write_tables
 from decondense.report.terminal import terminal_table
-from decondense.report.training_tables import cost_table, speed_table, trials_table
+from decondense.report.training_tables import cost_table, plateau_table, speed_table, trials_table
 from decondense.table import Table
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "layer_table",
     "notes_in_words",
     "number",
+    "plateau_table",
     "probability",
     "seed_table",
     "selection_table",

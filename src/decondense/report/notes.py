@@ -40,6 +40,19 @@ TEXTS: dict[NoteKind, str] = {
         "The learning rate chosen for {arms}, {chosen}, is not the one with the least loss, {best}."
     ),
     "not as chosen": "{arms}: trained at a learning rate of {rates}, but the sweep chose {chosen}.",
+    "plateaus in some arms": (
+        "Mean cosine above 0.9 over part of training in runs of {arms}, and in none of {without}: such runs hardly "
+        "learn until they escape, at a time of chance, so that a difference may be one of the time of escape, and no "
+        "interval covers a plateau that is rare and in one arm only. Train longer, or change what causes it."
+    ),
+    "spreads differ": (
+        "The seeds of {arms} spread very differently from the baseline's (standard deviation {arm_sd} against "
+        "{baseline_sd}): some runs are of another kind, and the interval may be wrong."
+    ),
+    "few documents": (
+        "The held-out loss rests on {items} documents, by their weights on as few as {effective} of equal length; "
+        "other text may give another difference. Raise evaluate.validation_tokens."
+    ),
 }
 KNOBS = {"learning_rate": "learning rate", "warmup": "warm-up", "gradient_clip": "largest gradient norm"}
 """Settings of training for people, by their name in the configuration."""
@@ -50,7 +63,7 @@ def _words(value: Any, labels: dict[str, str]) -> str:
         return ", ".join(f"{KNOBS.get(key, labels.get(key, key))} {_words(v, labels)}" for key, v in value.items())
     if isinstance(value, (tuple, list)):
         return listed([_words(entry, labels) for entry in value])
-    return f"{value:.6g}" if isinstance(value, float) else KNOBS.get(value, str(value))
+    return f"{value:.4g}" if isinstance(value, float) else KNOBS.get(value, labels.get(value, str(value)))
 
 
 def in_words(note: Note, comparison: Comparison) -> str:

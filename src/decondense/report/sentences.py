@@ -51,20 +51,18 @@ def _cost_clause(comparison: Comparison, cost: Cost) -> str:
     name = comparison.labels[cost.arm]
     processor = f" ({cost.cpu_ratio[0]:.2f} times the CPU time)" if cost.cpu_ratio else ""
     clause = f"an optimizer step of {name} takes {cost.wall_ratio[0]:.2f} times as long{processor}"
+    equal = comparison.equal_time
+    d = equal.difference(cost.arm) if equal is not None else None
+    if equal is not None and d is not None:
+        clause += (
+            f"; at equal {words.CLOCKS[equal.clock]} its held-out loss differs by {number(d.mean, sign=True)} "
+            f"{interval(d.interval)} ({words.outcome(d)})"
+        )
     speed = next((s for s in comparison.speed if s.arm == cost.arm), None)
-    if speed is None:
-        return clause
-    target = f"the loss with which {comparison.labels[comparison.baseline]} ended"
-    if speed.median_token_ratio is not None:
-        return f"{clause}, and {target} is reached after {100 / speed.median_token_ratio:.0f}{NBSP}% of the tokens"
-    if speed.reached and not speed.resolved:
-        return f"{clause}; when {target} is reached cannot be said, because the runs were evaluated too rarely"
-    if speed.reached:
-        return f"{clause}, and {target} is reached in {speed.reached} of {speed.n} seeds"
-    return f"{clause}, and {target} is never reached"
+    return clause if speed is None else f"{clause}; {words.same_loss(speed)}"
 
 
-def _grouped_scores(differences: Sequence[Difference], label: dict[str, str]) -> str:
+def _grouped_scores(differences: Sequence[Difference], label: dict[str, str], *, power: bool = True) -> str:
     """Many arms, grouped by outcome."""
     parts = []
     for outcome in words.ORDER:
@@ -79,8 +77,8 @@ def _grouped_scores(differences: Sequence[Difference], label: dict[str, str]) ->
         lost = [label[d.arm] for d in members if not d.detected and d.p is not None and d.p <= 0.05]
         tail = f", of which {listed(lost)} would differ without the correction for several arms" if lost else ""
         parts.append(f"{len(members)} {words.outcome(members[0])}: {members_text}{tail}")
-    power = words.power(differences)
-    return "; ".join(parts) + (f". Power: {power}" if power else "")
+    strength = words.power(differences) if power else ""
+    return "; ".join(parts) + (f". Power: {strength}" if strength else "")
 
 
 def _many(differences: Sequence[Difference]) -> str:
@@ -96,21 +94,18 @@ def _many_costs(comparison: Comparison, costs: Sequence[Cost]) -> str:
         f"an optimizer step takes {known[0][0]:.2f} ({known[0][1]}) to {known[-1][0]:.2f} ({known[-1][1]}) times as "
         "long as the baseline's"
     )
-    speeds = [s for s in comparison.speed if s.median_token_ratio is not None]
-    never = [s for s in comparison.speed if not s.reached]
-    target = f"the loss with which {comparison.labels[comparison.baseline]} ended"
+    if comparison.equal_time is not None:
+        clock = words.CLOCKS[comparison.equal_time.clock]
+        told = _grouped_scores(comparison.equal_time.differences, comparison.labels, power=False)
+        text += f"; held-out loss at equal {clock}: {told}"
+    speeds = [s.in_tokens for s in comparison.speed if s.in_tokens is not None]
     if speeds:
-        best = max(speeds, key=lambda s: s.median_token_ratio or 0.0)
-        assert best.median_token_ratio is not None
+        best = min(speeds, key=lambda d: d.mean)
+        share, bounds = words.shares(best)
+        span = "" if bounds is None else f" [{100 * bounds[0]:.0f}, {100 * bounds[1]:.0f}]"
         text += (
-            f"; {target} is reached by every seed of {len(speeds)} of {len(comparison.speed)} arms, by "
-            f"{comparison.labels[best.arm]} after {100 / best.median_token_ratio:.0f}{NBSP}% of the tokens"
-        )
-    if never:
-        text += (
-            f"; it is never reached by {listed([comparison.labels[s.arm] for s in never])}"
-            if speeds
-            else (f"; {target} is never reached by {listed([comparison.labels[s.arm] for s in never])}")
+            f"; a loss that both reach takes {comparison.labels[best.arm]}, which needs fewest, {100 * share:.0f}"
+            f"{NBSP}%{span} of the tokens ({words.outcome(best)})"
         )
     return text
 
@@ -184,6 +179,31 @@ def size_sentences(comparison: Comparison) -> list[str]:
     return lines
 
 
+def _plateaus(comparison: Comparison) -> list[str]:
+    """Which arms spend part of training condensed; none: nothing is said."""
+    clauses = []
+    for arm in comparison.arms:
+        runs = [p for p in comparison.plateaus if p.arm == arm]
+        above = [p for p in runs if p.share > 0]
+        if not above:
+            continue
+        mean = sum(p.share for p in runs) / len(runs)
+        escapes = sorted(p.escape for p in above if p.escape is not None)
+        when = ""
+        if escapes:
+            span = f"step {escapes[0]:,.0f}" if len(escapes) == 1 else f"steps {escapes[0]:,.0f} to {escapes[-1]:,.0f}"
+            when = f", escaping at {span}"
+        stuck = sum(p.stuck for p in above)
+        end = f", {stuck} not by the end" if stuck else ""
+        clauses.append(
+            f"{comparison.labels[arm]} {100 * mean:.0f}{NBSP}% (in {len(above)} of {_seeds(len(runs))}{when}{end})"
+        )
+    if not clauses:
+        return []
+    others = "" if len(clauses) == len(comparison.arms) else "; no run of the other arms"
+    return [f"Share of training with a mean cosine above 0.9 over the blocks: {'; '.join(clauses)}{others}."]
+
+
 def sentences(comparison: Comparison) -> list[str]:
     """About three sentences: what happened to the held-out loss, to condensation, and at what cost."""
     label = comparison.labels
@@ -214,6 +234,7 @@ def sentences(comparison: Comparison) -> list[str]:
     elif blocks is not None and blocks.differences:
         clauses = [_cosine_clause(d, label[d.arm]) for d in blocks.differences]
         lines.append("Condensation, as the mean cosine over the blocks: " + "; ".join(clauses) + ".")
+    lines += _plateaus(comparison)
     timed = [entry for entry in comparison.cost if entry.wall_ratio]
     if timed:
         costs = (

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from decondense.compare import Difference, Outcome
-from decondense.formatting import number, plural
+from decondense.compare import Clock, Difference, Interval, Outcome, Speed
+from decondense.formatting import NBSP, number, plural
+
+CLOCKS: dict[Clock, str] = {"cpu": "CPU time", "wall": "wall-clock time"}
 
 ORDER: tuple[Outcome, ...] = ("better", "worse", "lower", "higher", "equivalent", "undecided", "not tested")
 """The outcomes in the order in which a sentence about many arms lists them."""
@@ -22,6 +25,28 @@ def direction(d: Difference) -> str:
     """``lower`` or ``higher``, and which of them is good where the quantity has a direction."""
     way = "lower" if d.mean < 0 else "higher"
     return way if d.higher_is_better is None or not d.detected else f"{way}, which is {d.outcome}"
+
+
+def shares(d: Difference) -> tuple[float, Interval | None]:
+    """Mean and interval of a difference of logarithms as a share of the baseline's."""
+    bounds = None if d.interval is None else (math.exp(d.interval[0]), math.exp(d.interval[1]))
+    return math.exp(d.mean), bounds
+
+
+def _share(d: Difference, what: str) -> str:
+    share, bounds = shares(d)
+    span = "" if bounds is None else f" [{100 * bounds[0]:.0f}, {100 * bounds[1]:.0f}]"
+    return f"{100 * share:.0f}{NBSP}%{span} of the {what}"
+
+
+def same_loss(speed: Speed) -> str:
+    """Tokens and time to the loss that both reach, as shares of the baseline's."""
+    if not speed.resolved:
+        return "evaluated too rarely to say when a loss that both reach is reached"
+    if speed.in_tokens is None:
+        return "the start has a loss that both reach already"
+    time = "" if speed.in_time is None else f" and {_share(speed.in_time, CLOCKS[speed.clock])}"
+    return f"a loss that both reach after {_share(speed.in_tokens, 'tokens')}{time} ({outcome(speed.in_tokens)})"
 
 
 def power(differences: Sequence[Difference]) -> str:
