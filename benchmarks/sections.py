@@ -13,7 +13,7 @@ from claims import CLAIMS, judged
 from decondense.compare import VALIDATION, Cell, Difference
 from decondense.figures import comparison as draw
 from decondense.figures.style import export
-from decondense.report import interval, number, probability
+from decondense.report import interval, number, probability, words
 from study_rows import Committed, blocks, committed, deep_half, last, loss_difference, paired, shown
 
 NOT_RUN = "not run"
@@ -43,10 +43,6 @@ def base(f: Committed) -> str:
     )
 
 
-def _outcome(d: Difference) -> str:
-    return d.outcome if d.tested else d.verdict
-
-
 def losses(f: Committed, arms: Sequence[str] | None = None) -> str:
     """Held-out loss and condensation of every arm, and its difference to the baseline."""
     compared = f.comparison
@@ -63,7 +59,7 @@ def losses(f: Committed, arms: Sequence[str] | None = None) -> str:
                 "" if d is None else number(d.mean, sign=True),
                 "" if d is None else interval(d.interval),
                 "" if d is None else probability(d.p_holm),
-                "baseline" if d is None else _outcome(d),
+                "baseline" if d is None else words.outcome(d),
                 number(float(np.mean(cosine))),
                 number(float(np.mean([last(cell) for cell in f.cells(arm)]))),
             ]
@@ -224,10 +220,7 @@ def rivals() -> str:
         assert values is not None
         ratio = costs[arm].cpu_ratio
         speed = speeds.get(arm)
-        fewer = "" if speed is None else "not reached" if speed.median_token_ratio is None else ""
-        if speed is not None and speed.median_token_ratio is not None:
-            saved = speed.median_token_ratio / (ratio[0] if ratio else 1)
-            fewer = f"{speed.median_token_ratio:.2f} / {saved:.2f}"
+        equal = f.comparison.equal_time.difference(arm) if f.comparison.equal_time else None
         lines.append(
             [
                 f.label(arm),
@@ -235,7 +228,9 @@ def rivals() -> str:
                 "" if d is None else f"{number(d.mean, sign=True)} {interval(d.interval, 2)}",
                 "" if e is None else f"{number(e.mean, sign=True)} {interval(e.interval, 2)}",
                 "" if ratio is None else f"{ratio[0]:.2f}",
-                fewer,
+                "" if equal is None else f"{number(equal.mean, sign=True)} {interval(equal.interval, 2)}",
+                "" if speed is None else _share(speed.in_tokens),
+                "" if speed is None else _share(speed.in_time),
                 number(float(np.mean([blocks(cell) for cell in f.cells(arm)])), 2),
             ]
         )
@@ -245,14 +240,23 @@ def rivals() -> str:
         "less cross-entropy",
         "less angular",
         "step time (CPU), ratio",
-        "speed-up in tokens / CPU time",
+        "less cross-entropy at equal CPU time",
+        "same-loss tokens",
+        "same-loss CPU time",
         "mean cosine, blocks",
     )
     return (
-        table(header, lines, right=range(1, 7))
-        + "\n\nThe speed-up is that to the loss with which cross-entropy ended, the median over seeds, in tokens and "
-        f"in CPU time (equal cost); *not reached*: at least one seed did not get there. {base(f)}."
+        table(header, lines, right=range(1, 9))
+        + "\n\nSame-loss tokens and CPU time: those until a loss that both arms of a seed reach, over those of "
+        f"cross-entropy (geometric mean over seeds, 95 % interval). {base(f)}."
     )
+
+
+def _share(d: Difference | None) -> str:
+    if d is None:
+        return ""
+    share, bounds = words.shares(d)
+    return f"× {share:.2f}" + ("" if bounds is None else f" [{bounds[0]:.2f}, {bounds[1]:.2f}]")
 
 
 def horizon() -> str:
@@ -325,7 +329,7 @@ def end_point() -> str:
         share = "" if math.isnan(kept) else f" ({kept:.0f} % of the early lead)"
         said.append(
             f"- {f.label(arm)}: {shown(before)} after 10 % of training, {shown(end)} at the end{share}: "
-            f"{_outcome(end)}; cross-entropy's final loss: {speed.words}."
+            f"{words.outcome(end)}; {words.same_loss(speed)}."
         )
     return "\n".join(said)
 
@@ -338,7 +342,7 @@ def recommendation() -> str:
         against = f.against("constant-1")
         assert against.validation is not None
         fades = [d for d in against.validation.differences if d.arm != "cross-entropy"]
-        up = [d for d in fades if d.judgement == "better"]
+        up = [d for d in fades if d.outcome == "better"]
         each = "; ".join(f"{f.label(d.arm)} {shown(d)}" for d in fades)
         if up:
             best = min(up, key=lambda d: d.mean)
@@ -386,7 +390,7 @@ def pretrained() -> str:
                     f.label(arm),
                     f"{number(100 * values.mean, 2)}" if mean.metric.startswith("acc") else number(values.mean),
                     "" if d is None else f"{number(100 * d.mean, 2, sign=True)} {_percent(d)}",
-                    "" if d is None else d.verdict,
+                    "" if d is None else words.outcome(d),
                     number(rank, 2),
                 ]
             )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from string import Formatter
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from scipy import stats
 from synthetic import LAYERS, digest, measured_study, study, trial, with_arms
 
-from decondense.compare import CompareError, Study, compare, family_of
+from decondense.compare import CompareError, Note, NoteKind, Study, compare, family_of
 from decondense.records import Row
+from decondense.report.notes import TEXTS, in_words
 
 # ---- pairs --------------------------------------------------------------------------------------------------------
 
@@ -30,10 +32,7 @@ def test_an_arm_with_its_own_model_is_a_pair_by_data_order_only() -> None:
     assert found.other_starts == ("dispersion",)
     assert found.pairing[0].other_starts == ("dispersion",)
     assert found.pairing[0].init_hash == digest("init", 0)
-    (note,) = [note for note in found.notes if "other weights" in note]
-    assert note.startswith(
-        "dispersion starts from other weights than the baseline by design; it is paired with it by data"
-    )
+    assert [note.arms for note in found.notes if note.kind == "other start"] == [("dispersion",)]
     # the same rows without a model of their own are refused
     with pytest.raises(CompareError, match="other initial weights"):
         compare(study(change=_other_start))
@@ -79,7 +78,7 @@ def test_an_untrained_arm_must_have_the_baselines_start() -> None:
     found = compare(with_arms(study(effects, change=_untrained), NONE))
     assert found.untrained == ("none",)
     assert "none" not in found.learning_rates
-    assert any(note == "none is untrained: the start as it is, which reads no data." for note in found.notes)
+    assert [note.arms for note in found.notes if note.kind == "untrained"] == [("none",)]
 
     def other(row: Row) -> Row | None:
         changed = _untrained(row)
@@ -133,8 +132,9 @@ def test_trials_are_sorted_and_edges_are_said() -> None:
     chosen = by_arm["dispersion"].chosen
     assert chosen is not None
     assert chosen.learning_rate == 1e-2
-    assert [note for note in found.notes if "lie outside" in note] == [
-        "The learning rate chosen for dispersion, 0.01, is the largest tried: the best rate may lie outside."
+    edges = [note for note in found.notes if note.kind == "edge of the grid"]
+    assert edges == [
+        Note("edge of the grid", ("dispersion",), {"knob": "learning_rate", "value": 1e-2, "side": "largest"})
     ]
 
 
@@ -144,19 +144,19 @@ def test_a_rate_that_failed_bounds_the_grid() -> None:
     assert sweep.edge is None
     assert sweep.trials[-1].error == "the loss became NaN at step 7"
     rows = [*trial("dispersion", {1e-3: None, 3e-3: None}), *study()]
-    assert any("No learning rate was chosen for dispersion: every trial failed." in n for n in compare(rows).notes)
+    assert Note("no trial finished", ("dispersion",)) in compare(rows).notes
 
 
 def test_a_choice_that_the_trials_do_not_support_is_noted() -> None:
     rows = [*trial("dispersion", {1e-3: 5.0, 3e-3: 4.9, 1e-2: 5.5}, chosen=1e-3), *study()]
-    assert any("is not the one with the least loss, 0.003." in note for note in compare(rows).notes)
+    assert Note("not the least loss", ("dispersion",), {"chosen": 1e-3, "best": 3e-3}) in compare(rows).notes
 
     def other(row: Row) -> Row:
         return {**row, "learning_rate": 0.5} if row["kind"] == "run" and row["arm"] == "dispersion" else row
 
     rows = [*trial("dispersion", {1e-3: 5.0, 3e-3: 4.9, 1e-2: 5.5}), *study(change=other)]
     found = compare(rows)
-    assert "dispersion was trained at 0.5, but its sweep chose 0.003." in found.notes
+    assert Note("not as chosen", ("dispersion",), {"rates": (0.5,), "chosen": 3e-3}) in found.notes
     assert found.learning_rates["dispersion"] == (0.5,)
 
 
@@ -167,11 +167,12 @@ def test_without_a_sweep_the_rates_are_named() -> None:
         return row
 
     same = compare(study(change=lambda row: rates(row, 1e-3)))
-    assert any(n.startswith("Every arm was trained at the same learning rate, 0.001;") for n in same.notes)
+    kinds = {note.kind for note in same.notes}
+    assert "not swept" in kinds
+    assert "rates without a sweep" not in kinds
     other = compare(study(change=lambda row: rates(row, 2e-3)))
-    assert (
-        "The arms have different learning rates without a sweep: cross-entropy 0.001, dispersion 0.002." in other.notes
-    )
+    (note,) = [note for note in other.notes if note.kind == "rates without a sweep"]
+    assert note.facts == {"rates": {"cross-entropy": (1e-3,), "dispersion": (2e-3,)}}
     # rows of older studies say it in their configuration alone
     old = [
         {**row, "config": {**row["config"], "train": {"steps": 300, "learning_rate": 4e-3}}}
@@ -180,6 +181,42 @@ def test_without_a_sweep_the_rates_are_named() -> None:
         for row in study()
     ]
     assert compare(old).learning_rates == {"cross-entropy": (4e-3,), "dispersion": (4e-3,)}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "knobs"),
+    [
+        (None, {"learning_rate": 3e-3, "warmup": 0.25}),
+        ({"learning_rates": [1e-3, 3e-3]}, {"warmup": 0.25}),
+        ({"learning_rates": [2e-3], "warmups": [0.1, 0.3]}, {"learning_rate": 3e-3}),
+        ({"learning_rates": [1e-3, 3e-3], "warmups": [0.1, 0.3]}, None),
+    ],
+)
+def test_knobs_of_the_baseline_that_were_not_swept_are_named(sweep: object, knobs: object) -> None:
+    rows = with_arms(study(documents=3), {}, train={"steps": 300, "warmup": 0.25}, sweep=sweep)
+    notes = [note for note in compare(rows).notes if note.kind == "not swept"]
+    assert [note.facts["knobs"] for note in notes] == ([] if knobs is None else [knobs])
+    assert not [note for note in compare(measured_study(GPT2)).notes if note.kind == "not swept"]
+
+
+def test_a_setting_is_judged_by_its_mean_over_trial_seeds_and_every_knob_has_an_edge() -> None:
+    def tried(rate: float, warmup: float, values: dict[int, float | None], *, chosen: bool = False) -> list[Row]:
+        rows = [row for seed, value in values.items() for row in trial("dispersion", {rate: value}, seed=seed)]
+        return [{**row, "warmup": warmup, "chosen": chosen} for row in rows]
+
+    rows = [
+        *tried(1e-3, 0.1, {1000: 5.2, 1001: 5.0}),
+        *tried(1e-3, 0.3, {1000: 4.8, 1001: 5.0}, chosen=True),
+        *tried(3e-3, 0.1, {1000: 4.0, 1001: None}),
+        *tried(3e-3, 0.3, {1000: 5.2, 1001: 5.2}),
+        *study(documents=3),
+    ]
+    (sweep,) = compare(rows).trials
+    assert [(t.learning_rate, t.warmup) for t in sweep.trials] == [(1e-3, 0.1), (1e-3, 0.3), (3e-3, 0.1), (3e-3, 0.3)]
+    assert [t.value for t in sweep.trials] == [pytest.approx(5.1), pytest.approx(4.9), None, pytest.approx(5.2)]
+    assert sweep.trials[0].seeds == (1000, 1001)
+    assert sweep.edges == {"learning_rate": "smallest", "warmup": "largest"}
+    assert [t.value for t in sweep.by_rate] == [pytest.approx(4.9), pytest.approx(5.2)]
 
 
 # ---- studies that measure -----------------------------------------------------------------------------------------
@@ -198,8 +235,7 @@ def test_profiles_alone_are_compared() -> None:
         ("mean_cosine.blocks", "mean_cosine.last", "spearman.depth", "kendall.depth"), 3
     )
     assert all(p.init_hash is None and p.order_hash is None for p in found.pairing)
-    assert any(note.startswith("Nothing was trained") for note in found.notes)
-    assert not any("other weights" in note for note in found.notes)
+    assert [note.kind for note in found.notes] == ["measured"]
     gone = [row for row in rows if row["kind"] != "profile" or row["arm"] != "gpt2-xl" or row["seed"] != 1]
     with pytest.raises(CompareError, match=r"gpt2-xl \(seed 1\) has no profile of its final checkpoint \(step 0\)"):
         compare(gone)
@@ -309,3 +345,14 @@ def test_families_by_architecture_or_by_the_name_of_a_start(entry: dict[str, Any
         prepared={"teacher": {"model": {"architecture": "llama"}}},
     )  # fmt: skip
     assert family_of(Study.from_rows(rows), "dispersion") == family
+
+
+def test_every_kind_of_note_has_a_text() -> None:
+    found = compare(study(documents=3))
+    assert set(TEXTS) == set(get_args(NoteKind))
+    facts = {name: 0.5 for text in TEXTS.values() for _, name, _, _ in Formatter().parse(text) if name}
+    facts.pop("arms")
+    for kind in TEXTS:
+        text = in_words(Note(kind, ("dispersion",), facts), found)
+        assert "{" not in text
+        assert text.endswith(".")

@@ -48,7 +48,7 @@ def test_one_pair_has_neither_interval_nor_test() -> None:
     assert d.p_sign_flip is None
     assert d.sd is None
     assert not d.detected
-    assert "one seed" in d.verdict
+    assert d.outcome == "not tested"
     assert "one seed" in d.interval_reason
 
 
@@ -176,7 +176,14 @@ def test_weights_of_items_leave_their_variance_unbiased() -> None:
 
 
 def test_a_residual_alone_counts_once() -> None:
-    """Seeds and items that do not interact add nothing: the interval is about Student's, not three times as careful."""
+    """Seeds and items that do not interact add nothing: the interval is about Student's, not three times as careful.
+
+    With a residual of variance 1 alone, v_seeds, v_items and v_residual estimate the same 1 / (S I), with about 7, 39
+    and 273 degrees of freedom. What items add, max(0, v_items - v_residual), has a mean of sqrt(2 / 39 + 2 / 273) /
+    sqrt(2 pi) = 0.10 of that, over v_seeds 0.10 x 7 / 5 = 0.14; the wider of the two intervals is shown, and its
+    Student quantile is never the larger one. So by Jensen's inequality the mean ratio is at most sqrt(1.14) = 1.066; a
+    residual counted three times would give 1.7. The mean of 300 ratios has a standard error of 0.006.
+    """
     rng = np.random.default_rng(5)
     ratio = []
     for _ in range(300):
@@ -185,7 +192,7 @@ def test_a_residual_alone_counts_once() -> None:
         assert d.interval is not None
         assert d.interval_over_seeds is not None
         ratio.append(np.ptp(d.interval) / np.ptp(d.interval_over_seeds))
-    assert np.mean(ratio) < 1.25
+    assert 1 <= np.mean(ratio) <= 1.066 + 4 * 0.006
 
 
 def test_the_wider_interval_is_shown_and_named() -> None:

@@ -37,6 +37,17 @@ def test_rows_come_back_as_they_were(tmp_path) -> None:
     assert read_rows(tmp_path / "r.jsonl") == rows
 
 
+@pytest.mark.parametrize("known", [{}, {"bits_per_byte": 1.5}, {"bits_per_byte": 1.5, "margin_bits": -0.5}])
+def test_rows_of_items_may_lack_the_fields_of_later_releases(tmp_path, known) -> None:
+    whole = make_row("eval_item", **CELL, step=2, task="t", metric="m", item="i", value=1.0, **known)
+    early = {key: value for key, value in whole.items() if key in known or value is not None}
+    (tmp_path / "r.jsonl").write_text(json.dumps(early) + "\n")
+    assert read_rows(tmp_path / "r.jsonl") == [whole]
+    (tmp_path / "r.jsonl").write_text(json.dumps({**early, "margin_bits": "much"}) + "\n")
+    with pytest.raises(RecordError, match="margin_bits"):
+        read_rows(tmp_path / "r.jsonl")
+
+
 def test_a_wrong_row_is_refused_by_field() -> None:
     with pytest.raises(RecordError, match=r"step row: loss"):
         make_row("step", **CELL, step=1, tokens=1, learning_rate=1.0)

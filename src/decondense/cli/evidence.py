@@ -136,7 +136,7 @@ def _rows(where: Path) -> list[Row]:
 
 
 def _print_comparison(comparison: Comparison, console: Console) -> None:
-    from decondense.report import summary, terminal_table
+    from decondense.report import notes_in_words, summary, terminal_table
 
     if comparison.omitted:
         console.print("Left out of the comparison:", style="yellow")
@@ -147,5 +147,5 @@ def _print_comparison(comparison: Comparison, console: Console) -> None:
     console.print(summary(comparison), highlight=False, markup=False)
     for note in comparison.task_notes:
         console.print(f"Benchmarks: {note}.", highlight=False, markup=False)
-    for note in comparison.notes:
+    for note in notes_in_words(comparison):
         console.print(f"Note: {note}", highlight=False, markup=False)

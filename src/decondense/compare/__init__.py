@@ -6,7 +6,7 @@ of evidence is the difference d_s = arm - baseline of seed s, and nothing else a
 An arm with a model of its own starts from other weights by design: it is paired by the order of the data alone, and a
 note says so. A study that only measures starts trains nothing: there a seed is one choice of passages.
 
-Interval, tests, power and verdicts: :mod:`decondense.compare.statistics`. An interval for seeds that are added until a
+Interval, tests, power and outcomes: :mod:`decondense.compare.statistics`. An interval for seeds that are added until a
 study is decided: :mod:`decondense.compare.sequential`.
 """
 
@@ -17,10 +17,11 @@ from typing import Literal
 
 from decondense.compare.condensation import by_arm, family_of, layers, measures, size_trend
 from decondense.compare.context import Context, common
-from decondense.compare.cost import costs, speeds, tokens_to_reach
-from decondense.compare.notes import item_notes, task_notes
+from decondense.compare.cost import costs, equal_time, speeds, tokens_to_reach
+from decondense.compare.notes import evidence_notes, item_notes, task_notes
 from decondense.compare.notes import notes as all_notes
 from decondense.compare.pairing import faults_of, pairings, unpaired
+from decondense.compare.plateaus import plateaus
 from decondense.compare.quality import selections, task, task_means
 from decondense.compare.quantities import QUANTITIES
 from decondense.compare.quantity import Quantity
@@ -29,11 +30,16 @@ from decondense.compare.results import (
     FEWEST_MODELS,
     SIZE_QUANTITIES,
     ArmCondensation,
+    Clock,
     Comparison,
     Cost,
+    EqualTime,
     Layers,
     Measure,
+    Note,
+    NoteKind,
     Pairing,
+    Plateau,
     Selection,
     SizeCorrelation,
     SizePoint,
@@ -51,6 +57,7 @@ from decondense.compare.statistics import (
     Difference,
     Interval,
     Items,
+    Outcome,
     holm,
     paired_difference,
     seeds_needed,
@@ -71,17 +78,23 @@ __all__ = [
     "ArmCondensation",
     "Cell",
     "CellId",
+    "Clock",
     "CompareError",
     "Comparison",
     "Cost",
     "Difference",
+    "EqualTime",
     "Fault",
     "Interval",
     "Items",
     "Key",
     "Layers",
     "Measure",
+    "Note",
+    "NoteKind",
+    "Outcome",
     "Pairing",
+    "Plateau",
     "Quantity",
     "Selection",
     "SizeCorrelation",
@@ -164,7 +177,8 @@ def compare(
     keys = [key for key in study.task_keys() if any(key in cell.scores for cell in good.values())]
     tasks = tuple(task(context, key) for key in keys)
     final = [cell.run for cell in good.values()]
-    notes = all_notes(context)
+    stuck = plateaus(context)
+    notes = [*all_notes(context), *evidence_notes(context, tasks, stuck)]
     return Comparison(
         study=study.name,
         fingerprint=study.fingerprint,
@@ -181,6 +195,7 @@ def compare(
         condensation=measures(context),
         layers=layers(context),
         means=task_means(context, keys),
+        equal_time=equal_time(context),
         speed=speeds(context),
         cost=costs(context),
         selection=selections(context, keys),
@@ -196,5 +211,6 @@ def compare(
         condensation_by_arm=by_arm(context),
         size=size_trend(context),
         trials=tuple(sweeps(context)),
+        plateaus=stuck,
         learning_rates=learning_rates(context),
     )

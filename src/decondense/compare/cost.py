@@ -1,7 +1,12 @@
-"""Time and memory, and the tokens to the loss with which the baseline ended."""
+"""Time and memory, the difference at equal time, and the tokens and the time to a loss that both arms reach.
+
+Time is counted by the run's median step, without evaluation: the arm's pace is its median ratio to the baseline's over
+seeds. The clock is the wall's where a GPU was used and that of the CPU elsewhere, which other work disturbs less.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -9,65 +14,172 @@ import numpy as np
 import numpy.typing as npt
 
 from decondense.compare.context import Context
-from decondense.compare.results import Cost, Speed
+from decondense.compare.quantity import LOSS_UNIT, VALIDATION_ID
+from decondense.compare.results import Clock, Cost, EqualTime, Speed
+from decondense.compare.statistics import Difference, holm_over_arms, paired_difference
 from decondense.compare.study import VALIDATION, Cell
 
 Array = npt.NDArray[np.float64]
 _WIDEST_BRACKET = 0.6
+_ONE_VALUE = "items are scored at the final checkpoint alone"
+
+
+def clock_of(context: Context) -> Clock:
+    """The clock that times are compared by."""
+    on_gpu = any(cell.timing("peak_cuda_bytes") for cell in context.cells.values())
+    timed = any(cell.timing("step_cpu_ms") for cell in context.cells.values())
+    return "wall" if on_gpu or not timed else "cpu"
+
+
+def paces(context: Context) -> dict[str, float]:
+    """Median over seeds of each arm's step time over the baseline's, by :func:`clock_of`."""
+    found = {arm: _ratio(context, arm, f"step_{clock_of(context)}_ms") for arm in context.arms if arm != context.base}
+    return {arm: ratio[0] for arm, ratio in found.items() if ratio is not None}
+
+
+def _ratio(context: Context, arm: str, what: str) -> tuple[float, float, float] | None:
+    """Median, least and greatest over seeds of the arm's timing over the baseline's."""
+    ratios = []
+    for seed in context.pairs[arm]:
+        cell, rival = context.cells[arm, seed], context.cells[context.base, seed]
+        mine, theirs = cell.timing(what), rival.timing(what)
+        if mine and theirs and not cell.untrained and not rival.untrained:
+            ratios.append(mine / theirs)
+    return (float(np.median(ratios)), min(ratios), max(ratios)) if ratios else None
+
+
+def _pairs(context: Context, arm: str) -> list[tuple[int, Cell, Cell]]:
+    """Seed, baseline and arm where both were trained and have a final held-out loss."""
+    found = []
+    for seed in context.pairs[arm] if arm != context.base else ():
+        base, own = context.cells[context.base, seed], context.cells[arm, seed]
+        if all(not cell.untrained and cell.final_score(VALIDATION) is not None for cell in (base, own)):
+            found.append((seed, base, own))
+    return found
+
+
+def loss_at(cell: Cell, share: float) -> float | None:
+    """Held-out loss after ``share`` of the run's tokens, linear in their logarithm between evaluated checkpoints.
+
+    A loss that falls ever more slowly lies below such a chord, so a run that is cut short is rated too badly, not too
+    well; a chord over the tokens themselves is further off, and a cubic may err on either side. None where the
+    checkpoints around it lie more than 60 % of training apart.
+    """
+    tokens, loss = cell.curve()
+    if share >= 1:
+        return float(loss[-1])
+    at = share * float(tokens[-1])
+    right = int(np.searchsorted(tokens, at))
+    if right == 0 or tokens[right] - tokens[right - 1] > _WIDEST_BRACKET * tokens[-1]:
+        return None
+    left, scale = right - 1, (np.log if tokens[right - 1] > 0 else np.asarray)
+    return float(np.interp(scale(at), scale(tokens[left : right + 1]), loss[left : right + 1]))
+
+
+def equal_time(context: Context) -> EqualTime | None:
+    """Held-out loss of each trained arm at the baseline's total training time, less the baseline's final loss.
+
+    A faster arm has no rows beyond its own end: it is compared there, with the baseline at that time.
+    """
+    pace, differences = paces(context), []
+    for arm in context.arms:
+        pairs = _pairs(context, arm)
+        if not pairs or arm not in pace:
+            continue
+        base = [loss_at(cell, pace[arm]) for _, cell, _ in pairs]
+        own = [loss_at(cell, 1 / pace[arm]) for _, _, cell in pairs]
+        if None in base or None in own:
+            continue
+        differences.append(
+            paired_difference(
+                [value for value in base if value is not None],
+                [value for value in own if value is not None],
+                quantity=f"{VALIDATION_ID}.equal_time",
+                unit=LOSS_UNIT,
+                arm=arm,
+                baseline=context.base,
+                seeds=[seed for seed, _, _ in pairs],
+                higher_is_better=False,
+                no_items=_ONE_VALUE,
+                margin=context.margin,
+            )
+        )
+    return EqualTime(clock_of(context), pace, tuple(holm_over_arms(differences))) if differences else None
 
 
 def speeds(context: Context) -> tuple[Speed, ...]:
-    """Tokens and time that each trained arm needed to reach its baseline's final validation loss."""
-    found = []
+    r"""Tokens and time of each trained arm until the loss that it and its baseline of the same seed both reach.
+
+    The target of a seed is the higher of the two final losses, so one of the two needs the whole training and the
+    other at most that. Exchanging the arms changes the sign of log(tokens of the arm / tokens of the baseline): under
+    the null it is symmetric about 0 and its Student interval has no bias, while the time to the *baseline's* final loss
+    is known only where the arm does better.
+    """
+    pace, found = paces(context), []
     for arm in context.arms:
-        seeds = [
-            seed
-            for seed in context.pairs[arm]
-            if arm != context.base
-            and context.cells[context.base, seed].final_score(VALIDATION) is not None
-            # what was not trained reads no tokens, and there is nothing to reach it with
-            and not (context.cells[arm, seed].untrained or context.cells[context.base, seed].untrained)
-        ]
-        if not seeds:
+        pairs = _pairs(context, arm)
+        if not pairs:
             continue
-        targets, tokens, brackets, token_ratios, time_ratios = [], [], [], [], []
-        for seed in seeds:
-            cell, rival = context.cells[arm, seed], context.cells[context.base, seed]
-            target = rival.final_score(VALIDATION)
-            assert target is not None
-            total = float(rival.curve()[0][-1])
-            at, bracket = tokens_to_reach(*cell.curve(), target)
-            # a start that already has the loss needs no tokens at all
-            ratio = None if at is None else total / at if at else math.inf
-            pace, rival_pace = cell.timing("step_wall_ms"), rival.timing("step_wall_ms")
-            targets.append(target)
-            tokens.append(at)
-            brackets.append(bracket)
-            token_ratios.append(ratio)
-            time_ratios.append(ratio * rival_pace / pace if ratio and pace and rival_pace else None)
-        in_tokens = [ratio for ratio in token_ratios if ratio is not None]
-        in_time = [ratio for ratio in time_ratios if ratio is not None]
-        total = float(context.cells[context.base, seeds[0]].curve()[0][-1])
-        resolved = all(b[1] - b[0] <= _WIDEST_BRACKET * total for b in brackets if b is not None)
-        everyone = len(in_tokens) == len(seeds) and resolved
+        targets, base_tokens, own_tokens, resolved, reached = [], [], [], True, 0
+        for _, base, own in pairs:
+            finals = [cell.final_score(VALIDATION) or 0.0 for cell in (base, own)]
+            targets.append(max(finals))
+            reached += finals[1] <= finals[0]
+            for cell, into in ((base, base_tokens), (own, own_tokens)):
+                at, bracket = tokens_to_reach(*cell.curve(), targets[-1])
+                assert at is not None
+                assert bracket is not None
+                into.append(at)
+                wide = bracket[1] - bracket[0] > _WIDEST_BRACKET * float(cell.curve()[0][-1])
+                resolved &= not (wide and at < bracket[1])
+        known = resolved and min(*base_tokens, *own_tokens) > 0  # a start that has the loss needs no tokens at all
+        in_tokens = in_time = None
+        if known:
+            in_tokens = _log_difference(context, arm, [seed for seed, _, _ in pairs], base_tokens, own_tokens, "tokens")
+            if arm in pace:
+                slower = [pace[arm] * at for at in own_tokens]
+                in_time = _log_difference(context, arm, [seed for seed, _, _ in pairs], base_tokens, slower, "time")
         found.append(
             Speed(
                 arm=arm,
-                n=len(seeds),
-                reached=len(in_tokens),
-                seeds=tuple(seeds),
+                n=len(pairs),
+                reached=reached,
+                seeds=tuple(seed for seed, _, _ in pairs),
                 targets=tuple(targets),
-                tokens=tuple(tokens),
-                brackets=tuple(brackets),
-                token_ratios=tuple(token_ratios),
-                time_ratios=tuple(time_ratios),
-                # a median over the seeds that got there would hide those that did not
-                median_token_ratio=float(np.median(in_tokens)) if everyone else None,
-                median_time_ratio=float(np.median(in_time)) if everyone and len(in_time) == len(seeds) else None,
+                baseline_tokens=tuple(base_tokens),
+                tokens=tuple(own_tokens),
                 resolved=resolved,
+                clock=clock_of(context),
+                in_tokens=in_tokens,
+                in_time=in_time,
             )
         )
-    return tuple(found)
+    by_tokens = _corrected([speed.in_tokens for speed in found])
+    by_time = _corrected([speed.in_time for speed in found])
+    return tuple(
+        dataclasses.replace(speed, in_tokens=by_tokens.get(speed.arm), in_time=by_time.get(speed.arm))
+        for speed in found
+    )
+
+
+def _log_difference(
+    context: Context, arm: str, seeds: Sequence[int], base: Sequence[float], own: Sequence[float], what: str
+) -> Difference:
+    return paired_difference(
+        [math.log(value) for value in base],
+        [math.log(value) for value in own],
+        quantity=f"same_loss.{what}",
+        unit="log",
+        arm=arm,
+        baseline=context.base,
+        seeds=seeds,
+        higher_is_better=False,
+        no_items=_ONE_VALUE,
+    )
+
+
+def _corrected(differences: Sequence[Difference | None]) -> dict[str, Difference]:
+    return {d.arm: d for d in holm_over_arms([d for d in differences if d is not None])}
 
 
 def costs(context: Context) -> tuple[Cost, ...]:
@@ -81,15 +193,6 @@ def costs(context: Context) -> tuple[Cost, ...]:
             # the memory of an evaluation is not that of a training
             return tuple(None if cell.untrained else cell.timing(what) for cell in cells)
 
-        def ratio(what: str, arm: str = arm) -> tuple[float, float, float] | None:
-            ratios = []
-            for seed in context.pairs[arm]:
-                cell, rival = context.cells[arm, seed], context.cells[context.base, seed]
-                mine, theirs = cell.timing(what), rival.timing(what)
-                if mine and theirs and not cell.untrained and not rival.untrained:
-                    ratios.append(mine / theirs)
-            return (float(np.median(ratios)), min(ratios), max(ratios)) if ratios else None
-
         found.append(
             Cost(
                 arm=arm,
@@ -100,9 +203,9 @@ def costs(context: Context) -> tuple[Cost, ...]:
                 train_wall_s=of("train_wall_s"),
                 peak_rss_bytes=of("peak_rss_bytes"),
                 peak_cuda_bytes=of("peak_cuda_bytes"),
-                wall_ratio=None if arm == context.base else ratio("step_wall_ms"),
-                cpu_ratio=None if arm == context.base else ratio("step_cpu_ms"),
-                cuda_ratio=None if arm == context.base else ratio("peak_cuda_bytes"),
+                wall_ratio=None if arm == context.base else _ratio(context, arm, "step_wall_ms"),
+                cpu_ratio=None if arm == context.base else _ratio(context, arm, "step_cpu_ms"),
+                cuda_ratio=None if arm == context.base else _ratio(context, arm, "peak_cuda_bytes"),
                 resumed=sum(cell.resumed > 0 for cell in cells),
                 untrained=untrained,
             )

@@ -1,116 +1,127 @@
-"""What qualifies a comparison, in words."""
+"""What qualifies a comparison, as ids; :mod:`decondense.report.notes` has their texts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from decondense.compare.context import Context
 from decondense.compare.rates import learning_rates, sweeps
-from decondense.compare.results import TaskMeasure
+from decondense.compare.results import Note, Plateau, TaskMeasure
+from decondense.compare.study import VALIDATION
+
+FEWEST_DOCUMENTS = 30
+"""Fewer held-out documents (Kish's effective number) say little about other text."""
+WIDEST_SPREADS = 5.0
+"""Standard deviations over seeds of two arms that differ more than that are not of one kind of run."""
+FEWEST_FOR_SPREADS = 3
 
 
-def notes(context: Context) -> list[str]:
+def notes(context: Context) -> list[Note]:
     """What qualifies the comparison as a whole."""
     found = []
     for (arm, seed), cell in context.cells.items():
-        for key, curve in cell.scores.items():
+        for key in cell.scores:
             items = cell.final_items(key)
             score = cell.final_score(key)
-            if not items or score is None or cell.final_step is None:
+            if not items or score is None:
                 continue
             values, weights = np.array(list(items.values())).T
             mean = float(values @ weights / weights.sum()) if weights.sum() else score
             if not math.isclose(mean, score, rel_tol=1e-6, abs_tol=1e-9):
-                row = curve[cell.final_step]
-                found.append(
-                    f"{arm} (seed {seed}): the {row['task']} {row['metric']} of {score:.6g} is not the weighted "
-                    f"mean of its items ({mean:.6g}); the item part of its interval is approximate."
-                )
+                facts = {"seed": seed, "task": key[0], "metric": key[1], "score": score, "mean": mean}
+                found.append(Note("not the mean of items", (arm,), facts))
     found += start_notes(context)
-    found += rate_notes(context)
+    found += setting_notes(context)
     labels = {tuple(p["layers"]) for cell in context.cells.values() if (p := cell.final_profile())}
     if len(labels) > 1:
-        found.append("The arms have different layers; the table by layer holds only the most frequent set.")
+        found.append(Note("different layers"))
     return found
 
 
-def start_notes(context: Context) -> list[str]:
-    """What is no pair from the same start, in words."""
+def start_notes(context: Context) -> list[Note]:
+    """What is no pair from the same start."""
     if context.study.measured:
-        return [
-            "Nothing was trained: the arms are different models, measured as they are; a seed is one choice of "
-            "passages, so that the differences pair models by passages, and their intervals say how much other "
-            "passages would change them, not how much other trainings would."
-        ]
-    found = []
-    others = context.other_starts()
-    if others:
-        verb = "starts" if len(others) == 1 else "start"
-        pronoun = "it is" if len(others) == 1 else "they are"
-        found.append(
-            f"{context.named(others)} {verb} from other weights than the baseline by design; {pronoun} paired with it "
-            "by data order only, so that what the seed's start adds to a difference does not cancel."
-        )
-    idle = [arm for arm in context.arms if context.untrained(arm)]
-    if idle:
-        verb = "is" if len(idle) == 1 else "are"
-        found.append(f"{context.named(idle)} {verb} untrained: the start as it is, which reads no data.")
-    return found
+        return [Note("measured")]
+    others = tuple(context.other_starts())
+    idle = tuple(arm for arm in context.arms if context.untrained(arm))
+    return [Note(kind, arms) for kind, arms in (("other start", others), ("untrained", idle)) if arms]
 
 
-def rate_notes(context: Context) -> list[str]:
-    """How the learning rates came about, and what is doubtful about them."""
+def setting_notes(context: Context) -> list[Note]:
+    """How learning rates, warm-ups and clippings came about, and what is doubtful about them."""
     rates, tried = learning_rates(context), {sweep.arm: sweep for sweep in sweeps(context)}
-    swept = context.study.config is not None and context.study.config.sweep is not None
-    found = []
-    for arm, several in rates.items():
-        if len(several) > 1:
-            listed = ", ".join(f"{rate:g}" for rate in several)
-            found.append(f"The seeds of {context.study.labels[arm]} have different learning rates: {listed}.")
-    if not tried and not swept:
-        different = {rate for several in rates.values() for rate in several}
-        if len(rates) > 1 and len(different) == 1:
-            found.append(
-                f"Every arm was trained at the same learning rate, {different.pop():g}; another rate may be better "
-                "for some of them."
-            )
-        elif len(rates) > 1:
-            listed = ", ".join(
-                f"{context.study.labels[arm]} {' and '.join(f'{rate:g}' for rate in several)}"
-                for arm, several in rates.items()
-            )
-            found.append(f"The arms have different learning rates without a sweep: {listed}.")
+    config = context.study.config
+    sweep_config = config.sweep if config is not None else None
+    found = [Note("rates by seed", (arm,), {"rates": several}) for arm, several in rates.items() if len(several) > 1]
+    found += not_swept(context, rates)
+    if not tried and sweep_config is None:
+        if len({rate for several in rates.values() for rate in several}) > 1:
+            found.append(Note("rates without a sweep", tuple(rates), {"rates": rates}))
         return found
     if not tried:
-        found.append("The study chooses learning rates by a sweep, but the rows hold none of its trials.")
-    fixed = [arm for arm in rates if arm not in tried]
+        found.append(Note("no trials"))
+    fixed = {arm: several for arm, several in rates.items() if arm not in tried}
     if tried and fixed:
-        listed = ", ".join(f"{context.study.labels[arm]} {rates[arm][0]:g}" for arm in fixed)
-        found.append(f"Learning rates that no sweep chose: {listed}.")
+        found.append(Note("rates that no sweep chose", tuple(fixed), {"rates": fixed}))
     for arm, sweep in tried.items():
-        name, chosen = context.study.labels[arm], sweep.chosen
+        chosen = sweep.chosen
         finished = [trial for trial in sweep.trials if trial.value is not None]
         if chosen is None:
-            why = "every trial failed" if not finished else "no trial is marked as chosen"
-            found.append(f"No learning rate was chosen for {name}: {why}.")
+            found.append(Note("no choice" if finished else "no trial finished", (arm,)))
             continue
-        if sweep.edge is not None:
-            found.append(
-                f"The learning rate chosen for {name}, {chosen.learning_rate:g}, is the {sweep.edge} tried: the "
-                "best rate may lie outside."
-            )
+        for knob, side in sweep.edges.items():
+            facts = {"knob": knob, "value": getattr(chosen, knob), "side": side}
+            found.append(Note("edge of the grid", (arm,), facts))
         best = min(finished, key=lambda trial: trial.value or 0.0, default=None)
         if best is not None and (chosen.value is None or (best.value or 0.0) < chosen.value):
-            found.append(
-                f"The learning rate chosen for {name}, {chosen.learning_rate:g}, is not the one with the least "
-                f"loss, {best.learning_rate:g}."
-            )
+            facts = {"chosen": chosen.learning_rate, "best": best.learning_rate}
+            found.append(Note("not the least loss", (arm,), facts))
         if arm in rates and rates[arm] != (chosen.learning_rate,):
-            listed = ", ".join(f"{rate:g}" for rate in rates[arm])
-            found.append(f"{name} was trained at {listed}, but its sweep chose {chosen.learning_rate:g}.")
+            found.append(Note("not as chosen", (arm,), {"rates": rates[arm], "chosen": chosen.learning_rate}))
+    return found
+
+
+def not_swept(context: Context, rates: dict[str, tuple[float, ...]]) -> list[Note]:
+    """The settings that move a baseline and were tried for no arm: a longer warm-up alone may take a lead away."""
+    config = context.study.config
+    if config is None or not rates or not any(arm != context.base for arm in rates):
+        return []
+    knobs: dict[str, Any] = {}
+    if config.sweep is None or len(config.sweep.learning_rates) < 2:
+        knobs["learning_rate"] = config.train.learning_rate
+        common = {rate for several in rates.values() for rate in several}
+        if len(common) == 1:
+            knobs["learning_rate"] = common.pop()
+    if config.sweep is None or len(config.sweep.warmups) < 2:
+        knobs["warmup"] = config.train.warmup
+    return [Note("not swept", tuple(rates), {"knobs": knobs})] if knobs else []
+
+
+def evidence_notes(context: Context, tasks: Sequence[TaskMeasure], plateaus: Sequence[Plateau]) -> list[Note]:
+    """What weakens the intervals: plateaus in some arms only, spreads that differ between arms, few documents."""
+    found = []
+    stuck = tuple(arm for arm in context.arms if any(p.share > 0 for p in plateaus if p.arm == arm))
+    free = tuple(arm for arm in dict.fromkeys(p.arm for p in plateaus) if arm not in stuck)
+    if stuck and free:
+        found.append(Note("plateaus in some arms", stuck, {"without": free}))
+    held_out = next((task for task in tasks if (task.task, task.metric) == VALIDATION), None)
+    base = held_out.of(context.base) if held_out is not None else None
+    if held_out is None or base is None:
+        return found
+    for d in held_out.differences:
+        values = held_out.of(d.arm)
+        if values is None or d.n < FEWEST_FOR_SPREADS or not base.sd or not values.sd:
+            continue
+        ratio = values.sd / base.sd
+        if max(ratio, 1 / ratio) > WIDEST_SPREADS:
+            found.append(Note("spreads differ", (d.arm,), {"arm_sd": values.sd, "baseline_sd": base.sd}))
+    effective = [d.effective_items for d in held_out.differences if d.effective_items is not None]
+    if effective and min(effective) < FEWEST_DOCUMENTS:
+        found.append(Note("few documents", (), {"effective": min(effective), "items": held_out.items}))
     return found
 
 

@@ -1,31 +1,45 @@
-"""The learning rates that were tried, and those of the runs."""
+"""The settings that were tried (learning rate, warm-up, clipping), and the learning rates of the runs."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 from decondense.compare.context import Context
 from decondense.compare.results import Sweep, Trial
 
 
 def sweeps(context: Context) -> list[Sweep]:
-    """The trials of each arm, ascending."""
+    """The trials of each arm, ascending by learning rate, warm-up and clipping."""
     found = []
     for arm in context.arms:
         # a trial that was repeated after a failure counts as it ended last
-        rows = {float(row["learning_rate"]): row for row in context.study.trials if row["arm"] == arm}
+        rows: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+        for row in context.study.trials:
+            if row["arm"] == arm:
+                setting = (float(row["learning_rate"]), row.get("warmup"), row.get("gradient_clip"))
+                rows.setdefault(setting, {})[int(row["seed"])] = row
         if rows:
-            trials = tuple(
-                Trial(
-                    learning_rate=rate,
-                    steps=int(row["steps"]),
-                    seed=int(row["seed"]),
-                    value=None if row["value"] is None or row["status"] == "failed" else float(row["value"]),
-                    chosen=bool(row["chosen"]),
-                    error=(row["error"] or "no reason recorded") if row["status"] == "failed" else None,
-                )
-                for rate, row in sorted(rows.items())
-            )
-            found.append(Sweep(arm, trials))
+            ordered = sorted(rows.items(), key=lambda entry: [value or 0.0 for value in entry[0]])
+            found.append(Sweep(arm, tuple(_trial(setting, list(by_seed.values())) for setting, by_seed in ordered)))
     return found
+
+
+def _trial(setting: tuple[Any, ...], rows: Sequence[dict[str, Any]]) -> Trial:
+    """One setting over its trial seeds: its loss is their mean, and it failed when one of them did."""
+    failed = next((row for row in rows if row["status"] == "failed"), None)
+    values = [row["value"] for row in rows]
+    whole = failed is None and None not in values
+    return Trial(
+        learning_rate=setting[0],
+        warmup=setting[1],
+        gradient_clip=setting[2],
+        steps=int(rows[0]["steps"]),
+        seeds=tuple(int(row["seed"]) for row in rows),
+        value=float(sum(values) / len(values)) if whole else None,
+        chosen=any(row["chosen"] for row in rows),
+        error=None if failed is None else failed["error"] or "no reason recorded",
+    )
 
 
 def learning_rates(context: Context) -> dict[str, tuple[float, ...]]:

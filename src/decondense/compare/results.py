@@ -79,43 +79,54 @@ class TaskMeasure(Measure):
         return f"{' or '.join(f'{count:,}' for count in self.scored)} of {self.official:,} items"
 
 
+Clock = Literal["wall", "cpu"]
+
+
 @dataclass(frozen=True)
 class Speed:
-    """Training tokens an arm needed to reach the validation loss with which its baseline of the same seed ended."""
+    """Training tokens until a validation loss that an arm and its baseline of the same seed both reach."""
 
     arm: str
     n: int
     reached: int
+    """Seeds in which the arm ends at or below the baseline's final loss."""
     seeds: tuple[int, ...]
     targets: tuple[float, ...]
-    """The baseline's final validation loss, by seed."""
-    tokens: tuple[float | None, ...]
-    """Linear interpolation between evaluated checkpoints; None: not reached."""
-    brackets: tuple[tuple[float, float] | None, ...]
-    """The two evaluated checkpoints (in tokens) between which the target was reached."""
-    token_ratios: tuple[float | None, ...]
-    """Baseline's tokens over the arm's: 2 means half the tokens, infinity that the start already had the loss."""
-    time_ratios: tuple[float | None, ...]
-    """The same in step time."""
-    median_token_ratio: float | None
-    """Over seeds; None unless every seed got there and :attr:`resolved`."""
-    median_time_ratio: float | None
+    """The higher of the two final losses, by seed."""
+    baseline_tokens: tuple[float, ...]
+    """Tokens at which the target is first reached: linear interpolation between evaluated checkpoints."""
+    tokens: tuple[float, ...]
     resolved: bool
-    """Whether the checkpoints around the target are close enough (at most 60 % of training apart) to interpolate."""
+    """Whether the checkpoints around the targets are close enough (at most 60 % of training apart) to interpolate."""
+    clock: Clock
+    in_tokens: Difference | None
+    """Of the logarithm of the tokens; None: not resolved, or the start has the loss already."""
+    in_time: Difference | None
+    """The same in step time, at the arm's median pace."""
 
     @property
-    def words(self) -> str:
-        """In words."""
-        if not self.reached:
-            return "not reached"
-        if not self.resolved:
-            return "evaluated too rarely"
-        if self.reached < self.n:
-            return f"reached by {self.reached} of {self.n} seeds"
-        assert self.median_token_ratio is not None
-        if math.isinf(self.median_token_ratio):
-            return "reached at the start"
-        return f"same loss after {100 / self.median_token_ratio:.0f} % of the tokens"
+    def share_of_tokens(self) -> float | None:
+        """The arm's tokens over the baseline's, geometric mean: 0.5 means half the tokens."""
+        return None if self.in_tokens is None else math.exp(self.in_tokens.mean)
+
+    @property
+    def share_of_time(self) -> float | None:
+        """The same of the step time."""
+        return None if self.in_time is None else math.exp(self.in_time.mean)
+
+
+@dataclass(frozen=True)
+class EqualTime:
+    """Held-out loss at equal training time."""
+
+    clock: Clock
+    paces: dict[str, float]
+    """Each arm's step time over the baseline's, median over seeds."""
+    differences: tuple[Difference, ...]
+
+    def difference(self, arm: str) -> Difference | None:
+        """The difference of an arm."""
+        return next((d for d in self.differences if d.arm == arm), None)
 
 
 @dataclass(frozen=True)
@@ -185,37 +196,72 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Trial:
-    """One learning rate that was tried."""
+    """One setting that was tried."""
 
     learning_rate: float
+    warmup: float | None
+    """As a fraction of the run's steps; None: not swept."""
+    gradient_clip: float | None
     steps: int
-    seed: int
+    seeds: tuple[int, ...]
     value: float | None
-    """Loss on the documents set aside for this choice; None: the trial failed."""
+    """Loss on the documents set aside for this choice, mean over ``seeds``; None: a trial failed."""
     chosen: bool
     error: str | None
+
+    @property
+    def seed(self) -> int:
+        """The first trial seed."""
+        return self.seeds[0]
+
+
+Edge = Literal["smallest", "largest"]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The learning rates tried for an arm, ascending."""
+    """The settings tried for an arm, ascending."""
 
     arm: str
     trials: tuple[Trial, ...]
 
     @property
     def chosen(self) -> Trial | None:
-        """The trial whose rate the arm's runs take."""
+        """The trial whose setting the arm's runs take."""
         return next((trial for trial in self.trials if trial.chosen), None)
 
     @property
-    def edge(self) -> Literal["smallest", "largest"] | None:
-        """Whether the chosen rate ends the grid, so that a better one may lie outside; a failed rate bounds it too."""
-        if self.chosen is None or len(self.trials) < 2:
-            return None
-        if self.chosen is self.trials[0]:
-            return "smallest"
-        return "largest" if self.chosen is self.trials[-1] else None
+    def edges(self) -> dict[str, Edge]:
+        """The knobs whose chosen value ends the grid, so that a better one may lie outside.
+
+        A value that failed bounds the grid too, and below a warm-up of 0 there is nothing.
+        """
+        found: dict[str, Edge] = {}
+        for knob in ("learning_rate", "warmup", "gradient_clip"):
+            values = sorted({v for trial in self.trials if (v := getattr(trial, knob)) is not None})
+            value = getattr(self.chosen, knob, None)
+            if len(values) < 2 or value is None:
+                continue
+            if value == values[-1]:
+                found[knob] = "largest"
+            elif value == values[0] and value > 0:
+                found[knob] = "smallest"
+        return found
+
+    @property
+    def edge(self) -> Edge | None:
+        """Whether the chosen learning rate ends the grid."""
+        return self.edges.get("learning_rate")
+
+    @property
+    def by_rate(self) -> tuple[Trial, ...]:
+        """For each learning rate the trial with the least loss over the other knobs."""
+        best: dict[float, Trial] = {}
+        for trial in self.trials:
+            rival = best.get(trial.learning_rate)
+            if rival is None or rival.value is None or (trial.value is not None and trial.value < rival.value):
+                best[trial.learning_rate] = trial
+        return tuple(best.values())
 
 
 @dataclass(frozen=True)
@@ -294,6 +340,39 @@ class Layers:
 
 
 @dataclass(frozen=True)
+class Plateau:
+    """The part of a run's training that it spends condensed: mean cosine over the blocks above 0.9."""
+
+    arm: str
+    seed: int
+    share: float
+    """Of the steps, linear between evaluated checkpoints."""
+    escape: float | None
+    """Step at which it last falls to 0.9; None: it never was above, or still is."""
+    between: tuple[float, float] | None
+    """The evaluated checkpoints around the escape."""
+    stuck: bool
+    """Whether the final checkpoint is above."""
+
+
+NoteKind = Literal[
+    "not the mean of items", "different layers", "measured", "other start", "untrained", "rates by seed",
+    "rates without a sweep", "rates that no sweep chose", "not swept", "no trials", "no choice", "no trial finished",
+    "edge of the grid", "not the least loss", "not as chosen", "plateaus in some arms", "spreads differ",
+    "few documents",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Note:
+    """What qualifies a comparison: a kind, the arms that it is about, and its numbers."""
+
+    kind: NoteKind
+    arms: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Everything that a study says about its arms."""
 
@@ -312,12 +391,13 @@ class Comparison:
     condensation: tuple[Measure, ...]
     layers: Layers | None
     means: tuple[TaskMean, ...]
+    equal_time: EqualTime | None
     speed: tuple[Speed, ...]
     cost: tuple[Cost, ...]
     selection: tuple[Selection, ...]
     pairing: tuple[Pairing, ...]
     omitted: tuple[Fault, ...]
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
     margin: float
     """Differences of a loss up to this, in nats per token, count as equal in practice."""
     task_notes: tuple[str, ...] = ()
@@ -333,6 +413,8 @@ class Comparison:
     condensation_by_arm: tuple[ArmCondensation, ...] = ()
     size: SizeTrend | None = None
     trials: tuple[Sweep, ...] = ()
+    plateaus: tuple[Plateau, ...] = ()
+    """Of every trained run, condensed or not."""
     learning_rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """Peak learning rates of each trained arm's runs: one, unless its seeds differ."""
 
@@ -355,9 +437,10 @@ class Comparison:
         return next((measure for measure in self.measures() if measure.quantity == quantity), None)
 
     def differences(self) -> tuple[Difference, ...]:
-        """Every paired difference: of all measures, then of the states of each arm."""
+        """Every paired difference: of all measures, at equal time, then of the states of each arm."""
+        timed = self.equal_time.differences if self.equal_time else ()
         layers = self.layers.differences.values() if self.layers else ()
-        return tuple(d for group in (*(m.differences for m in self.measures()), *layers) for d in group)
+        return tuple(d for group in (*(m.differences for m in self.measures()), timed, *layers) for d in group)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON."""

@@ -1,4 +1,4 @@
-r"""Paired differences: their interval, tests, power and verdict.
+r"""Paired differences: their interval, tests, power and outcome.
 
 **Interval.** Let d_s be the difference arm - baseline of seed s of S, and p_i the weight of item i, summing to
 1. The 95 %
@@ -271,7 +271,7 @@ class Difference:
 
     @property
     def outcome(self) -> Outcome:
-        """The verdict; a detected difference counts however small, even where it lies within the margin."""
+        """What the pairs say; a detected difference counts however small, even where it lies within the margin."""
         if not self.tested:
             return "not tested"
         if self.detected:
@@ -279,26 +279,6 @@ class Difference:
                 return "lower" if self.mean < 0 else "higher"
             return "better" if (self.mean > 0) == self.higher_is_better else "worse"
         return "equivalent" if self.within_margin else "undecided"
-
-    @property
-    def verdict(self) -> str:
-        """In words: lower, higher, equivalent, no detectable difference, or why there is no answer."""
-        if self.n < 2:
-            return "one seed: not tested"
-        if not self.tested:
-            return "equal in every seed: not tested"
-        if not self.detected:
-            return "equivalent" if self.within_margin else "no detectable difference"
-        return "lower" if self.mean < 0 else "higher"
-
-    @property
-    def judgement(self) -> Literal["better", "worse", "different", "undetected"]:
-        """The verdict as good or bad, where the quantity has a direction."""
-        if not self.detected:
-            return "undetected"
-        if self.higher_is_better is None:
-            return "different"
-        return "better" if (self.mean > 0) == self.higher_is_better else "worse"
 
 
 def paired_difference(

@@ -85,7 +85,7 @@ def trials(comparison: Comparison) -> Figure:
         rates = sorted({trial.learning_rate for sweep in comparison.trials for trial in sweep.trials})
         for sweep in comparison.trials:
             colour = looks.colour(sweep.arm)
-            finished = [trial for trial in sweep.trials if trial.value is not None]
+            finished = [trial for trial in sweep.by_rate if trial.value is not None]
             axes.plot(
                 [trial.learning_rate for trial in finished],
                 [trial.value or 0.0 for trial in finished],
@@ -106,7 +106,7 @@ def trials(comparison: Comparison) -> Figure:
                     markersize=6,
                     zorder=4,
                 )
-            failed = [trial.learning_rate for trial in sweep.trials if trial.value is None]
+            failed = [trial.learning_rate for trial in sweep.by_rate if trial.value is None]
             # a failed trial has no loss: its cross stands at the top
             axes.plot(failed, [0.97] * len(failed), "x", color=colour, transform=axes.get_xaxis_transform())
         axes.set_xscale("log")

@@ -6,12 +6,13 @@ A study with failed or missing runs still gets its report, which then names them
 
 from decondense.formatting import interval, number, probability
 from decondense.report.condensation_tables import condensation_table, layer_table, size_table
+from decondense.report.notes import notes_in_words
 from decondense.report.page import ReportPaths, build_report
 from decondense.report.score_tables import difference_table, headline, seed_table, selection_table, task_table
 from decondense.report.sentences import sentences, size_sentences, summary
 from decondense.report.tables import write_tables
 from decondense.report.terminal import terminal_table
-from decondense.report.training_tables import cost_table, speed_table, trials_table
+from decondense.report.training_tables import cost_table, plateau_table, speed_table, trials_table
 from decondense.table import Table
 
 __all__ = [
@@ -24,7 +25,9 @@ __all__ = [
     "headline",
     "interval",
     "layer_table",
+    "notes_in_words",
     "number",
+    "plateau_table",
     "probability",
     "seed_table",
     "selection_table",

@@ -11,6 +11,7 @@ from decondense import __version__
 from decondense.compare import CompareError, Comparison, Study, compare
 from decondense.formatting import NONE, count, listed, probability
 from decondense.records import Row, atomic_write
+from decondense.report.notes import notes_in_words
 from decondense.report.pictures import Pictures
 from decondense.report.selection import measures
 from decondense.report.sentences import sentences
@@ -95,7 +96,7 @@ def _limits(study: Study, comparison: Comparison | None) -> list[str]:
             else "A lower mean cosine is what the loss is made to cause; it is no evidence that a model is better. "
             "The held-out scores are."
         )
-        lines += list(comparison.notes)
+        lines += notes_in_words(comparison)
     passages = {
         (p["passages"], p["passage_tokens"]) for cell in study.cells.values() for p in cell.profiles.values() if p
     }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from decondense.compare import FEWEST_MODELS, SIZE_QUANTITIES, Comparison, Cost, Difference, SizeCorrelation
 from decondense.formatting import NBSP, interval, listed, number, probability
+from decondense.report import words
 from decondense.report.selection import MANY
 
 
@@ -15,30 +16,33 @@ def _seeds(n: int) -> str:
 
 def _score_clause(d: Difference, label: str) -> str:
     size = f"{number(abs(d.mean))} {d.unit}".strip()
-    better = sum((x > 0) == bool(d.higher_is_better) and x != 0 for x in d.differences)
     if d.n < 2:
-        way = "lower" if d.mean < 0 else "higher"
         return (
-            f"{label} is {way} by {size} in the only seed, which cannot be told from chance: no interval and no "
-            "test, more seeds are needed"
+            f"{label} is {words.direction(d)} by {size} in the only seed, which cannot be told from chance: not "
+            "tested, more seeds are needed"
         )
+    if not d.tested:
+        return f"{label} differs by {number(d.mean, sign=True)} {d.unit}".strip() + f" ({words.outcome(d)})"
+    better = sum((x > 0) == bool(d.higher_is_better) and x != 0 for x in d.differences)
     evidence = (
-        f"95{NBSP}% interval of the difference {interval(d.interval)}, n = {_seeds(d.n)}, better in {better} of {d.n}"
+        f"95{NBSP}% interval of the difference {interval(d.interval)}, n = {_seeds(d.n)}, better in {better} of "
+        f"{d.n}; {words.power([d])}"
     )
-    if not d.detected:
-        corrected = ", after correction for several arms" if d.p is not None and d.p <= 0.05 else ""
-        signed = f"{number(d.mean, sign=True)} {d.unit}".strip()
-        return f"{label} shows no detectable difference{corrected} ({signed}, {evidence})"
-    return f"{label} is {d.verdict}, which is {d.judgement}, by {size} ({evidence})"
+    if d.detected:
+        return f"{label} is {words.direction(d)}, by {size} ({evidence})"
+    signed = f"{number(d.mean, sign=True)} {d.unit}".strip()
+    corrected = " after correction for several arms" if d.p is not None and d.p <= 0.05 else ""
+    within = f" within {number(d.margin)} {d.unit}".rstrip() if d.outcome == "equivalent" else ""
+    return f"{label} is {d.outcome}{within}{corrected} ({signed}, {evidence})"
 
 
 def _cosine_clause(d: Difference, label: str) -> str:
     values = f"{number(sum(d.baseline_values) / d.n)} to {number(sum(d.arm_values) / d.n)}"
-    if d.n < 2:
-        return f"{label} moves it from {values} in its one seed (not tested)"
+    if not d.tested:
+        return f"{label} moves it from {values} ({words.outcome(d)})"
     tail = f"95{NBSP}% interval of the difference {interval(d.interval)}"
     if not d.detected:
-        return f"{label} shows no detectable difference ({values}, {tail})"
+        return f"{label} is {d.outcome} ({values}, {tail}; {words.power([d])})"
     return f"{label} {'lowers' if d.mean < 0 else 'raises'} it from {values} ({tail})"
 
 
@@ -47,44 +51,34 @@ def _cost_clause(comparison: Comparison, cost: Cost) -> str:
     name = comparison.labels[cost.arm]
     processor = f" ({cost.cpu_ratio[0]:.2f} times the CPU time)" if cost.cpu_ratio else ""
     clause = f"an optimizer step of {name} takes {cost.wall_ratio[0]:.2f} times as long{processor}"
+    equal = comparison.equal_time
+    d = equal.difference(cost.arm) if equal is not None else None
+    if equal is not None and d is not None:
+        clause += (
+            f"; at equal {words.CLOCKS[equal.clock]} its held-out loss differs by {number(d.mean, sign=True)} "
+            f"{interval(d.interval)} ({words.outcome(d)})"
+        )
     speed = next((s for s in comparison.speed if s.arm == cost.arm), None)
-    if speed is None:
-        return clause
-    target = f"the loss with which {comparison.labels[comparison.baseline]} ended"
-    if speed.median_token_ratio is not None:
-        return f"{clause}, and {target} is reached after {100 / speed.median_token_ratio:.0f}{NBSP}% of the tokens"
-    if speed.reached and not speed.resolved:
-        return f"{clause}; when {target} is reached cannot be said, because the runs were evaluated too rarely"
-    if speed.reached:
-        return f"{clause}, and {target} is reached in {speed.reached} of {speed.n} seeds"
-    return f"{clause}, and {target} is never reached"
+    return clause if speed is None else f"{clause}; {words.same_loss(speed)}"
 
 
-def _grouped_scores(differences: Sequence[Difference], label: dict[str, str]) -> str:
-    """Many arms, grouped by verdict."""
-    groups: dict[str, list[Difference]] = {}
-    for d in differences:
-        groups.setdefault(
-            "only one seed, not tested"
-            if d.n < 2
-            else f"{d.verdict}, which is {d.judgement}"
-            if d.detected and d.judgement != "different"
-            else d.verdict,
-            [],
-        ).append(d)
-    order = ["better", "worse", "lower", "higher", "no detectable", "one seed"]
+def _grouped_scores(differences: Sequence[Difference], label: dict[str, str], *, power: bool = True) -> str:
+    """Many arms, grouped by outcome."""
     parts = []
-    for words, members in sorted(groups.items(), key=lambda item: next(i for i, w in enumerate(order) if w in item[0])):
-        members = sorted(members, key=lambda d: d.mean)
-        if members[0].detected or members[0].n < 2 or len(members) <= MANY:
+    for outcome in words.ORDER:
+        members = sorted((d for d in differences if d.outcome == outcome), key=lambda d: d.mean)
+        if not members:
+            continue
+        if members[0].detected or not members[0].tested or len(members) <= MANY:
             members_text = ", ".join(f"{label[d.arm]} ({number(d.mean, sign=True)})" for d in members)
         else:
             span = f"{number(members[0].mean, sign=True)} to {number(members[-1].mean, sign=True)}"
             members_text = f"{', '.join(label[d.arm] for d in members)} ({span})"
         lost = [label[d.arm] for d in members if not d.detected and d.p is not None and d.p <= 0.05]
         tail = f", of which {listed(lost)} would differ without the correction for several arms" if lost else ""
-        parts.append(f"{len(members)} {words}: {members_text}{tail}")
-    return "; ".join(parts)
+        parts.append(f"{len(members)} {words.outcome(members[0])}: {members_text}{tail}")
+    strength = words.power(differences) if power else ""
+    return "; ".join(parts) + (f". Power: {strength}" if strength else "")
 
 
 def _many(differences: Sequence[Difference]) -> str:
@@ -96,27 +90,24 @@ def _many(differences: Sequence[Difference]) -> str:
 
 def _many_costs(comparison: Comparison, costs: Sequence[Cost]) -> str:
     known = sorted((c.wall_ratio[0], comparison.labels[c.arm]) for c in costs if c.wall_ratio)
-    words = (
+    text = (
         f"an optimizer step takes {known[0][0]:.2f} ({known[0][1]}) to {known[-1][0]:.2f} ({known[-1][1]}) times as "
         "long as the baseline's"
     )
-    speeds = [s for s in comparison.speed if s.median_token_ratio is not None]
-    never = [s for s in comparison.speed if not s.reached]
-    target = f"the loss with which {comparison.labels[comparison.baseline]} ended"
+    if comparison.equal_time is not None:
+        clock = words.CLOCKS[comparison.equal_time.clock]
+        told = _grouped_scores(comparison.equal_time.differences, comparison.labels, power=False)
+        text += f"; held-out loss at equal {clock}: {told}"
+    speeds = [s.in_tokens for s in comparison.speed if s.in_tokens is not None]
     if speeds:
-        best = max(speeds, key=lambda s: s.median_token_ratio or 0.0)
-        assert best.median_token_ratio is not None
-        words += (
-            f"; {target} is reached by every seed of {len(speeds)} of {len(comparison.speed)} arms, by "
-            f"{comparison.labels[best.arm]} after {100 / best.median_token_ratio:.0f}{NBSP}% of the tokens"
+        best = min(speeds, key=lambda d: d.mean)
+        share, bounds = words.shares(best)
+        span = "" if bounds is None else f" [{100 * bounds[0]:.0f}, {100 * bounds[1]:.0f}]"
+        text += (
+            f"; a loss that both reach takes {comparison.labels[best.arm]}, which needs fewest, {100 * share:.0f}"
+            f"{NBSP}%{span} of the tokens ({words.outcome(best)})"
         )
-    if never:
-        words += (
-            f"; it is never reached by {listed([comparison.labels[s.arm] for s in never])}"
-            if speeds
-            else (f"; {target} is never reached by {listed([comparison.labels[s.arm] for s in never])}")
-        )
-    return words
+    return text
 
 
 def _signed(value: float | None) -> str:
@@ -135,7 +126,7 @@ def _condensation_alone(comparison: Comparison) -> list[str]:
     else:
         start = "The rows hold no score of a final checkpoint, so only condensation is compared."
 
-    def words(arm: str) -> str:
+    def state(arm: str) -> str:
         entry = next(e for e in entries if e.arm == arm)
         trend = ", ".join(
             f"{name} {_signed(values.mean)}"
@@ -147,11 +138,11 @@ def _condensation_alone(comparison: Comparison) -> list[str]:
 
     lead = "Condensation, as the mean cosine of the last layer and the rank correlations of the mean cosine with depth"
     if len(entries) <= 2 * MANY:
-        return [start, f"{lead}: " + "; ".join(words(entry.arm) for entry in entries) + "."]
+        return [start, f"{lead}: " + "; ".join(state(entry.arm) for entry in entries) + "."]
     ordered = sorted(entries, key=lambda entry: entry.last["1"].mean)
     return [
         start,
-        f"{lead}: least in {words(ordered[0].arm)}, most in {words(ordered[-1].arm)}; the table has all "
+        f"{lead}: least in {state(ordered[0].arm)}, most in {state(ordered[-1].arm)}; the table has all "
         f"{len(entries)}.",
     ]
 
@@ -188,6 +179,31 @@ def size_sentences(comparison: Comparison) -> list[str]:
     return lines
 
 
+def _plateaus(comparison: Comparison) -> list[str]:
+    """Which arms spend part of training condensed; none: nothing is said."""
+    clauses = []
+    for arm in comparison.arms:
+        runs = [p for p in comparison.plateaus if p.arm == arm]
+        above = [p for p in runs if p.share > 0]
+        if not above:
+            continue
+        mean = sum(p.share for p in runs) / len(runs)
+        escapes = sorted(p.escape for p in above if p.escape is not None)
+        when = ""
+        if escapes:
+            span = f"step {escapes[0]:,.0f}" if len(escapes) == 1 else f"steps {escapes[0]:,.0f} to {escapes[-1]:,.0f}"
+            when = f", escaping at {span}"
+        stuck = sum(p.stuck for p in above)
+        end = f", {stuck} not by the end" if stuck else ""
+        clauses.append(
+            f"{comparison.labels[arm]} {100 * mean:.0f}{NBSP}% (in {len(above)} of {_seeds(len(runs))}{when}{end})"
+        )
+    if not clauses:
+        return []
+    others = "" if len(clauses) == len(comparison.arms) else "; no run of the other arms"
+    return [f"Share of training with a mean cosine above 0.9 over the blocks: {'; '.join(clauses)}{others}."]
+
+
 def sentences(comparison: Comparison) -> list[str]:
     """About three sentences: what happened to the held-out loss, to condensation, and at what cost."""
     label = comparison.labels
@@ -218,6 +234,7 @@ def sentences(comparison: Comparison) -> list[str]:
     elif blocks is not None and blocks.differences:
         clauses = [_cosine_clause(d, label[d.arm]) for d in blocks.differences]
         lines.append("Condensation, as the mean cosine over the blocks: " + "; ".join(clauses) + ".")
+    lines += _plateaus(comparison)
     timed = [entry for entry in comparison.cost if entry.wall_ratio]
     if timed:
         costs = (

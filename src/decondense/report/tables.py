@@ -8,7 +8,7 @@ from pathlib import Path
 from decondense.compare import Comparison
 from decondense.report.condensation_tables import condensation_table, layer_table, size_table
 from decondense.report.score_tables import difference_table, headline, seed_table, selection_table, task_table
-from decondense.report.training_tables import cost_table, speed_table, trials_table
+from decondense.report.training_tables import cost_table, plateau_table, speed_table, trials_table
 from decondense.table import Table
 
 TABLES: dict[str, Callable[[Comparison], Table | None]] = {
@@ -18,6 +18,7 @@ TABLES: dict[str, Callable[[Comparison], Table | None]] = {
     "tasks": task_table,
     "cost": cost_table,
     "speed": speed_table,
+    "plateaus": plateau_table,
     "condensation": condensation_table,
     "size": size_table,
     "learning_rates": trials_table,

@@ -11,6 +11,7 @@ from decondense.compare import QUANTITIES, Comparison, Cost, Difference
 from decondense.formatting import NONE, count, fitting, fitting_interval, number
 from decondense.report.cells import median_of
 from decondense.report.selection import MANY, main_measures, measures
+from decondense.report.words import CLOCKS, shares
 from decondense.table import Table
 
 
@@ -51,9 +52,10 @@ def terminal_table(comparison: Comparison) -> Table:
             begun.add(name)
         lines.append(["", short[arm], own, *cells])
 
-    def add_difference(name: str, d: Difference) -> None:
+    def add_difference(name: str, d: Difference, *, outcome: bool = False) -> None:
         base, own = (fitting(sum(values) / d.n) for values in (d.baseline_values, d.arm_values))
-        add(name, d.arm, base, own, fitting(d.mean, sign=True), fitting_interval(d.interval), str(d.n))
+        difference = fitting(d.mean, sign=True) + (f"\n{d.outcome}" if outcome else "")
+        add(name, d.arm, base, own, difference, fitting_interval(d.interval), str(d.n))
 
     layered = comparison.layers is not None and not many
     # the mean over benchmarks speaks for them where every one would have a row for each of many arms
@@ -62,7 +64,7 @@ def terminal_table(comparison: Comparison) -> Table:
             continue  # the last of the layers below
         name = QUANTITIES[measure.quantity].short_title if measure.quantity in QUANTITIES else measure.title
         for d in measure.differences:
-            add_difference(name, d)
+            add_difference(name, d, outcome=True)
     if comparison.layers is not None and layered:
         labels = comparison.layers.labels
         stride = math.ceil(len(labels) / 16)
@@ -87,15 +89,18 @@ def terminal_table(comparison: Comparison) -> Table:
                     for entry in (base_cost, c)
                 )
                 add(name, c.arm, base, own, f"× {ratio[0]:.3f}", f"{ratio[1]:.3f} to {ratio[2]:.3f}", str(c.n))
-    # untrained arms have no tokens, so the runs need not have one number of them in common
-    total = median_of([ratio * at for s in comparison.speed for ratio, at in zip(s.token_ratios, s.tokens, strict=True)
-                     if ratio is not None and at is not None]) or comparison.tokens  # fmt: skip
+    if comparison.equal_time is not None:
+        name = f"loss, equal {CLOCKS[comparison.equal_time.clock]}"
+        for d in comparison.equal_time.differences:
+            add_difference(name, d, outcome=True)
     for s in comparison.speed:
-        saved = NONE if s.median_token_ratio is None else f"× {1 / s.median_token_ratio:.2f}"
-        # as many words as the column of values has room for
-        words = (f"{s.reached}/{s.n} seeds" if s.resolved else "unsure") if several else textwrap.fill(s.words, 13)
-        at = count(median_of(s.tokens)) if s.median_token_ratio is not None else words
-        add("same-loss tokens", s.arm, count(total), at, saved, NONE, str(s.n))
+        base, own = (count(median_of(values)) for values in (s.baseline_tokens, s.tokens))
+        if s.in_tokens is None:
+            add("same-loss tokens", s.arm, base, own, NONE if s.resolved else "unsure", NONE, str(s.n))
+            continue
+        share, bounds = shares(s.in_tokens)
+        span = NONE if bounds is None else f"{bounds[0]:.2f} to {bounds[1]:.2f}"
+        add("same-loss tokens", s.arm, base, own, f"× {share:.2f}\n{s.in_tokens.outcome}", span, str(s.n))
     return _table(comparison, columns, lines)
 
 

@@ -5,35 +5,64 @@ from __future__ import annotations
 from decondense.compare import Comparison
 from decondense.formatting import NONE, count, listed, number
 from decondense.report.cells import mebibytes, median_of, ratio
+from decondense.report.notes import KNOBS
 from decondense.table import Entry, Table
 
 
 def trials_table(comparison: Comparison) -> Table | None:
-    """The learning rates tried for each arm."""
+    """The settings tried for each arm."""
+    every = [trial for sweep in comparison.trials for trial in sweep.trials]
+    if not every:
+        return None
+    knobs = [knob for knob in KNOBS if knob == "learning_rate" or len({getattr(t, knob) for t in every}) > 1]
     rows: list[tuple[Entry, ...]] = []
     for sweep in comparison.trials:
         for t in sweep.trials:
-            words = f"failed: {t.error}" if t.error is not None else ""
+            note = f"failed: {t.error}" if t.error is not None else ""
             if t.chosen:
-                edge = f"; the {sweep.edge} tried: the best rate may lie outside" if sweep.edge else ""
-                words = f"chosen{edge}"
+                edges = [f"the {side} {KNOBS[knob]} tried" for knob, side in sweep.edges.items()]
+                note = f"chosen; {listed(edges)}: the best setting may lie outside" if edges else "chosen"
+            settings = [getattr(t, knob) for knob in knobs]
             rows.append(
                 (
                     comparison.labels[sweep.arm],
-                    (f"{t.learning_rate:g}", t.learning_rate),
+                    *((NONE if value is None else f"{value:g}", value) for value in settings),
                     (number(t.value, 4), t.value),
                     (str(t.steps), t.steps),
-                    (str(t.seed), t.seed),
-                    words,
+                    (", ".join(map(str, t.seeds)), ", ".join(map(str, t.seeds))),
+                    note,
                 )
             )
-    if not rows:
-        return None
     caption = (
-        "Learning rates tried, by the loss on documents that are set aside for this choice (nats/token), before the "
-        "runs and on a seed that is none of theirs. The chosen rate is that of the arm's runs."
+        "Settings tried, by the loss on documents that are set aside for this choice (nats/token), before the runs and "
+        "on seeds that are none of theirs (mean over them). The chosen setting is that of the arm's runs."
     )
-    return Table("learning_rates", caption, ("arm", "learning rate", "loss", "steps", "seed", "note"), tuple(rows))
+    columns = ("arm", *(KNOBS[knob] for knob in knobs), "loss", "steps", "seed", "note")
+    return Table("learning_rates", caption, columns, tuple(rows))
+
+
+def plateau_table(comparison: Comparison) -> Table | None:
+    """Share of training spent condensed and step of escape, of every trained run; None where no run is condensed."""
+    if not any(plateau.share > 0 for plateau in comparison.plateaus):
+        return None
+    rows: list[tuple[Entry, ...]] = []
+    for p in comparison.plateaus:
+        escape = "not escaped" if p.stuck else NONE if p.escape is None else f"{p.escape:,.0f}"
+        rows.append(
+            (
+                comparison.labels[p.arm],
+                str(p.seed),
+                (f"{100 * p.share:.0f} %", p.share),
+                (escape, p.escape),
+                NONE if p.between is None else f"{p.between[0]:,.0f} to {p.between[1]:,.0f}",
+            )
+        )
+    caption = (
+        "Condensed plateau: share of training with a mean cosine over the blocks above 0.9, and the step at which it "
+        "last falls to that (linear between the evaluated checkpoints)."
+    )
+    columns = ("arm", "seed", "above 0.9", "step of escape", "between checkpoints at")
+    return Table("plateaus", caption, columns, tuple(rows), 2)
 
 
 def cost_table(comparison: Comparison) -> Table | None:
@@ -81,30 +110,34 @@ def cost_table(comparison: Comparison) -> Table | None:
 
 
 def speed_table(comparison: Comparison) -> Table | None:
-    """Tokens to reach the baseline's final loss."""
+    """Tokens to a loss that both reach."""
     rows: list[tuple[Entry, ...]] = []
     for s in comparison.speed:
         unsure = "" if s.resolved else " (?)"
-        for seed, target, tokens, bracket, token_ratio, time in zip(
-            s.seeds, s.targets, s.tokens, s.brackets, s.token_ratios, s.time_ratios, strict=True
-        ):
+        for seed, target, base, own in zip(s.seeds, s.targets, s.baseline_tokens, s.tokens, strict=True):
+            share = own / base if base and own and s.resolved else None
+            pace = comparison.equal_time.paces.get(s.arm) if comparison.equal_time else None
+            time = None if share is None or pace is None else share * pace
             rows.append(
                 (
                     comparison.labels[s.arm],
                     str(seed),
                     (number(target, 4), target),
-                    ("not reached" if tokens is None else count(tokens) + unsure, tokens),
-                    NONE if bracket is None else f"{count(bracket[0])} to {count(bracket[1])}",
-                    (NONE if token_ratio is None or unsure else f"{token_ratio:.2f}", token_ratio),
-                    (NONE if time is None or unsure else f"{time:.2f}", time),
+                    (count(base) + unsure, base),
+                    (count(own) + unsure, own),
+                    (number(share, 2), share),
+                    (number(time, 2), time),
                 )
             )
     if not rows:
         return None
-    columns = ("arm", "seed", "loss to reach", "tokens", "between checkpoints at", "speed-up, tokens", "speed-up, time")
+    columns = (
+        "arm", "seed", "loss to reach", "tokens, baseline", "tokens, arm", "tokens × baseline", "time × baseline",
+    )  # fmt: skip
     caption = (
-        "Tokens needed to reach the loss with which the baseline of the same seed ended (linear between the evaluated "
-        "checkpoints, which errs on the late side; the learning rate is still high there). A question mark: these "
-        "checkpoints lie too far apart for that."
+        "Tokens until the loss that both runs of a seed reach, the higher of their final losses: an estimate without "
+        "bias where the arms do not differ (linear between the evaluated checkpoints, which errs towards no "
+        "difference; the learning rate is still high there). Time is that of steps, at the arm's median pace on the "
+        f"{'CPU' if comparison.speed[0].clock == 'cpu' else 'wall'} clock. A question mark: checkpoints too far apart."
     )
     return Table("speed", caption, columns, tuple(rows), 2)
