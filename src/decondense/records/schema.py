@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from types import NoneType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
@@ -217,6 +218,8 @@ _EXACT: dict[str, dict[str, tuple[type, ...]]] = {
         "item": (str,),
         "value": (float,),
         "weight": (float,),
+        "bits_per_byte": (float, NoneType),
+        "margin_bits": (float, NoneType),
     }
 }
 SHARED = frozenset(_EXACT)
@@ -272,12 +275,13 @@ def check_row(row: Mapping[str, Any], *, where: str = "row") -> Row:
     exact = _EXACT.get(row["kind"]) if isinstance(row.get("kind"), str) else None
     if (
         exact is not None
-        and row.keys() == exact.keys()
-        and all(type(row[name]) in types for name, types in exact.items())
+        and row.keys() <= exact.keys()
+        and all(type(row.get(name)) in types for name, types in exact.items())
         and row["schema_version"] <= SCHEMA_VERSION
-        and math.isfinite(row["value"] + row["weight"])
+        and all(math.isfinite(value) for value in row.values() if type(value) is float)
     ):
-        return dict(row)
+        # a key that an earlier release did not write is null
+        return {name: row.get(name) for name in exact}
     try:
         return _validated(row.get("kind"), row)
     except RecordError as error:
