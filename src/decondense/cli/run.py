@@ -55,7 +55,7 @@ class StudyOptions:
             if base.corpus.tokenizer in (None, old):
                 corpus["tokenizer"] = self.start
             named = {base.model_of(arm).prepared for arm in base.arms if arm.model and arm.model.start}
-            named |= {arm.distillation.prepared for arm in base.arms if arm.distillation}
+            named |= {name for arm in base.arms for entry in arm.treatments.values() for name in entry.prepared_models}
             if base.model.prepared is not None and base.model.prepared not in named:
                 replaced["prepared"] = {
                     name: entry.model_dump() for name, entry in base.prepared.items() if name != base.model.prepared
