@@ -221,7 +221,7 @@ def test_the_trainer_asks_its_treatments_for_optimizer_and_schedule(model, tmp_p
 @pytest.mark.parametrize("micro", [4, 2])
 def test_a_loss_that_a_treatment_adds_is_weighted_and_logged_as_the_mean_of_the_step(model, tmp_path, micro) -> None:
     class Constant(Applied):
-        weight = 0.5
+        loss_weight = 0.5
 
         def extra_loss(self, input_ids_BT, outputs):
             return outputs.logits.sum() * 0.0 + float(len(input_ids_BT))

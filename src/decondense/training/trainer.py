@@ -90,7 +90,7 @@ class StudyTrainer(Trainer):
                 # all sequences have one length, so every micro-batch has the same share of the step
                 extra = extra / self.args.gradient_accumulation_steps
                 self._count(name, extra)
-                loss = loss + treatment.weight * extra
+                loss = loss + treatment.loss_weight * extra
         return (loss, outputs) if return_outputs else loss
 
     def _count(self, name: str, value: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 class Applied(TrainerCallback):
     """A callback of the Trainer, with hooks for what callbacks cannot change. The defaults change nothing."""
 
-    weight: float = 1.0
+    loss_weight: float = 1.0
     """Factor of :meth:`extra_loss` in the loss."""
 
     def change_optimizer(self, optimizer: torch.optim.Optimizer) -> None:

@@ -33,7 +33,7 @@ class Teacher(Applied):
     """
 
     def __init__(self, config: DistillationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.config, self.weight = config, config.weight
+        self.config, self.loss_weight = config, config.weight
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         try:
             teacher, theirs = load_model(config.teacher, revision=config.revision, head="causal", dtype=dtype)
