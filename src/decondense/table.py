@@ -175,7 +175,8 @@ def _plain(value: Value) -> str:
 
 
 def _markdown(text: str) -> str:
-    return re.sub(r"([|<>*_`\\])", r"\\\1", text)
+    # an underscore between letters or digits means nothing in CommonMark: names stay readable
+    return re.sub(r"([|<>*`\\]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
 
 
 def _latex(text: str) -> str:

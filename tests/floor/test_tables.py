@@ -74,6 +74,9 @@ def test_markdown_escapes_what_markdown_reads() -> None:
     assert lines[3] == "| :--- | ---: | ---: | ---: |"
     assert lines[4].startswith(r"| a\|b |")
     assert lines[-1] == r"- of all \* models"
+    names = Table("names", "", ("a_b", "_c_", "__d__"), (("arc_easy", "x _y_ z", "e__f"),)).to_markdown().splitlines()
+    assert names[0] == r"| a_b | \_c\_ | \_\_d\_\_ |"
+    assert names[2] == r"| arc_easy | x \_y\_ z | e\_\_f |"
 
 
 class _Cells(HTMLParser):

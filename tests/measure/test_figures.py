@@ -114,8 +114,3 @@ def test_checkpoints() -> None:
     assert trend.get_xlim()[0] > -10
     with pytest.raises(ValueError, match="missing for: y"):
         figures.checkpoints_figure([profile("y")])
-
-
-def test_counts_for_people() -> None:
-    values = (260_000, 999_900, 124_439_808, 1_557_611_200, 7e9, 42)
-    assert [figures.count_label(n) for n in values] == ["260K", "1M", "124M", "1.6B", "7B", "42"]

@@ -33,7 +33,7 @@ def everything_is_answered_with_yes(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_code_that_would_be_needed_is_refused(kind: str, tmp_path: Path) -> None:
-    from decondense.training.baselines import Teacher
+    from decondense.training.treatments.distillation import Teacher
 
     change, word = REFUSED[kind]
     folder, marker = tmp_path / "hostile", tmp_path / "ran"
@@ -53,7 +53,7 @@ def test_code_that_would_be_needed_is_refused(kind: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", IGNORED)
 def test_code_that_is_not_needed_does_not_run(kind: str, tmp_path: Path) -> None:
-    from decondense.training.baselines import Teacher
+    from decondense.training.treatments.distillation import Teacher
 
     folder, marker = tmp_path / "hostile", tmp_path / "ran"
     plain = save_model(folder)

@@ -36,7 +36,7 @@ def drop_tensor(file: Path, word: str) -> str:
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused_wherever_it_is_loaded(tmp_path: Path) -> None:
-    from decondense.training.baselines import Teacher
+    from decondense.training.treatments.distillation import Teacher
 
     folder = tmp_path / "gap"
     save_model(folder)

@@ -607,7 +607,7 @@ def test_a_study_for_torchtitan_prints_its_commands_and_is_not_run(capsys, tmp_p
     assert (flags["--training.steps"], flags["--training.global-batch-size"]) == ("1000", "256")
     assert flags["--dump-folder"] == "$folder"
     assert "for seed in 0 3; do" in lines
-    assert any("noise is left out" in line for line in lines)
+    assert any("noise is omitted" in line for line in lines)
     (evaluation, _) = commands_of("\n".join(lines))
     assert accepts(evaluation)["shots"] == "qwen3"
     status, _, err = run(capsys, "study", path, "--out", tmp_path / "out")
@@ -625,14 +625,15 @@ def section_of(words: list[str]) -> Dispersion:
         if word.startswith("--dispersion."):
             name, equals, text = word.removeprefix("--dispersion.").partition("=")
             kind = next(kind for kind in (bool, int, float, str) if kind in (types[name], *get_args(types[name])))
-            assert bool(equals) == (kind is not bool)
-            values[name] = True if kind is bool else kind(text)
+            # a switch has no value; what may be None besides True and False has one
+            assert bool(equals) == (types[name] is not bool)
+            values[name] = text in ("", "True") if kind is bool else kind(text)
     return Dispersion(**values)
 
 
 OTHER: dict[str, Any] = {
     "weight": 0.123456789, "layers": (-1, 0, 3), "blocks": "model.layers", "final_norm": True, "embedding": True,
-    "gradient_ratio_every": 7, "seed": 3,
+    "gradient_ratio_every": 7, "tokens_first": False,
 }  # fmt: skip
 OTHER_LOSS: dict[str, Any] = {
     "form": "hinge", "tau": 1 / 3, "delta": 0.0123, "impl": "reference", "pairs": "subset", "group_size": 9,
@@ -672,6 +673,18 @@ def test_every_field_of_a_dispersion_loss_reaches_torchtitan() -> None:
         (words,) = [shlex.split(line) for line in joined.splitlines() if "qwen3_0_6b_dispersion" in line]
         assert section_of(words).config() == asked, changes
     assert tried >= 25
+
+
+def test_the_settings_of_an_arm_reach_torchtitan() -> None:
+    arms = [{"name": "cross-entropy"}, {"name": "own", "warmup": 0.25, "gradient_clip": 0.5}]
+    lines = launches(StudyConfig.parse({**TITAN, "arms": arms}, where="test"), [], Path("out"))[0].lines
+    joined = "\n".join(lines).replace("\\\n", " ")
+    runs = [shlex.split(line) for line in joined.splitlines() if line.startswith("torchrun")]
+    found = [
+        [words[words.index(flag) + 1] for flag in ("--lr-scheduler.warmup-steps", "--training.max-norm")]
+        for words in runs
+    ]
+    assert found == [["100", "1.0"], ["250", "0.5"]]
 
 
 @pytest.mark.parametrize(

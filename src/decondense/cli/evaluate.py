@@ -105,19 +105,7 @@ def _name(model: str) -> str:
 
 
 def _show(console: Console, found: Evaluation) -> None:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    head, lines, notes = found.table()
-    # eighty columns hold it
-    shown = Table(
-        title=escape(found.model), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
-    )
-    for number, name in enumerate(head):
-        shown.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
-    for line in lines:
-        shown.add_row(*map(escape, line))
-    console.print(shown)
-    for note in notes:
-        console.print(escape(note), highlight=False, soft_wrap=True)
+    table = found.table()
+    console.print(table.to_rich(title=found.model))
+    for note in table.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)

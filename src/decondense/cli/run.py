@@ -55,7 +55,7 @@ class StudyOptions:
             if base.corpus.tokenizer in (None, old):
                 corpus["tokenizer"] = self.start
             named = {base.model_of(arm).prepared for arm in base.arms if arm.model and arm.model.start}
-            named |= {arm.distillation.prepared for arm in base.arms if arm.distillation}
+            named |= {name for arm in base.arms for entry in arm.treatments.values() for name in entry.prepared_models}
             if base.model.prepared is not None and base.model.prepared not in named:
                 replaced["prepared"] = {
                     name: entry.model_dump() for name, entry in base.prepared.items() if name != base.model.prepared
@@ -219,21 +219,15 @@ def _write_slurm(chosen: StudyConfig, words: list[str], folder: Path, path: Path
 
 def _list() -> None:
     """The shipped studies, their scales and what they are about."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     from decondense.studies import load_study, shipped_studies
     from decondense.studies.catalogue import scales_of
+    from decondense.table import Table
 
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    shown.add_column("study", no_wrap=True)
-    shown.add_column("scales")
-    shown.add_column("title")
-    for name in shipped_studies():
-        scales = scales_of(name)
-        shown.add_row(name, ", ".join(scales), load_study(name, scales[0]).title)
-    Console().print(shown)
+    scales = {name: scales_of(name) for name in shipped_studies()}
+    rows = tuple((name, ", ".join(of), load_study(name, of[0]).title) for name, of in scales.items())
+    Console().print(Table("studies", "", ("study", "scales", "title"), rows, 3).to_rich(fold=(1, 2)))
 
 
 def train(

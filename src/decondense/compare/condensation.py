@@ -126,12 +126,6 @@ def _rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float | N
 _SIZE_WORDS = re.compile(
     r"\d+(\.\d+)?[kmbt]|x{0,3}(small|large|xl)|nano|micro|mini|tiny|small|medium|base|big|large|huge", re.IGNORECASE
 )
-_TREATMENTS = {
-    "dispersion": "dispersion",
-    "noisy_embedding": "noisy embedding",
-    "active_forgetting": "active forgetting",
-    "distillation": "distillation",
-}
 
 
 def family_of(study: Study, arm: str) -> str:
@@ -143,7 +137,7 @@ def family_of(study: Study, arm: str) -> str:
     entry = study.arm_config(arm)
     if study.config is None or entry is None:
         return "model"
-    treated = [title for name, title in _TREATMENTS.items() if getattr(entry, name) is not None]
+    treated = [treatment.title for treatment in entry.treatments.values()]
     untrained = " (untrained)" if entry.untrained and not study.measured else ""
     return " + ".join([_origin(study.config, entry), *treated]) + untrained
 

@@ -10,15 +10,23 @@ from decondense.config.base import Config, ConfigError, one_of, parse_yaml, sugg
 from decondense.config.loss import COMPAT_NAMES, FORM_NAMES, CallOptions, LossConfig, LossOptions
 from decondense.config.measure import METRIC_NAMES, MeasureConfig
 from decondense.config.model import PREPARED, ArmModelConfig, LoraConfig, ModelConfig, Overrides
-from decondense.config.study import ArmConfig, PreparedConfig, StudyConfig, SweepConfig
+from decondense.config.study import SETTINGS, ArmConfig, PreparedConfig, StudyConfig, SweepConfig
 from decondense.config.train import CorpusConfig, EvaluateConfig, TrainConfig
-from decondense.config.treatments import ActiveForgettingConfig, DistillationConfig, NoisyEmbeddingConfig
+from decondense.config.treatments import (
+    TREATMENTS,
+    ActiveForgettingConfig,
+    DistillationConfig,
+    NoisyEmbeddingConfig,
+    Treatment,
+)
 
 __all__ = [
     "COMPAT_NAMES",
     "FORM_NAMES",
     "METRIC_NAMES",
     "PREPARED",
+    "SETTINGS",
+    "TREATMENTS",
     "ActiveForgettingConfig",
     "ArmConfig",
     "ArmModelConfig",
@@ -40,6 +48,7 @@ __all__ = [
     "StudyConfig",
     "SweepConfig",
     "TrainConfig",
+    "Treatment",
     "WeightSchedule",
     "one_of",
     "parse_yaml",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from decondense.config.base import Config, one_of
 from decondense.config.loss import LossConfig
+from decondense.config.treatment import Treatment
 
 
 class WeightSchedule(Config):
@@ -66,8 +67,14 @@ class WeightSchedule(Config):
         return self.final + (1 - self.final) * shape
 
 
-class DispersionConfig(Config):
-    """What :func:`decondense.attach` adds to the training loss: lambda times the mean loss over layers."""
+class DispersionConfig(Treatment):
+    """What :func:`decondense.attach` adds to the training loss: lambda times the mean loss over layers.
+
+    Its cost, which is not that of large products, is estimated and timed by :mod:`decondense.studies.cost`.
+    """
+
+    title: ClassVar[str] = "dispersion"
+    torchtitan: ClassVar[bool] = True
 
     weight: float = Field(default=0.1, ge=0)
     """lambda. Paper: 0.1."""

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from decondense.config.attach import DispersionConfig
 from decondense.config.base import Config, one_of
 from decondense.config.measure import MeasureConfig
 from decondense.config.model import ArmModelConfig, ModelConfig
 from decondense.config.train import CorpusConfig, EvaluateConfig, TrainConfig
-from decondense.config.treatments import ActiveForgettingConfig, DistillationConfig, NoisyEmbeddingConfig
+from decondense.config.treatments import TREATMENTS, Treatments
+
+SETTINGS = ("learning_rate", "warmup", "gradient_clip")
+"""Fields of :class:`TrainConfig` that an arm may have of its own, and that a sweep chooses."""
 
 
-class ArmConfig(Config):
-    """One treatment; everything it does not name is the study's."""
+class _Named(Config):
+    """How an arm is called; a class of its own, so that its keys come first in files."""
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     label: str | None = None
     """How tables and figures call the arm; None: its name."""
-    dispersion: DispersionConfig | None = None
-    noisy_embedding: NoisyEmbeddingConfig | None = None
-    active_forgetting: ActiveForgettingConfig | None = None
-    distillation: DistillationConfig | None = None
+
+
+class ArmConfig(Treatments, _Named):
+    """One arm: its treatments and settings; everything it does not name is the study's."""
+
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate of this arm; None: the one that the sweep chooses, or the study's. An arm with a rate of
     its own takes no part in the sweep."""
@@ -40,11 +45,19 @@ class ArmConfig(Config):
     @model_validator(mode="after")
     def _untouched(self) -> ArmConfig:
         if self.untrained:
-            treatments = ("dispersion", "noisy_embedding", "active_forgetting", "distillation")
-            for name in (*treatments, "learning_rate", "warmup", "gradient_clip"):
+            for name in (*TREATMENTS, *SETTINGS):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"arm {self.name!r} is untrained; {name} would have no effect, leave it away.")
+                    raise ValueError(f"arm {self.name!r} is untrained; {name} would have no effect, omit it.")
         return self
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """What the arm fixes for itself of :class:`TrainConfig`."""
+        return {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
+
+    def located(self, folders: Mapping[str, Path]) -> ArmConfig:
+        """The same with the directories of prepared models in the place of their names in its treatments."""
+        return self.model_copy(update={name: entry.located(folders) for name, entry in self.treatments.items()})
 
 
 class PreparedConfig(Config):
@@ -222,9 +235,14 @@ class StudyConfig(Config):
         return self.model if arm.model is None else arm.model.over(self.model)
 
     def prepared_of(self, arm: ArmConfig) -> list[str]:
-        """Names of the prepared models that an arm needs: its start, its teacher."""
-        wanted = [self.model_of(arm).prepared, arm.distillation.prepared if arm.distillation else None]
-        return [name for name in wanted if name is not None]
+        """Names of the prepared models that an arm needs: its start, and those of its treatments."""
+        start = self.model_of(arm).prepared
+        treatments = [name for entry in arm.treatments.values() for name in entry.prepared_models]
+        return [*([] if start is None else [start]), *treatments]
+
+    def train_of(self, arm: ArmConfig) -> TrainConfig:
+        """The training of an arm."""
+        return self.train.model_copy(update=arm.settings)
 
     def swept(self, arm: ArmConfig) -> bool:
         """Whether the sweep chooses the arm's settings."""

@@ -15,7 +15,7 @@ _D = DispersionConfig()
 class Dispersion:
     """Every field of :class:`DispersionConfig`, its :class:`LossConfig` and its :class:`WeightSchedule`, side by side.
 
-    Two names differ: ``schedule`` is the schedule's ``kind``, and ``loss_seed`` the loss's own ``seed``.
+    One name differs: ``schedule`` is the schedule's ``kind``.
     """
 
     weight: float = _D.weight
@@ -26,7 +26,7 @@ class Dispersion:
     final_norm: bool = _D.final_norm
     embedding: bool = _D.embedding
     gradient_ratio_every: int | None = _D.gradient_ratio_every
-    seed: int = _D.seed
+    tokens_first: bool | None = _D.tokens_first
 
     form: str = _D.loss.form
     tau: float = _D.loss.tau
@@ -45,7 +45,7 @@ class Dispersion:
     target_std: float = _D.loss.target_std
     slices: int = _D.loss.slices
     knots: int = _D.loss.knots
-    loss_seed: int = _D.loss.seed
+    seed: int = _D.loss.seed
 
     schedule: str = _D.schedule.kind
     """constant, linear or cosine."""
@@ -85,7 +85,7 @@ class Dispersion:
             value = getattr(self, item.name)
             if value == item.default and item.name not in ("weight", "layers"):
                 continue
-            if value is True:
+            if value is True and item.default is False:
                 found.append(f"--dispersion.{item.name}")
             else:
                 # with "=", because a list of block numbers may begin with a minus
@@ -94,5 +94,5 @@ class Dispersion:
 
 
 _OWN = {name: name for name in DispersionConfig.model_fields if name not in ("loss", "schedule")}
-_LOSS = {name: "loss_seed" if name == "seed" else name for name in LossConfig.model_fields}
+_LOSS = {name: name for name in LossConfig.model_fields}
 _SCHEDULE = {name: "schedule" if name == "kind" else name for name in WeightSchedule.model_fields}

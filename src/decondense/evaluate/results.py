@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from decondense.evaluate import tables
 from decondense.evaluate.catalogue import TEN
+from decondense.formatting import score as score_text
 from decondense.records import Row, make_row
+from decondense.table import Entry, Table
 
 HEAD = ("task", "metric", "value", "stderr", "items", "shots")
 CSV_HEAD = ("model", "task", "metric", "value", "stderr", "items", "official_items", "limit", "shots", "notes")
@@ -150,10 +151,10 @@ class Evaluation:
                     )
         return rows
 
-    def table(self) -> tables.Table:
-        """Head, lines and notes, as text; a line refers to its notes by number."""
+    def table(self) -> Table:
+        """One line per score; a line refers to its notes by number."""
         notes: list[str] = []
-        lines: list[list[str]] = []
+        rows: list[tuple[Entry, ...]] = []
         for result in self.results:
             marks = []
             for note in result.notes:
@@ -162,51 +163,40 @@ class Evaluation:
                 marks.append(str(notes.index(note) + 1))
             items = f"{result.items:,} of {result.official:,}" if result.official else f"{result.items:,}"
             items += f" [{','.join(marks)}]" if marks else ""
-            for number, score in enumerate(result.scores):
-                lines.append(
-                    [
-                        result.task if number == 0 else "",
-                        score.metric,
-                        tables.number(score.value),
-                        "" if score.stderr is None else tables.number(score.stderr),
-                        items if number == 0 else "",
-                        str(result.shots) if number == 0 else "",
-                    ]
-                )
+            for place, score in enumerate(result.scores):
+                about = (result.task, items, str(result.shots)) if place == 0 else ("", "", "")
+                rows.append((about[0], score.metric, _number(score.value), _number(score.stderr), *about[1:]))
         mean = self.mean
         if mean is not None:
             ten = [result for result in self.results if result.task in TEN]
             items = f"{sum(r.items for r in ten):,} of {sum(r.official or 0 for r in ten):,}"
-            error = "" if mean[1] is None else tables.number(mean[1])
-            lines.append(["mean of the ten", "acc", tables.number(mean[0]), error, items, ""])
-        numbered = [f"[{number}] {note}" for number, note in enumerate(notes, 1)]
-        return list(HEAD), lines, numbered + list(self.notes)
+            rows.append(("mean of the ten", "acc", _number(mean[0]), _number(mean[1]), items, ""))
+        numbered = [f"[{place}] {note}" for place, note in enumerate(notes, 1)]
+        return Table("benchmarks", "", HEAD, tuple(rows), 2, (*numbered, *self.notes))
 
     def to_markdown(self) -> str:
         """The table in Markdown with its notes."""
-        return tables.to_markdown(*self.table())
+        return self.table().to_markdown()
 
     def to_csv(self) -> str:
         """One line per score in full precision; every line of a task repeats the task's notes."""
-        return tables.to_csv(
-            CSV_HEAD,
+        rows: tuple[tuple[Entry, ...], ...] = tuple(
             (
-                [
-                    self.model,
-                    result.task,
-                    score.metric,
-                    repr(score.value),
-                    "" if score.stderr is None else repr(score.stderr),
-                    result.items,
-                    "" if result.official is None else result.official,
-                    "" if result.limit is None else result.limit,
-                    result.shots,
-                    "; ".join(result.notes),
-                ]
-                for result in self.results
-                for score in result.scores
-            ),
+                self.model,
+                result.task,
+                score.metric,
+                *(("", value) for value in (score.value, score.stderr, result.items, result.official, result.limit)),
+                ("", result.shots),
+                "; ".join(result.notes),
+            )
+            for result in self.results
+            for score in result.scores
         )
+        return Table("benchmarks", "", CSV_HEAD, rows, 3).to_csv()
 
     def __str__(self) -> str:
         return f"{self.model}\n\n{self.to_markdown()}"
+
+
+def _number(value: float | None) -> Entry:
+    return "" if value is None else (score_text(value), value)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from decondense.config import one_of
 from decondense.figures.style import BLUE, COLUMN, INK, PAGE, figure_style, new_figure
+from decondense.formatting import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -192,15 +193,6 @@ def _trend(axes: Axes, x: Sequence[float], profiles: Sequence[Profile]) -> None:
     axes.legend(loc="best")
 
 
-def count_label(number: float) -> str:
-    """A number of parameters or tokens as people write it: 260K, 124M, 1.5B."""
-    for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= scale * 0.9995:
-            value = number / scale
-            return f"{value:.1f}{unit}" if value < 9.95 and round(value, 1) != round(value) else f"{value:.0f}{unit}"
-    return f"{number:.0f}"
-
-
 def family_figure(
     profiles: Sequence[Profile], *, family: str = "", kind: Kind = "averaged", palette: Palette = "reds"
 ) -> Figure:
@@ -221,7 +213,7 @@ def family_figure(
         _trend(axes, sizes, ordered)
         axes.set_xscale("log")
         axes.set_xlim(sizes[0] / _margin(sizes), sizes[-1] * _margin(sizes))
-        axes.set_xticks(spread_ticks(sizes), [count_label(size) for size in spread_ticks(sizes)])
+        axes.set_xticks(spread_ticks(sizes), [count(size, short=True) for size in spread_ticks(sizes)])
         axes.minorticks_off()
         axes.set_xlabel("parameters")
         axes.set_title(family, loc="center")
@@ -290,7 +282,7 @@ def checkpoints_figure(
             axes.set_xlim(-0.15 * start if steps[0] <= 0 else steps[0] * 0.8, steps[-1] * 1.5)
             ticks = [10.0**e for e in range(math.ceil(math.log10(start)), math.floor(math.log10(steps[-1])) + 1)]
             ticks = ([0.0] if steps[0] <= 0 else []) + ticks
-            axes.set_xticks(ticks, [count_label(tick) for tick in ticks])
+            axes.set_xticks(ticks, [count(tick, short=True) for tick in ticks])
             axes.minorticks_off()
         else:
             axes.margins(x=0.05)

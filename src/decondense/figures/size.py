@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from decondense.compare import Comparison, Study
 from decondense.compare.profiles import KENDALL, SPEARMAN
 from decondense.compare.quantities import shown_in
-from decondense.figures.condensation import count_label, family_figure, spread_ticks
+from decondense.figures.condensation import family_figure, spread_ticks
 from decondense.figures.maps import histograms
 from decondense.figures.style import COLUMN, PAGE, Looks, figure_style, grid, legend_above, new_figure
+from decondense.formatting import count
 
 
 def size_trend(comparison: Comparison) -> Figure:
@@ -46,7 +47,7 @@ def size_trend(comparison: Comparison) -> Figure:
             axes.set_xscale("log")
             axes.set_xlim(sizes[0] / (sizes[-1] / sizes[0]) ** 0.08, sizes[-1] * (sizes[-1] / sizes[0]) ** 0.08)
             ticks = spread_ticks(sizes)
-            axes.set_xticks(ticks, [count_label(size) for size in ticks])
+            axes.set_xticks(ticks, [count(size, short=True) for size in ticks])
             axes.minorticks_off()
             axes.set_xlabel("parameters")
             axes.set_ylabel(quantity.short_title)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from decondense.config import ArmConfig, ConfigError, StudyConfig, parse_yaml
+from decondense.config import SETTINGS, ArmConfig, ConfigError, StudyConfig, parse_yaml
 from decondense.corpora.embedded import cache_directory
 from decondense.corpora.packed import PackedCorpus, load, prepare
 from decondense.privacy import has_credentials, publishable, strings, without_credentials
@@ -307,7 +307,7 @@ class Sweep:
         found: dict[str, str] = {}
         if chosen is None:
             return found
-        for knob in ("learning_rate", "warmup", "gradient_clip"):
+        for knob in SETTINGS:
             value = getattr(chosen, knob)
             values = sorted({getattr(trial.setting, knob) for trial in self.trials if value is not None})
             if len(values) < 2:

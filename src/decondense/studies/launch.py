@@ -183,7 +183,7 @@ def torchtitan(study: StudyConfig, out: Path) -> list[str]:
     for arm in study.arms:
         missing = _not_in_torchtitan(arm)
         if missing:
-            lines += ["", f"# {arm.name} is left out: torchtitan has no {missing} of the study's"]
+            lines += ["", f"# {arm.name} is omitted: torchtitan has no {missing} of the study's"]
             continue
         lines += [
             "",
@@ -206,10 +206,11 @@ def _in_loop(words: list[str]) -> list[str]:
 
 
 def _not_in_torchtitan(arm: ArmConfig) -> str | None:
-    for name in ("noisy_embedding", "active_forgetting", "distillation", "learning_rate", "model"):
-        if getattr(arm, name) is not None:
-            return name
-    return "untrained" if arm.untrained else None
+    """The first treatment or setting of an arm that the commands cannot pass on."""
+    missing = [name for name, treatment in arm.treatments.items() if not treatment.torchtitan]
+    missing += [name for name in ("learning_rate", "model") if getattr(arm, name) is not None]
+    missing += ["untrained"] if arm.untrained else []
+    return next(iter(missing), None)
 
 
 _TITAN_TRAIN = {
@@ -249,7 +250,7 @@ def _not_passed(study: StudyConfig) -> list[str]:
 
 
 def _titan_run(study: StudyConfig, arm: ArmConfig) -> list[str]:
-    train = study.train
+    train = study.train_of(arm)
     config = "qwen3_0_6b_cross_entropy" if arm.dispersion is None else "qwen3_0_6b_dispersion"
     words = ["torchrun", "--nproc-per-node", "8", "-m", "torchtitan.train"]
     words += ["--module", "decondense.training.titan", "--config", config]

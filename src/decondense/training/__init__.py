@@ -5,6 +5,6 @@ trainer       the Trainer's subclass, its arguments and its data
 recording     the callback that writes the rows
 cell          what these share, and the evaluation of a checkpoint
 checkpoints   the cell's folder: its lock, and the checkpoints that count
-baselines     the treatments that dispersion loss is compared with
+treatments    what the treatments do to a run, one module each
 titan         the same on torchtitan
 """

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from decondense.config import ArmConfig, StudyConfig
+from decondense.config import SETTINGS, ArmConfig, StudyConfig
 from decondense.corpora.packed import PackedCorpus
 from decondense.evaluate import held_out_loss
 from decondense.measuring import NotFiniteError, measure
@@ -36,25 +36,13 @@ class Cell:
         watch: Callable[[], None],
         prepared: Mapping[str, Path],
     ) -> None:
-        self.study, self.arm, self.seed, self.corpus, self.folder, self.watch = study, arm, seed, corpus, folder, watch
+        self.study, self.seed, self.corpus, self.folder, self.watch = study, seed, corpus, folder, watch
+        self.arm = arm.located(prepared)
         self.model = study.model_of(arm)
         if (name := self.model.prepared) is not None:
             self.model = self.model.model_copy(update={"start": str(prepared[name])})
-        self.distillation = arm.distillation
-        if self.distillation is not None and (name := self.distillation.prepared) is not None:
-            self.distillation = self.distillation.model_copy(update={"teacher": str(prepared[name])})
-        self.train = study.train.model_copy(
-            update={
-                name: value
-                for name in ("learning_rate", "warmup", "gradient_clip")
-                if (value := getattr(arm, name)) is not None
-            }
-        )
-        self.setting = {
-            "learning_rate": self.train.learning_rate,
-            "warmup": self.train.warmup,
-            "gradient_clip": self.train.gradient_clip,
-        }
+        self.train = study.train_of(arm)
+        self.setting = {name: getattr(self.train, name) for name in SETTINGS}
         self.tokens_per_step = self.train.batch_sequences * self.train.sequence_tokens
         self.steps = 0 if arm.untrained else self.train.steps
         self.identity: dict[str, Any] = {
@@ -71,10 +59,7 @@ class Cell:
 
     def differs(self, row: Row) -> bool:
         """Whether a run row was written at another learning rate, warm-up or clipping; rows without them fit."""
-        return any(
-            row[name] is not None and row[name] != getattr(self.train, name)
-            for name in ("learning_rate", "warmup", "gradient_clip")
-        )
+        return any(row[name] is not None and row[name] != value for name, value in self.setting.items())
 
     def check_there(self) -> None:
         """Raise when the folder was removed: neither rows nor a checkpoint may make it again."""

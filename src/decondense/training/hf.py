@@ -13,7 +13,6 @@ finished cell has the same rows whether it was interrupted or not.
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import shutil
 import sys
@@ -21,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -29,14 +28,12 @@ from transformers import PreTrainedModel
 from decondense.config import ArmConfig, ConfigError, StudyConfig
 from decondense.corpora.packed import PackedCorpus
 from decondense.evaluate import benchmark_rows
-from decondense.integrations.huggingface import attach_trainer
 from decondense.models import build_model
 from decondense.records import RecordError, Row, make_row, provenance, read_rows, terminal_row, write_rows
 from decondense.seeding import hash_parameters, seed_everything
 from decondense.stopping import stop_if_requested
 from decondense.tokenizers import vocabulary_of
 from decondense.training import checkpoints
-from decondense.training.baselines import ActiveForgetting, NoisyEmbedding, Teacher
 from decondense.training.cell import Cell, Diverged, device_name
 from decondense.training.claim import CellBusy, claim
 from decondense.training.recording import Recorder
@@ -49,9 +46,7 @@ from decondense.training.trainer import (
     whole_state,
     world_size,
 )
-
-if TYPE_CHECKING:
-    from decondense.attaching import DispersionHandle
+from decondense.training.treatments import apply_treatments
 
 __all__ = ["CellBusy", "Diverged", "build_model", "is_main_process", "run_cell", "world_size"]
 
@@ -164,22 +159,7 @@ def _train(cell: Cell, rows: list[Row]) -> Row:
         # the Trainer's own reporters write to the terminal; ours write rows
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)
-    if cell.arm.noisy_embedding is not None:
-        rank = int(os.environ.get("RANK", "0"))
-        trainer.add_callback(NoisyEmbedding(model, cell.arm.noisy_embedding, cell.seed, rank))
-    if cell.arm.active_forgetting is not None:
-        if cell.model.lora is not None:
-            raise ConfigError(
-                f"arm {cell.arm.name!r}: active forgetting trains the input embedding, which model.lora freezes; "
-                "use one of them."
-            )
-        trainer.forgetting = ActiveForgetting(model, cell.arm.active_forgetting, cell.seed)
-        trainer.add_callback(trainer.forgetting)
-    if cell.distillation is not None:
-        trainer.teacher = Teacher(cell.distillation, tokenizer)
-    handle: DispersionHandle | None = None
-    if cell.arm.dispersion is not None:
-        handle = attach_trainer(trainer, config=cell.arm.dispersion)
+    apply_treatments(trainer, model, cell)
     recorder = Recorder(cell, trainer, model)
     trainer.add_callback(recorder)
     if torch.cuda.is_available():
@@ -188,8 +168,8 @@ def _train(cell: Cell, rows: list[Row]) -> Row:
     with quiet():
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     wall = time.perf_counter() - began
-    if handle is not None:
-        handle.detach()
+    for treatment in trainer.treatments.values():
+        treatment.close()
 
     if cell.model.lora is not None:
         model = model.merge_and_unload()  # type: ignore[operator]

@@ -66,14 +66,13 @@ class Recorder(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Write a step's row, or stop a run whose loss is NaN or infinite."""
-        if logs is None or "loss" not in logs or self.trainer.cross_entropy is None:
+        if logs is None or "loss" not in logs or not self.trainer.losses:
             return  # the summary at the end of training
-        loss = self._mean(self.trainer.cross_entropy)
-        taught = None if self.trainer.distillation is None else self._mean(self.trainer.distillation)
+        losses = {name: self._mean(total) for name, total in self.trainer.losses.items()}
         wall, cpu = self.step_wall[-self.since_log :], self.step_cpu[-self.since_log :]
-        self.trainer.cross_entropy, self.trainer.distillation, self.since_log = None, None, 0
-        if not math.isfinite(loss) or not math.isfinite(float(logs["loss"])):
-            raise self.cell.diverged(self.model, state.global_step, loss)
+        self.trainer.losses, self.since_log = {}, 0
+        if not math.isfinite(losses["loss"]) or not math.isfinite(float(logs["loss"])):
+            raise self.cell.diverged(self.model, state.global_step, losses["loss"])
         norm = float(logs.get("grad_norm", math.nan))
         self.cell.write(
             make_row(
@@ -81,12 +80,11 @@ class Recorder(TrainerCallback):
                 **self.cell.identity,
                 step=state.global_step,
                 tokens=state.global_step * self.cell.tokens_per_step,
-                loss=loss,
+                **losses,
                 learning_rate=float(logs["learning_rate"]),
                 gradient_norm=norm if math.isfinite(norm) else None,
                 dispersion=logs.get("dispersion"),
                 dispersion_weight=logs.get("dispersion_weight"),
-                distillation=taught,
                 timing={"step_wall_ms": 1e3 * median(wall), "step_cpu_ms": 1e3 * median(cpu)},
             )
         )

@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from decondense.config import ConfigError, TrainConfig
 from decondense.corpora.packed import PackedCorpus
-from decondense.training.baselines import ActiveForgetting, Teacher, own_group, split_schedule
+from decondense.training.treatments.applied import Applied
 
 
 class OrderedSequences(Dataset[dict[str, torch.Tensor]]):
@@ -40,26 +39,27 @@ class OrderedSequences(Dataset[dict[str, torch.Tensor]]):
 class StudyTrainer(Trainer):
     """The Trainer with the study's order of data, and the plain cross-entropy kept apart from what is added to it."""
 
-    cross_entropy: torch.Tensor | None = None
-    distillation: torch.Tensor | None = None
-    forgetting: ActiveForgetting | None = None
-    teacher: Teacher | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.treatments: dict[str, Applied] = {}
+        """By id, in the order in which they were prepared."""
+        self.losses: dict[str, torch.Tensor] = {}
+        """Sums since the last logged row: the plain cross-entropy as ``loss``, and what treatments add by their ids."""
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's, with a group of its own for an embedding that is forgotten."""
+        """The Trainer's, as the treatments change it."""
         new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if new and self.forgetting is not None:
-            own_group(optimizer, self.forgetting.weight)
+        for treatment in self.treatments.values() if new else ():
+            treatment.change_optimizer(optimizer)
         return optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, with a schedule of its own for an embedding that is forgotten."""
+        """The Trainer's, as the treatments change it."""
         new = self.lr_scheduler is None
         scheduler = super().create_scheduler(*args, **kwargs)
-        if new and self.forgetting is not None:
-            assert isinstance(scheduler, LambdaLR)
-            scheduler = self.lr_scheduler = split_schedule(scheduler, self.forgetting)
+        for treatment in self.treatments.values() if new else ():
+            scheduler = self.lr_scheduler = treatment.change_scheduler(scheduler)
         return scheduler
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -78,23 +78,24 @@ class StudyTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The Trainer's loss, counted as plain cross-entropy, and the teacher's on top."""
+        """The Trainer's loss, counted as plain cross-entropy, and what the treatments add to it."""
         pair = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         assert isinstance(pair, tuple)
         loss, outputs = pair
         # already divided by the tokens of the whole optimizer step, so micro-batches add up
-        self.cross_entropy = _plus(self.cross_entropy, loss)
-        if self.teacher is not None:
-            # all sequences have one length, so every micro-batch has the same share of the step
-            taught = self.teacher.loss(inputs["input_ids"], outputs.logits) / self.args.gradient_accumulation_steps
-            self.distillation = _plus(self.distillation, taught)
-            loss = loss + self.teacher.config.weight * taught
+        self._count("loss", loss)
+        for name, treatment in self.treatments.items():
+            extra = treatment.extra_loss(inputs["input_ids"], outputs)
+            if extra is not None:
+                # all sequences have one length, so every micro-batch has the same share of the step
+                extra = extra / self.args.gradient_accumulation_steps
+                self._count(name, extra)
+                loss = loss + treatment.loss_weight * extra
         return (loss, outputs) if return_outputs else loss
 
-
-def _plus(total: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
-    value = value.detach().float()
-    return value if total is None else total + value
+    def _count(self, name: str, value: torch.Tensor) -> None:
+        value = value.detach().float()
+        self.losses[name] = self.losses[name] + value if name in self.losses else value
 
 
 def world_size() -> int:

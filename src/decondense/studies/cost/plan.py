@@ -139,6 +139,30 @@ def _grouped(runs: Sequence[Run]) -> list[list[Run]]:
     return list(groups.values())
 
 
+@dataclass(frozen=True)
+class _Cost:
+    """A run as :class:`decondense.config.treatment.RunCost`."""
+
+    study: StudyConfig
+    models: Models
+    run: Run
+
+    @property
+    def steps(self) -> int:
+        return self.run.steps
+
+    @property
+    def tokens(self) -> int:
+        return self.run.tokens
+
+    def forward(self, model: ModelConfig | None = None) -> float:
+        length = own = self.run.train.sequence_tokens
+        model = self.run.model if model is None else model
+        if model.prepared is not None:
+            own = self.study.prepared[model.prepared].train.sequence_tokens
+        return forward_flops(self.models.size(model, own), self.run.tokens, length)
+
+
 def _line(study: StudyConfig, models: Models, timer: Timer, runs: list[Run]) -> Line:
     run = runs[0]
     length = run.train.sequence_tokens
@@ -152,12 +176,10 @@ def _line(study: StudyConfig, models: Models, timer: Timer, runs: list[Run]) -> 
     plain = training_flops(size, run.tokens, length, checkpointing=run.train.gradient_checkpointing)
     plain += evaluation_flops(study.evaluate, size, length, run.evaluations)
     arm = run.arm
-    if arm is not None and arm.distillation is not None and run.steps:
-        name = arm.distillation.prepared
-        teacher = ModelConfig(start=arm.distillation.teacher, revision=arm.distillation.revision)
-        length_of_teacher = length if name is None else study.prepared[name].train.sequence_tokens
-        plain += forward_flops(models.size(teacher, length_of_teacher), run.tokens, length)
     extra, share = 0.0, 0.0
+    if arm is not None and run.steps:
+        cost = _Cost(study, models, run)
+        plain += sum(treatment.extra_flops(cost) for treatment in arm.treatments.values())
     if arm is not None and arm.dispersion is not None and run.steps:
         share = share_of_steps(arm.dispersion, run.steps)
         sequences = run.steps * run.train.batch_sequences

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import inspect
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerControl, TrainerState, TrainingArguments
 
-from decondense.config import ActiveForgettingConfig, NoisyEmbeddingConfig
+from decondense.config import TREATMENTS, ActiveForgettingConfig, ArmConfig, ModelConfig, NoisyEmbeddingConfig
 from decondense.studies import run_study
-from decondense.training.baselines import ActiveForgetting, NoisyEmbedding, own_group
+from decondense.training.trainer import StudyTrainer, training_arguments
+from decondense.training.treatments import Applied, preparation_of
+from decondense.training.treatments.active_forgetting import ActiveForgetting, own_group
+from decondense.training.treatments.noisy_embedding import NoisyEmbedding
 from studies.conftest import Interrupted, small_study, stable_rows, stop_after
 
 
@@ -167,3 +173,66 @@ def test_a_teacher_of_another_tokenizer_or_no_teacher_is_refused(tmp_path) -> No
     arms[1]["distillation"]["teacher"] = str(tmp_path / "nobody")
     with pytest.raises(ConfigError, match=r"nobody.*cannot be loaded"):
         run_study(small_study(arms=arms), tmp_path / "none", workers=0)
+
+
+@pytest.mark.parametrize("name", TREATMENTS)
+def test_every_registered_treatment_is_whole(name: str) -> None:
+    options: dict[str, Any] = {"teacher": "a/b"} if name == "distillation" else {}
+    arm = ArmConfig(name="arm", **{name: options})
+    (entry,) = arm.treatments.values()
+    assert type(entry) is TREATMENTS[name]
+    assert list(inspect.signature(preparation_of(name)).parameters) == ["config", "trainer", "model", "cell"]
+    assert [other.title for other in TREATMENTS.values()].count(entry.title) == 1
+    with pytest.raises(ValueError, match=f"untrained; {name} would"):
+        ArmConfig(name="arm", untrained=True, **{name: options})
+
+
+def test_the_model_that_a_treatment_needs_is_prepared_and_paid_for() -> None:
+    class Cost:
+        steps, tokens = 10, 1000
+
+        def forward(self, model: ModelConfig | None = None) -> float:
+            return 1.0 if model is None else 7.0 * (model.start == "prepared:big") * (model.revision == "main")
+
+    taught = ArmConfig(name="a", distillation={"teacher": "prepared:big", "revision": "main"}, dispersion={})
+    assert [name for entry in taught.treatments.values() for name in entry.prepared_models] == ["big"]
+    assert [entry.extra_flops(Cost()) for entry in taught.treatments.values()] == [0.0, 7.0]
+    there = taught.located({"big": Path("/there")})
+    assert there.distillation is not None
+    assert there.distillation.teacher == "/there"
+    assert there.dispersion == taught.dispersion
+    hub = ArmConfig(name="a", distillation={"teacher": "a/b"})
+    assert hub.located({}) == hub
+
+
+def test_the_trainer_asks_its_treatments_for_optimizer_and_schedule(model, tmp_path) -> None:
+    arguments = training_arguments(small_study().train, tmp_path, 0)
+    trainer = StudyTrainer(model=model, args=arguments, processing_class=None)
+    forgetting = ActiveForgetting(model, ActiveForgettingConfig(every=4, warmup=0.5), seed=0)
+    trainer.treatments["active_forgetting"] = forgetting
+    trainer.create_optimizer_and_scheduler(8)
+    assert trainer.optimizer is not None
+    assert trainer.optimizer.param_groups[-1]["params"] == [forgetting.weight]
+    (*others, own) = trainer.lr_scheduler.lr_lambdas
+    assert [own(step) for step in range(8)] == 2 * [forgetting.factor(step) for step in range(4)]
+    assert all(rate(7) != own(7) for rate in others)
+
+
+@pytest.mark.parametrize("micro", [4, 2])
+def test_a_loss_that_a_treatment_adds_is_weighted_and_logged_as_the_mean_of_the_step(model, tmp_path, micro) -> None:
+    class Constant(Applied):
+        loss_weight = 0.5
+
+        def extra_loss(self, input_ids_BT, outputs):
+            return outputs.logits.sum() * 0.0 + float(len(input_ids_BT))
+
+    train = small_study().train.model_copy(update={"micro_batch_sequences": micro})
+    trainer = StudyTrainer(model=model, args=training_arguments(train, tmp_path, 0), processing_class=None)
+    trainer.treatments["constant"] = Constant()
+    ids = torch.arange(8).repeat(micro, 1)
+    steps = 4 // micro
+    trainer.current_gradient_accumulation_steps = steps
+    losses = [trainer.compute_loss(model, {"input_ids": ids, "labels": ids}) for _ in range(steps)]
+    plain = trainer.losses["loss"]
+    assert float(trainer.losses["constant"]) == pytest.approx(micro)
+    assert float(sum(loss.detach() for loss in losses)) == pytest.approx(float(plain) + 0.5 * micro, rel=1e-5)

@@ -1,0 +1,56 @@
+"""The registry of the treatments: the one list of what an arm may do that the baseline does not. No torch in here.
+
+To add a treatment ``NAME``:
+
+1. ``config/treatments/NAME.py``: its options, title and cost, a :class:`decondense.config.treatment.Treatment`;
+2. ``training/treatments/NAME.py``: what it does to a run (``prepare``; :mod:`decondense.training.treatments`);
+3. a field below.
+
+Study files, arms, families, the plan, the commands for torchtitan and the runs all read :data:`TREATMENTS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import get_args
+
+from decondense.config.attach import DispersionConfig
+from decondense.config.base import Config
+from decondense.config.treatment import RunCost, Treatment
+from decondense.config.treatments.active_forgetting import ActiveForgettingConfig
+from decondense.config.treatments.distillation import DistillationConfig
+from decondense.config.treatments.noisy_embedding import NoisyEmbeddingConfig
+
+__all__ = [
+    "TREATMENTS",
+    "ActiveForgettingConfig",
+    "DistillationConfig",
+    "NoisyEmbeddingConfig",
+    "RunCost",
+    "Treatment",
+    "Treatments",
+]
+
+
+class Treatments(Config):
+    """The treatments of an arm by id. None: the arm does without.
+
+    A run prepares them from the last to the first, so that the dispersion loss sees what the others do to the states.
+    """
+
+    dispersion: DispersionConfig | None = None
+    noisy_embedding: NoisyEmbeddingConfig | None = None
+    active_forgetting: ActiveForgettingConfig | None = None
+    distillation: DistillationConfig | None = None
+
+    @property
+    def treatments(self) -> dict[str, Treatment]:
+        """Those of this arm by id, in the order of the registry."""
+        return {name: value for name in TREATMENTS if (value := getattr(self, name)) is not None}
+
+
+TREATMENTS: Mapping[str, type[Treatment]] = MappingProxyType(
+    {name: get_args(field.annotation)[0] for name, field in Treatments.model_fields.items()}
+)
+"""Id -> configuration."""

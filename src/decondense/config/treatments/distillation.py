@@ -1,0 +1,48 @@
+"""Distillation from a larger model (Hinton et al. 2015)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from decondense.config.model import ModelConfig, prepared_name
+from decondense.config.treatment import RunCost, Treatment
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class DistillationConfig(Treatment):
+    """Knowledge distillation from a larger model of the same tokenizer, beside the cross-entropy (paper, figure 5)."""
+
+    title: ClassVar[str] = "distillation"
+
+    teacher: str = Field(min_length=1)
+    """Directory or hub id of the teacher, or ``prepared:NAME``."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    temperature: float = Field(default=1.0, gt=0)
+    """T of the softened predictions; the loss carries T^2, so that its gradient does not shrink with T."""
+    weight: float = Field(default=1.0, ge=0)
+    """Weight of the distillation loss; the cross-entropy keeps 1."""
+
+    @property
+    def prepared(self) -> str | None:
+        """NAME when the teacher is ``prepared:NAME``."""
+        return prepared_name(self.teacher)
+
+    @property
+    def prepared_models(self) -> tuple[str, ...]:
+        """The teacher, when it is a prepared model."""
+        return () if self.prepared is None else (self.prepared,)
+
+    def located(self, folders: Mapping[str, Path]) -> Self:
+        """The same with the teacher's directory."""
+        return self if self.prepared is None else self.model_copy(update={"teacher": str(folders[self.prepared])})
+
+    def extra_flops(self, run: RunCost) -> float:
+        """The teacher's forward passes."""
+        return run.forward(ModelConfig(start=self.teacher, revision=self.revision))
