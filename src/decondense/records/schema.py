@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from types import NoneType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
@@ -217,8 +218,12 @@ _EXACT: dict[str, dict[str, tuple[type, ...]]] = {
         "item": (str,),
         "value": (float,),
         "weight": (float,),
+        "bits_per_byte": (float, NoneType),
+        "margin_bits": (float, NoneType),
     }
 }
+_LATER = {"eval_item": {"bits_per_byte": None, "margin_bits": None}}
+"""Fields that rows of earlier releases lack, with their defaults."""
 SHARED = frozenset(_EXACT)
 """Kinds of which a file holds very many rows with the same few strings."""
 assert all(fields.keys() == _KINDS[kind].model_fields.keys() for kind, fields in _EXACT.items())
@@ -270,14 +275,15 @@ def _short(value: Any) -> str:
 def check_row(row: Mapping[str, Any], *, where: str = "row") -> Row:
     """Validate a row that was read; the message names ``where``."""
     exact = _EXACT.get(row["kind"]) if isinstance(row.get("kind"), str) else None
-    if (
-        exact is not None
-        and row.keys() == exact.keys()
-        and all(type(row[name]) in types for name, types in exact.items())
-        and row["schema_version"] <= SCHEMA_VERSION
-        and math.isfinite(row["value"] + row["weight"])
-    ):
-        return dict(row)
+    if exact is not None:
+        whole = row if row.keys() == exact.keys() else {**_LATER[row["kind"]], **row}
+        if (
+            whole.keys() == exact.keys()
+            and all(type(whole[name]) in types for name, types in exact.items())
+            and whole["schema_version"] <= SCHEMA_VERSION
+            and all(math.isfinite(value) for value in whole.values() if type(value) is float)
+        ):
+            return {name: whole[name] for name in exact}
     try:
         return _validated(row.get("kind"), row)
     except RecordError as error:
