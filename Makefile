@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 # torch 2.6 brings gigabytes of CUDA packages: `make test-oldest OLDEST_TORCH=2.13.0` takes another build
 OLDEST_TORCH ?= 2.6.0
 
-.PHONY: help setup demo test test-all test-oldest check format bench figures docs docs-serve build clean
+.PHONY: help setup demo test test-all test-oldest check format bench trial figures docs docs-serve build clean
 
 help:
 	@echo "make demo      train with and without dispersion loss, compare, report (4 to 6 minutes on 2 cores)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-all  the default and the slow tests"
 	@echo "make test-oldest  a handful of tests and the quick demo with the oldest supported versions, in .venv-oldest"
 	@echo "make bench     the benchmarks; rows go to benchmarks/results/"
+	@echo "make trial     kills, damaged files and hostile folders: one table (about 10 minutes on 2 cores)"
 	@echo "make figures   the README's figure and every generated table, from committed rows"
 	@echo "make docs      the documentation, into site/ (docs-serve: on a local port, rebuilt on every change)"
 	@echo "make build     wheel and source distribution"
@@ -67,6 +68,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_losses.py
 	$(BIN)/python benchmarks/bench_measure.py
 	$(BIN)/python benchmarks/bench_attach.py
+	$(BIN)/python benchmarks/tables.py
+
+trial: $(STAMP)
+	$(BIN)/python benchmarks/trial.py --out benchmarks/results/trial.jsonl
 	$(BIN)/python benchmarks/tables.py
 
 figures: $(STAMP)

@@ -24,6 +24,7 @@ from loss_tables import TABLES as LOSS_TABLES
 from measure_tables import TABLES as MEASURE_TABLES
 from sections import TABLES as RESULT_TABLES
 from sections import figures as result_figures
+from trial_tables import TABLES as TRIAL_TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -53,7 +54,14 @@ def demo() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, **LOSS_TABLES, **ATTACH_TABLES, **MEASURE_TABLES, **RESULT_TABLES}
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    **LOSS_TABLES,
+    **ATTACH_TABLES,
+    **MEASURE_TABLES,
+    **RESULT_TABLES,
+    **TRIAL_TABLES,
+}
 
 
 def documents() -> list[Path]:

@@ -79,7 +79,7 @@ def test_unreadable_files_are_explained(tmp_path: Path, profile: Profile) -> Non
         Profile.load(tmp_path)
     profile.save(tmp_path / "profile")
     (tmp_path / "profile.json").write_text('{"format": 1}')
-    with pytest.raises(ValueError, match="no readable profile"):
+    with pytest.raises(ValueError, match="not a readable profile"):
         Profile.load(tmp_path)
     (tmp_path / "profile.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match="format 99"):

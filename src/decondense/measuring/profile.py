@@ -408,20 +408,20 @@ class Profile:
                 raise ValueError(f"no profile at {path}: {wanted} is missing. A profile is a .json and a .npz file.")
         try:
             head = json.loads(readable.read_text(encoding="utf-8"))
-            if head["format"] != _FORMAT:
-                raise ValueError(f"{readable} has format {head['format']}, this version reads {_FORMAT}.")
-            with np.load(arrays_path, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-            return cls(
-                states=tuple(parse(label) for label in head["all_layers"]),
-                metrics={n.removeprefix("metric:"): arrays.pop(n) for n in list(arrays) if n.startswith("metric:")},
-                no_averaged=head["no_averaged"],
-                final=head["final"],
-                info=head["summary"]["info"],
-                **arrays,
-            )
-        except (KeyError, TypeError, json.JSONDecodeError, OSError) as error:
-            raise ValueError(f"{readable} and its .npz are no readable profile ({error!r}).") from error
+            if head["format"] == _FORMAT:
+                with np.load(arrays_path, allow_pickle=False) as stored:
+                    arrays = {name: stored[name] for name in stored.files}
+                return cls(
+                    states=tuple(parse(label) for label in head["all_layers"]),
+                    metrics={n.removeprefix("metric:"): arrays.pop(n) for n in list(arrays) if n.startswith("metric:")},
+                    no_averaged=head["no_averaged"],
+                    final=head["final"],
+                    info=head["summary"]["info"],
+                    **arrays,
+                )
+        except Exception as error:  # damage shows as whatever the first thing that trips over it raises
+            raise ValueError(f"{readable} and its .npz are not a readable profile ({error!r}).") from error
+        raise ValueError(f"{readable} has format {head['format']}, this version reads {_FORMAT}.")
 
     def __repr__(self) -> str:
         model = self.info.get("model", "model")
