@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pipes import pipe_table
 
 from decondense.records import read_rows
 
@@ -21,16 +22,13 @@ def attach() -> str:
         compiled = ", compiled" if params["compile"] else ""
         model = f"{params['layers']} x {params['width']}, {params['batch']} x {params['tokens']} tokens"
         newest[model, f"{precision}{compiled}, {params['impl']}", place, row["variant"]] = row["metrics"]
-    lines = ["| model, step | precision, impl | machine | loss | step | overhead |", "|---|---|---|---|---:|---:|"]
+    lines = []
     for (model, how, place, variant), metrics in newest.items():
         over = "" if variant == "none" else f"{metrics['overhead_percent']:+.1f} %"
-        lines.append(f"| {model} | {how} | {place} | {variant} | {metrics['step_ms']:.1f} ms | {over} |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Medians over rounds in which every variant takes one step; rows: `benchmarks/results/attach.jsonl`.",
-        ]
+        lines.append([model, how, place, variant, f"{metrics['step_ms']:.1f} ms", over])
+    return (
+        pipe_table(["model, step", "precision, impl", "machine", "loss", "step", "overhead"], lines, (4, 5))
+        + "\n\nMedians over rounds in which every variant takes one step; rows: `benchmarks/results/attach.jsonl`."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from pipes import pipe_table
 
 from decondense.records import Row, read_rows
 
@@ -13,11 +14,6 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def _rows(name: str) -> list[Row]:
     path = RESULTS / f"{name}.jsonl"
     return read_rows(path) if path.exists() else []
-
-
-def _table(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
 def _machine(row: Row) -> str:
@@ -57,7 +53,7 @@ def cpu() -> str:
         f"\nfloat32, medians of one run, ratios to `naive` (what one writes down first: normalise, multiply, arccos, "
         f"logsumexp, autograd) in the same round; {_machine(rows[-1])}. Rows: `benchmarks/results/losses-cpu.jsonl`.\n"
     )
-    return _table(head, body) + note
+    return pipe_table(head, body, (1, 3, 4, 5, 6)) + "\n" + note
 
 
 def cpu_short() -> str:
@@ -81,7 +77,7 @@ def cpu_short() -> str:
         "\nRatios to `naive` (what one writes down first: normalise, multiply, arccos, logsumexp, autograd) in one "
         f"run; float32, 1 thread, {_machine(chosen[-1])}.\n"
     )
-    return _table(head, body) + note
+    return pipe_table(head, body, (1, 2)) + "\n" + note
 
 
 def gpu() -> str:
@@ -98,7 +94,7 @@ def gpu() -> str:
             cells = [f"{metrics['wall_ms']:.2f}", ratio, f"{metrics['peak_bytes'] / 1e6:.0f}"]
         body.append([" x ".join(map(str, params["shape"])), params["dtype"], row["variant"], *cells])
     head = ["B x T x D", "dtype", "variant", "forward + backward, ms", "ratio to naive", "peak memory, MB"]
-    return _table(head, body) + f"\n{_machine(rows[-1])}\n"
+    return pipe_table(head, body, (3, 4, 5)) + f"\n\n{_machine(rows[-1])}\n"
 
 
 def precision() -> str:
@@ -123,7 +119,7 @@ def precision() -> str:
                     f"{_number(metrics['gradient_error'])} ({_number(metrics['value_error'])})" if metrics else ""
                 )
             body.append([variant, *cells])
-        text += f"tau = {tau:g}:\n\n" + _table(["", *inputs], body) + "\n"
+        text += f"tau = {tau:g}:\n\n" + pipe_table(["", *inputs], body, range(1, len(inputs) + 1)) + "\n\n"
     shape = " x ".join(map(str, rows[0]["params"]["shape"]))
     return (
         text + f"Relative error of the gradient (norm), in parentheses absolute error of the value; {shape}. Where the "
@@ -165,8 +161,8 @@ def pairs() -> str:
         "value deviation",
     ]
     params = rows[0]["params"]
-    return _table(head, body) + (
-        f"\nRelative to the norm of the gradient over all pairs; {params['tokens']} tokens x {params['features']} "
+    return pipe_table(head, body, (1, *range(3, 9))) + (
+        f"\n\nRelative to the norm of the gradient over all pairs; {params['tokens']} tokens x {params['features']} "
         f"features, {params['draws']} draws, whose noise is taken off the bias. Rows: "
         "`benchmarks/results/losses-pairs.jsonl`.\n"
     )
@@ -183,7 +179,7 @@ def forms() -> str:
         body.append(
             [f"`{name}`", f"${info.equation}$".replace("|", r"\vert "), info.source, info.extremes, implementations]
         )
-    return _table(["form", "loss of one sequence of n tokens", "source", "extremes", "implementation"], body)
+    return pipe_table(["form", "loss of one sequence of n tokens", "source", "extremes", "implementation"], body)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pipes import pipe_table
 
 from decondense.records import Row, read_rows
 
@@ -16,10 +17,8 @@ def measure() -> str:
     newest: dict[tuple[int, str], Row] = {(row["params"]["width"], row["variant"]): row for row in rows}
     if not newest:
         return ""
-    lines = [
-        "| width | variant | time / forward | peak memory above forward, MB | growth for 4 x the passages, MB |",
-        "| ---: | --- | ---: | ---: | ---: |",
-    ]
+    head = ["width", "variant", "time / forward", "peak memory above forward, MB", "growth for 4 x the passages, MB"]
+    lines = []
     watches = []
     for (width, variant), row in sorted(newest.items(), key=lambda item: item[0][0]):
         metrics = row["metrics"]
@@ -29,7 +28,7 @@ def measure() -> str:
         above, growth = (
             f"{metrics[key] / 1e6:+.0f}" if key in metrics else "" for key in ("above_forward_bytes", "growth_bytes")
         )
-        lines.append(f"| {width} | {variant} | {metrics['ratio_to_forward']:.2f} | {above} | {growth} |")
+        lines.append([str(width), variant, f"{metrics['ratio_to_forward']:.2f}", above, growth])
     timed = next(row for row in rows if row["variant"] == "forward")
     params, made = timed["params"], timed["provenance"]
     passages = ", ".join(
@@ -43,7 +42,7 @@ def measure() -> str:
     )
     if watches:
         note += f" Watching every training step (`CondensationWatch`) takes {', '.join(watches)} of it."
-    return "\n".join(lines) + f"\n\n{note} Rows: `benchmarks/results/measure.jsonl`.\n"
+    return pipe_table(head, lines, (0, 2, 3, 4)) + f"\n\n{note} Rows: `benchmarks/results/measure.jsonl`.\n"
 
 
 TABLES = {"measure": measure}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pipes import pipe_table
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,11 +18,6 @@ from decondense.report import interval, number, probability, words
 from study_rows import Committed, blocks, committed, deep_half, last, loss_difference, paired, shown
 
 NOT_RUN = "not run"
-
-
-def table(header: Sequence[str], lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    rule = ["---:" if column in right else ":---" for column in range(len(header))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [list(header), rule, *map(list, lines)])
 
 
 def machine(f: Committed) -> str:
@@ -74,7 +70,7 @@ def losses(f: Committed, arms: Sequence[str] | None = None) -> str:
         "mean cosine, blocks",
         "last layer",
     )
-    return table(header, lines, right=(1, 2, 3, 4, 6, 7))
+    return pipe_table(header, lines, right=(1, 2, 3, 4, 6, 7))
 
 
 def overview() -> str:
@@ -87,7 +83,7 @@ def overview() -> str:
     kinds = ("agrees", "disagrees", "equivalent", "undecided", "not tested", "not run")
     tally = ", ".join(f"{settled.count(kind)} {kind}" for kind in kinds)
     return (
-        table(("study", "published", "ours, `tiny`", "ours, `gpu`", "ours, `paper`", "verdict"), lines)
+        pipe_table(("study", "published", "ours, `tiny`", "ours, `gpu`", "ours, `paper`", "verdict"), lines)
         + f"\n\nVerdicts over {len(lines)} claims: {tally}."
     )
 
@@ -126,7 +122,10 @@ def sizes(name: str) -> Callable[[], str]:
                 ]
             )
         header = ("model", "parameters", "Spearman", "Kendall", "mean cosine, last L/2", "last layer", "held-out loss")
-        return table(header, lines, right=range(1, 7)) + f"\n\nFinal checkpoints, mean ± standard deviation: {base(f)}."
+        return (
+            pipe_table(header, lines, right=range(1, 7))
+            + f"\n\nFinal checkpoints, mean ± standard deviation: {base(f)}."
+        )
 
     return made
 
@@ -154,7 +153,7 @@ def table4_grid(scale: str) -> str:
         lines.append(line)
     width = f.width
     return (
-        table(("", *(f"λ = {weight:g}" for weight in f.weights())), lines, right=range(1, len(f.weights()) + 1))
+        pipe_table(("", *(f"λ = {weight:g}" for weight in f.weights())), lines, right=range(1, len(f.weights()) + 1))
         + f"\n\nHeld-out loss less that of cross-entropy, width {width}; ✓ better and ✗ worse after Holm's correction "
         f"over the {len(f.comparison.treated)} settings. {base(f)}."
     )
@@ -194,7 +193,7 @@ def temperature() -> str:
                 d = loss_difference(f, arm, plain)
                 answer = "yes" if _excludes_zero(d) else "no"
                 lines.append([f"λ = {weight:g}", f"τ = {tau:g} less τ = 1", shown(d), answer])
-    return table(("weight", "temperatures", "difference in held-out loss", "interval excludes 0"), lines)
+    return pipe_table(("weight", "temperatures", "difference in held-out loss", "interval excludes 0"), lines)
 
 
 def _excludes_zero(d: Difference) -> bool:
@@ -246,7 +245,7 @@ def rivals() -> str:
         "mean cosine, blocks",
     )
     return (
-        table(header, lines, right=range(1, 9))
+        pipe_table(header, lines, right=range(1, 9))
         + "\n\nSame-loss tokens and CPU time: those until a loss that both arms of a seed reach, over those of "
         f"cross-entropy (geometric mean over seeds, 95 % interval). {base(f)}."
     )
@@ -279,7 +278,8 @@ def horizon() -> str:
         lines.append(line)
     header = ("of training", *(f.label(arm) for arm in f.comparison.treated))
     return (
-        table(header, lines, right=range(1, len(header))) + f"\n\nHeld-out loss less that of cross-entropy. {base(f)}."
+        pipe_table(header, lines, right=range(1, len(header)))
+        + f"\n\nHeld-out loss less that of cross-entropy. {base(f)}."
     )
 
 
@@ -299,7 +299,7 @@ def rates() -> str:
         ]
         lines.append([f.label(sweep.arm), *cells, f"the {sweep.edge} tried" if sweep.edge else ""])
     header = ("arm", *(f"{trial.learning_rate:g}" for trial in f.comparison.trials[0].trials), "the choice is")
-    return table(header, lines) + (
+    return pipe_table(header, lines) + (
         f"\n\nLoss on the tuning documents after {f.comparison.trials[0].trials[0].steps} steps, seed "
         f"{f.comparison.trials[0].trials[0].seed}; the chosen rate is bold."
     )
@@ -395,7 +395,9 @@ def pretrained() -> str:
                 ]
             )
     parts.append(
-        table(("mean over benchmarks", "arm", "score", "difference, 95 % interval", "in words", "mean rank"), lines)
+        pipe_table(
+            ("mean over benchmarks", "arm", "score", "difference, 95 % interval", "in words", "mean rank"), lines
+        )
     )
     parts.append("\n".join(f"- {note}." for note in f.comparison.task_notes))
     limit = f.config.evaluate.limit

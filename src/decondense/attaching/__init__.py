@@ -82,35 +82,20 @@ def attach(
     micro-batches (transformers' ``num_items_in_batch``) is followed by token share. :func:`attach_trainer` is exact
     without these conditions: prefer it with a transformers or TRL trainer.
     """
-    if config is None:
-        loss_config = LossConfig.parse(dict(loss), where="attach()")
-        config = DispersionConfig.parse(
-            {
-                "weight": weight,
-                "layers": layers if isinstance(layers, str) else tuple(layers),
-                "loss": loss_config,
-                "schedule": schedule,
-                "blocks": blocks,
-                "final_norm": final_norm,
-                "embedding": embedding,
-                "gradient_ratio_every": gradient_ratio_every,
-                "tokens_first": tokens_first,
-            },
-            where="attach()",
-        )
-        return DispersionHandle(model, config)
     settings: dict[str, Any] = {
         "weight": weight,
-        "layers": layers,
+        "layers": layers if isinstance(layers, str) else tuple(layers),
         "schedule": schedule,
         "blocks": blocks,
         "final_norm": final_norm,
         "embedding": embedding,
         "gradient_ratio_every": gradient_ratio_every,
         "tokens_first": tokens_first,
-        **loss,
     }
-    extra = [name for name, value in settings.items() if name in loss or value != getattr(_DEFAULT, name)]
+    if config is None:
+        loss_config = LossConfig.parse(dict(loss), where="attach()")
+        return DispersionHandle(model, DispersionConfig.parse({**settings, "loss": loss_config}, where="attach()"))
+    extra = [*(name for name, value in settings.items() if value != getattr(_DEFAULT, name)), *loss]
     if extra:
         raise AttachError(f"attach() got config= and also {', '.join(extra)}; put them into the DispersionConfig.")
     return DispersionHandle(model, config)

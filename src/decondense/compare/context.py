@@ -12,6 +12,7 @@ from decondense.compare.quantity import LOSS_UNIT, Quantity
 from decondense.compare.results import Measure, Values
 from decondense.compare.statistics import Difference, Items, holm_over_arms, paired_difference
 from decondense.compare.study import Cell, Key, Study
+from decondense.formatting import listed
 
 
 def common(values: Iterable[Any]) -> int | None:
@@ -118,5 +119,4 @@ class Context:
 
     def named(self, arms: Iterable[str]) -> str:
         """Labels of arms as a list in words."""
-        words = [self.study.labels[arm] for arm in arms]
-        return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+        return listed([self.study.labels[arm] for arm in arms])

@@ -10,7 +10,7 @@ from decondense.config.base import Config, ConfigError, one_of, parse_yaml, sugg
 from decondense.config.loss import COMPAT_NAMES, FORM_NAMES, CallOptions, LossConfig, LossOptions
 from decondense.config.measure import METRIC_NAMES, MeasureConfig
 from decondense.config.model import PREPARED, ArmModelConfig, LoraConfig, ModelConfig, Overrides
-from decondense.config.study import SETTINGS, ArmConfig, PreparedConfig, StudyConfig, SweepConfig
+from decondense.config.study import SETTINGS, ArmConfig, ArmIdentity, PreparedConfig, StudyConfig, SweepConfig
 from decondense.config.train import CorpusConfig, EvaluateConfig, TrainConfig
 from decondense.config.treatments import (
     TREATMENTS,
@@ -18,6 +18,7 @@ from decondense.config.treatments import (
     DistillationConfig,
     NoisyEmbeddingConfig,
     Treatment,
+    Treatments,
 )
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "TREATMENTS",
     "ActiveForgettingConfig",
     "ArmConfig",
+    "ArmIdentity",
     "ArmModelConfig",
     "CallOptions",
     "Config",
@@ -49,6 +51,7 @@ __all__ = [
     "SweepConfig",
     "TrainConfig",
     "Treatment",
+    "Treatments",
     "WeightSchedule",
     "one_of",
     "parse_yaml",

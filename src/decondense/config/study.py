@@ -20,15 +20,15 @@ SETTINGS = ("learning_rate", "warmup", "gradient_clip")
 """Fields of :class:`TrainConfig` that an arm may have of its own, and that a sweep chooses."""
 
 
-class _Named(Config):
-    """How an arm is called; a class of its own, so that its keys come first in files."""
+class ArmIdentity(Config):
+    """How an arm is called. A class of its own, so that these keys come first in files."""
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     label: str | None = None
     """How tables and figures call the arm; None: its name."""
 
 
-class ArmConfig(Treatments, _Named):
+class ArmConfig(Treatments, ArmIdentity):
     """One arm: its treatments and settings; everything it does not name is the study's."""
 
     learning_rate: float | None = Field(default=None, gt=0)

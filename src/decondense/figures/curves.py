@@ -99,7 +99,7 @@ def _loss_panel(axes: Axes, study: Study, panel: Panel, looks: Looks, key: Key) 
             continue
         x, values = stacked
         colour = looks.colour(arm)
-        marker = looks.marker(arm) if panel != "training" else ""
+        line = looks.line(arm) | ({"marker": ""} if panel == "training" else {})
         if many:
             pass
         elif panel == "difference":
@@ -107,9 +107,7 @@ def _loss_panel(axes: Axes, study: Study, panel: Panel, looks: Looks, key: Key) 
                 axes.plot(x, row, color=colour, linewidth=0.7, alpha=0.55)
         elif len(values) > 1:
             axes.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.22, linewidth=0)
-        axes.plot(
-            x, values.mean(0), color=colour, linestyle=looks.dash(arm), marker=marker, label=looks.label(arm), zorder=3
-        )
+        axes.plot(x, values.mean(0), zorder=3, **line)
         seen.append((x, values))
     grid(axes)
     name = "validation loss" if key == VALIDATION else f"{key[0]} {key[1]}"
@@ -203,10 +201,7 @@ def _profile_panel(axes: Axes, study: Study, step: int, looks: Looks) -> None:
         axes.plot(
             x,
             values.mean(0),
-            color=looks.colour(arm),
-            linestyle=looks.dash(arm),
-            marker=looks.marker(arm),
-            label=looks.label(arm),
+            **looks.line(arm),
             zorder=3,
             clip_on=False,
         )

@@ -166,12 +166,9 @@ def layer_differences(comparison: Comparison) -> Figure:
                 x,
                 y,
                 np.maximum(error, 0),
-                color=looks.colour(arm),
-                linestyle=looks.dash(arm),
-                marker=looks.marker(arm),
                 elinewidth=1.1,
                 linewidth=0.9,
-                label=looks.label(arm),
+                **looks.line(arm),
             )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.set_xlabel("layer (0 = embedding)")

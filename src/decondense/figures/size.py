@@ -37,12 +37,9 @@ def size_trend(comparison: Comparison) -> Figure:
                     [p.parameters for p in points],
                     [value.mean for value in values],
                     yerr=[value.sd or 0.0 for value in values],
-                    color=looks.colour(family),
-                    linestyle=looks.dash(family),
-                    marker=looks.marker(family),
                     elinewidth=0.9,
                     linewidth=1.2,
-                    label=looks.label(family),
+                    **looks.line(family),
                 )
             axes.set_xscale("log")
             axes.set_xlim(sizes[0] / (sizes[-1] / sizes[0]) ** 0.08, sizes[-1] * (sizes[-1] / sizes[0]) ** 0.08)
@@ -90,12 +87,9 @@ def trials(comparison: Comparison) -> Figure:
             axes.plot(
                 [trial.learning_rate for trial in finished],
                 [trial.value or 0.0 for trial in finished],
-                color=colour,
-                linestyle=looks.dash(sweep.arm),
-                marker=looks.marker(sweep.arm),
                 markerfacecolor="white",
                 linewidth=1.2,
-                label=looks.label(sweep.arm),
+                **looks.line(sweep.arm),
             )
             chosen = sweep.chosen
             if chosen is not None and chosen.value is not None:

@@ -138,6 +138,15 @@ class Looks:
         """Marker; it tells arms apart in black and white."""
         return _MARKERS[self._number.get(arm, 0) % len(_MARKERS)]
 
+    def line(self, arm: str) -> dict[str, Any]:
+        """The keywords of matplotlib's ``plot`` and ``errorbar`` that tell the arm's line apart and name it."""
+        return {
+            "color": self.colour(arm),
+            "linestyle": self.dash(arm),
+            "marker": self.marker(arm),
+            "label": self.label(arm),
+        }
+
     def label(self, arm: str) -> str:
         """How the arm is called in a legend, cut to 36 characters."""
         text = self.labels.get(arm) or arm

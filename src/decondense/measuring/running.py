@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from decondense.blocks import Blocks, base_model, find_blocks, unwrap
 from decondense.config import MeasureConfig, one_of
+from decondense.formatting import plural
 from decondense.layers import LOGITS, Layer
 from decondense.layout import StateReader
 from decondense.limits import model_positions, text_config, vocabulary_size
@@ -179,7 +180,7 @@ def _passages(
     for number, ids in enumerate(passages):
         if len(ids) < 2:
             raise MeasureError(
-                f"passage {number} has {len(ids)} token{'' if len(ids) == 1 else 's'}; a cosine needs two. Leave it "
+                f"passage {number} has {plural(len(ids), 'token')}; a cosine needs two. Leave it "
                 "out, or give a longer text."
             )
         low, high = int(ids.min()), int(ids.max())

@@ -40,9 +40,13 @@ class Treatments(Config):
     """
 
     dispersion: DispersionConfig | None = None
+    """The dispersion loss."""
     noisy_embedding: NoisyEmbeddingConfig | None = None
+    """Noise on the token embeddings."""
     active_forgetting: ActiveForgettingConfig | None = None
+    """An input embedding that is drawn anew in periods."""
     distillation: DistillationConfig | None = None
+    """A larger model as the teacher."""
 
     @property
     def treatments(self) -> dict[str, Treatment]:
