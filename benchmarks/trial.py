@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def main() -> int:
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
     from decondense.records import make_row, provenance, write_rows
+    from decondense.stopping import stop_on_signals
 
     rows = []
     print(f"{'':8s}" + "".join(f"{name.replace('_', ' '):>14s}" for name in COUNTS))
@@ -63,7 +65,12 @@ def main() -> int:
             if part == "kills":
                 import trial_kills
 
-                found = trial_kills.run(count, arguments.seed, folder, say=lambda text: print(text, file=sys.stderr))
+                try:
+                    with stop_on_signals():
+                        say = partial(print, file=sys.stderr, flush=True)
+                        found = trial_kills.run(count, arguments.seed, folder, say=say)
+                finally:
+                    trial_kills.end_all()
             else:
                 found = inputs(part, count, arguments.seed, folder)
         print(f"{part:8s}" + "".join(f"{found.get(name, 0):14d}" for name in COUNTS), flush=True)

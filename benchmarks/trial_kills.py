@@ -25,12 +25,12 @@ MOMENTS = (
 SIZE = {"n_layer": 2, "n_embd": 16, "n_head": 2}
 STUDY: dict[str, Any] = {
     **{"name": "trial", "title": "Trial", "question": "Are the rows equal?", "baseline": "cross-entropy"},
-    "arms": [{"name": "cross-entropy"}, {"name": "dispersion", "dispersion": {"weight": 1.0}}],
+    "arms": [{"name": "cross-entropy", "learning_rate": 0.001}, {"name": "dispersion", "dispersion": {"weight": 1.0}}],
     "seeds": [0],
     "model": {"start": "prepared:base"},
-    "prepared": {"base": {"model": {"architecture": "gpt2", "overrides": SIZE}, "train": {"steps": 60}}},
+    "prepared": {"base": {"model": {"architecture": "gpt2", "overrides": SIZE}, "train": {"steps": 20}}},
     "sweep": {"learning_rates": [0.001, 0.003]},
-    "train": {"steps": 60, "batch_sequences": 4, "sequence_tokens": 32, "log_every": 5, "checkpoint_every": 10},
+    "train": {"steps": 40, "batch_sequences": 4, "sequence_tokens": 32, "log_every": 5, "checkpoint_every": 10},
     "evaluate": {"points": [0, 1], "validation_tokens": 512, "passages": 2, "passage_tokens": 16},
 }
 
@@ -84,6 +84,16 @@ def left_running(session: int) -> int:
     return len(left)
 
 
+_SESSIONS: list[int] = []
+
+
+def end_all() -> None:
+    """End every process that was started here."""
+    for session in _SESSIONS:
+        for pid in living(session):
+            os.kill(pid, signal.SIGKILL)
+
+
 class Series:
     """One study directory: the same command is started and killed until the study is whole."""
 
@@ -94,11 +104,12 @@ class Series:
         self.starts = 0
 
     def start(self) -> subprocess.Popen[bytes]:
+        """The study in a session of its own, so that its group can be signalled and its processes counted."""
         self.starts += 1
         command = [sys.executable, "-m", "decondense", "study", str(self.study), "--out", str(self.out)]
         self.printed = self.folder / f"start-{self.starts}.txt"
         with self.printed.open("wb") as printed:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [*command, "--workers", "2"],
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
@@ -106,6 +117,8 @@ class Series:
                 env={**os.environ, "DECONDENSE_CACHE": str(self.cache)},
                 start_new_session=True,
             )
+        _SESSIONS.append(process.pid)
+        return process
 
     def rows(self) -> int:
         """Lines of rows so far."""
