@@ -1,10 +1,22 @@
-"""``python -m decondense``: the command line, for torchrun and for environments without the script."""
+"""``python -m decondense`` and the script ``decondense``: the command line."""
 
 from __future__ import annotations
 
+import signal
 import sys
 
-from decondense.cli import main
+
+def main() -> int:
+    """Run the command line."""
+    # Ctrl-C while the modules are imported ends the process as other signals do, without a traceback
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from decondense.cli import main as run
+
+    signal.signal(signal.SIGINT, before)
+    return run()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 
 class Stopped(SystemExit):
@@ -26,6 +27,8 @@ SAVE_FIRST: int | None = getattr(signal, "SIGUSR1", None)
 """The signal that asks for a checkpoint before the end; None where the platform has no such signal."""
 
 _warned: list[int] = []
+_ends: set[object] = set()
+"""Handlers of this module with which SIGUSR1 ends the process at once."""
 
 
 def save_requested() -> bool:
@@ -40,14 +43,17 @@ def stop_if_requested() -> None:
 
 
 @contextlib.contextmanager
-def stop_on_signals(*, at_once: bool = True, forward: Callable[[int], None] | None = None) -> Iterator[None]:
+def stop_on_signals(
+    *, at_once: bool = True, save_first: bool = True, forward: Callable[[int], None] | None = None
+) -> Iterator[None]:
     """While the block runs, SIGTERM and SIGHUP raise :class:`Stopped`, and SIGUSR1 sets :func:`save_requested`.
 
-    A signal that the process ignores (``nohup``) stays ignored, and a handler of the caller's own is kept. Outside the
-    main thread, where Python handles no signals, nothing changes.
+    A signal that the process ignores (``nohup``) stays ignored, and a handler of the caller's own is kept. Blocks may be
+    nested. Outside the main thread, where Python handles no signals, nothing changes.
 
     Args:
         at_once: raise on SIGTERM and SIGHUP; False: they keep their default, which ends the process.
+        save_first: False: SIGUSR1 raises too, because there is nothing to save yet.
         forward: called with the number of SIGUSR1, to pass it on to workers.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -56,9 +62,8 @@ def stop_on_signals(*, at_once: bool = True, forward: Callable[[int], None] | No
 
     def stop(number: int, frame: FrameType | None) -> None:
         # a second signal must not interrupt what the first one has begun
-        for other in replaced:
-            if other != SAVE_FIRST:
-                signal.signal(other, signal.SIG_IGN)
+        for other in [*_AT_ONCE, *([] if SAVE_FIRST is None or save_first else [SAVE_FIRST])]:
+            signal.signal(other, signal.SIG_IGN)
         raise Stopped(number)
 
     def save(number: int, frame: FrameType | None) -> None:
@@ -66,16 +71,21 @@ def stop_on_signals(*, at_once: bool = True, forward: Callable[[int], None] | No
         if forward is not None:
             forward(number)
 
-    replaced: dict[int, object] = {}
+    replaced: dict[int, Any] = {}
     _warned.clear()
     for number in _AT_ONCE if at_once else []:
         if signal.getsignal(number) is signal.SIG_DFL:
             replaced[number] = signal.signal(number, stop)
-    if SAVE_FIRST is not None and signal.getsignal(SAVE_FIRST) is signal.SIG_DFL:
-        replaced[SAVE_FIRST] = signal.signal(SAVE_FIRST, save)
+    if SAVE_FIRST is not None:
+        before = signal.getsignal(SAVE_FIRST)
+        if before is signal.SIG_DFL or before in _ends:
+            replaced[SAVE_FIRST] = signal.signal(SAVE_FIRST, save if save_first else stop)
+            if not save_first:
+                _ends.add(stop)
     try:
         yield
     finally:
-        for number in replaced:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
+        _ends.discard(stop)
         _warned.clear()

@@ -122,3 +122,57 @@ def test_an_ignored_signal_stays_ignored() -> None:
         "with stop_on_signals():\n    os.kill(os.getpid(), signal.SIGHUP)\n"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+NESTED = """
+import os, signal, sys
+from decondense.stopping import Stopped, save_requested, stop_on_signals
+number, inside = int(sys.argv[1]), sys.argv[2] == "inside"
+with stop_on_signals(save_first=False):
+    with stop_on_signals():
+        if inside:
+            os.kill(os.getpid(), number)
+            print(save_requested(), flush=True)
+    os.kill(os.getpid(), number)
+    print("not reached", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "printed"),
+    [
+        ("SIGUSR1", "inside", "True\n"),  # saved first; then the outer block ends the process
+        ("SIGUSR1", "outside", ""),
+        ("SIGTERM", "inside", ""),
+        ("SIGHUP", "outside", ""),
+    ],
+)
+def test_blocks_may_be_nested(name: str, where: str, printed: str) -> None:
+    number = getattr(signal, name)
+    done = subprocess.run([sys.executable, "-c", NESTED, str(int(number)), where], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (128 + number, printed)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_every_verb_ends_with_a_sentence_and_the_status_of_the_signal(tmp_path: Path, name: str) -> None:
+    """`compare` has no runner and no handlers of its own; it waits here for a text that never comes."""
+    fifo = tmp_path / "rows.jsonl"
+    os.mkfifo(fifo)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "decondense", "compare", str(fifo)], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    # opening for writing without waiting succeeds as soon as the command reads
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit:
+        try:
+            writer = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+            break
+        except OSError:
+            time.sleep(0.02)
+    number = getattr(signal, name)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    os.close(writer)
+    assert process.returncode == 128 + number
+    assert b"interrupted" in error
+    assert b"Traceback" not in error

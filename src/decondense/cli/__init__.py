@@ -10,7 +10,7 @@ import typer
 
 import decondense
 from decondense.cli import evaluate, evidence, measure, run
-from decondense.stopping import Stopped
+from decondense.stopping import Stopped, stop_on_signals
 
 app = typer.Typer(
     name="decondense",
@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     debug = os.environ.get("DECONDENSE_DEBUG", "") not in ("", "0")
     try:
-        result = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        with stop_on_signals(save_first=False):  # a run that has something to save takes SIGUSR1 over
+            result = app(args=None if arguments is None else list(arguments), standalone_mode=False)
         status = int(result) if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         status = 130
