@@ -11,11 +11,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from claims import CLAIMS, judged
-from decondense.compare import VALIDATION, Cell, Difference
+from decondense.compare import VALIDATION, Cell, Difference, Study
 from decondense.figures import comparison as draw
 from decondense.figures.style import export
+from decondense.records import read_rows
 from decondense.report import interval, number, probability, words
-from study_rows import Committed, blocks, committed, deep_half, last, loss_difference, paired, shown
+from study_rows import FOLDER, Committed, blocks, committed, deep_half, last, loss_difference, paired, shown
 
 NOT_RUN = "not run"
 
@@ -283,6 +284,42 @@ def horizon() -> str:
     )
 
 
+def warm_up() -> str:
+    """The control of the schedule study: a warm-up of 30 % for every arm, by rate; seeds as far as they have run."""
+    path = FOLDER.parent / "controls" / "warm-up.jsonl.gz"
+    study = Study.from_rows(read_rows(path))
+    assert study.config is not None
+    last: dict[tuple[float, bool], dict[int, float]] = {}
+    for cell in study.cells.values():
+        arm = study.arm_config(cell.arm)
+        assert arm is not None
+        assert arm.learning_rate is not None
+        if cell.status == "finished":
+            losses = cell.scores[VALIDATION]
+            key = (arm.learning_rate, arm.dispersion is not None)
+            last.setdefault(key, {})[cell.seed] = float(losses[max(losses)]["value"])
+    lines = []
+    for rate in sorted({rate for rate, _ in last}):
+        plain, dispersed = last.get((rate, False), {}), last.get((rate, True), {})
+        both = sorted({*plain} & {*dispersed})
+        lines.append(
+            [
+                f"{rate:g}",
+                ", ".join(f"{plain[seed]:.3f} (seed {seed})" for seed in sorted(plain)),
+                ", ".join(f"{dispersed[seed]:.3f} (seed {seed})" for seed in sorted(dispersed)),
+                ", ".join(number(dispersed[seed] - plain[seed], 3, sign=True) for seed in both),
+            ]
+        )
+    header = ("rate", "cross-entropy", "1 cosine to 0 at 30 %", "difference")
+    train = study.config.train
+    return (
+        pipe_table(header, lines, right=(3,))
+        + f"\n\nHeld-out loss after {train.steps} steps with {100 * train.warmup:.0f} % of warm-up, on more held-out "
+        "documents than above; one seed has no interval. Rows: `benchmarks/results/controls/warm-up.jsonl.gz`, "
+        "`decondense study benchmarks/studies/warm-up.yaml`."
+    )
+
+
 def rates() -> str:
     f = committed("schedule")
     if f is None:
@@ -430,6 +467,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "results-rivals": rivals,
     "results-horizon": horizon,
     "results-rates": rates,
+    "results-warm-up": warm_up,
     "results-end-point": end_point,
     "results-recommendation": recommendation,
     "results-pretrained": pretrained,

@@ -48,8 +48,8 @@ def stop_on_signals(
 ) -> Iterator[None]:
     """While the block runs, SIGTERM and SIGHUP raise :class:`Stopped`, and SIGUSR1 sets :func:`save_requested`.
 
-    A signal that the process ignores (``nohup``) stays ignored, and a handler of the caller's own is kept. Blocks may be
-    nested. Outside the main thread, where Python handles no signals, nothing changes.
+    A signal that the process ignores (``nohup``) stays ignored, and a handler of the caller's own is kept. Blocks may
+    be nested. Outside the main thread, where Python handles no signals, nothing changes.
 
     Args:
         at_once: raise on SIGTERM and SIGHUP; False: they keep their default, which ends the process.

@@ -205,7 +205,7 @@ def test_outputs_of_every_shape(kind):
     expected = kept[1].square().mean() + WEIGHT * dispersion(kept)
     for hook in hooks:
         hook.remove()
-    with attach(model, WEIGHT):
+    with attach(model, WEIGHT, blocks="layers"):
         out = model(x)
     loss = out if kind == "scalar" else out[1] if kind == "nanogpt" else out.loss if kind == "namespace" else out[0]
     assert type(out).__name__ == {"scalar": "Tensor", "namespace": "SimpleNamespace", "named tuple": "Output"}.get(
@@ -628,7 +628,7 @@ def test_flat_outputs_are_refused():
         def forward(self, x):
             return self.layers[0](x).mean()
 
-    with attach(model := Images()), pytest.raises(AttachError, match=r"\(2, 1, 3, 3\)"):
+    with attach(model := Images(), blocks="layers"), pytest.raises(AttachError, match=r"\(2, 1, 3, 3\)"):
         model(torch.zeros(2, 1, 3, 3))
 
 

@@ -153,10 +153,10 @@ def test_the_seed_of_attach_is_the_seed_that_draws() -> None:
             torch.manual_seed(0)
             model = _Tiny()
             if way == "keyword":
-                handle = attach(model, pairs="subset", subset_size=3, seed=seed)
+                handle = attach(model, blocks="layers", pairs="subset", subset_size=3, seed=seed)
             else:
                 loss = LossConfig(pairs="subset", subset_size=3, seed=seed)
-                handle = attach(model, config=DispersionConfig(loss=loss))
+                handle = attach(model, config=DispersionConfig(loss=loss, blocks="layers"))
             assert handle.config.loss.seed == seed
             values[seed, way] = model(randn(2, 12, 4).float()).item()
     assert values[0, "keyword"] == values[0, "config"] != values[1, "keyword"] == values[1, "config"]
