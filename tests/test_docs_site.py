@@ -132,8 +132,8 @@ def test_every_public_name_has_its_place_in_the_reference(site: Path) -> None:
             assert f"decondense.{name}" in anchors, f"the reference lacks decondense.{name}"
     assert "decondense.__version__" in (site / "api" / "index.html").read_text()
     # a default that stands in a configuration is shown as its value, and the configurations have every field
-    shown = re.sub(r"<[^>]+>", "", (site / "api" / "losses.html").read_text())
-    assert f"tau: float = {LossConfig().tau}," in shown
+    shown = re.sub(r"<[^>]+>", "", (site / "api" / "configuration.html").read_text())
+    assert f"default={LossConfig().tau}" in shown
     assert {f"decondense.config.LossConfig.{name}" for name in LossConfig.model_fields} <= anchors
 
 

@@ -99,7 +99,7 @@ def test_the_metadata_say_what_it_is(wheel: zipfile.ZipFile) -> None:
     assert not any(name.startswith("License ::") for name in classifiers), "the licence is an expression"
     assert set(metadata.get_all("Provides-Extra")) >= {"dev", "eval", "frameworks", "kernels", "titan"}
     entry_points = wheel.read(f"{STEM}.dist-info/entry_points.txt").decode()
-    assert entry_points.split() == ["[console_scripts]", "decondense", "=", "decondense.cli:main"]
+    assert entry_points.split() == ["[console_scripts]", "decondense", "=", "decondense.__main__:main"]
 
 
 def test_the_oldest_versions_are_those_of_the_metadata(wheel: zipfile.ZipFile) -> None:

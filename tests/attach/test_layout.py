@@ -356,7 +356,7 @@ def test_states_of_other_tokens_are_refused_with_their_cause(change, message):
     torch.manual_seed(0)
     model, ids = Changing(change).train(), ids_of(4, 8)
     with pytest.raises(AttachError, match=message):
-        attached_value(model, lambda: model(ids))
+        attached_value(model, lambda: model(ids), blocks="layers")
     with pytest.raises(SequencesError, match=message):
         watched(model, lambda: model(ids))
 
@@ -372,7 +372,7 @@ def test_a_call_without_tokens_is_refused():
 
     model = Images().train()
     with pytest.raises(AttachError, match=r"no argument that holds its tokens.*pixel_values"):
-        attached_value(model, lambda: model(torch.randn(2, 3, 4, 6)))
+        attached_value(model, lambda: model(torch.randn(2, 3, 4, 6)), blocks="layers")
 
 
 def test_padding_that_the_model_tells_from_its_ids():

@@ -159,8 +159,9 @@ def test_every_verb_ends_with_a_sentence_and_the_status_of_the_signal(tmp_path: 
     fifo = tmp_path / "rows.jsonl"
     os.mkfifo(fifo)
     process = subprocess.Popen(
-        [sys.executable, "-m", "decondense", "compare", str(fifo)], stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+        [sys.executable, "-m", "decondense", "compare", str(fifo)], stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whoever started the tests may ignore it
+    )  # fmt: skip
     # opening for writing without waiting succeeds as soon as the command reads
     limit = time.monotonic() + 60
     while time.monotonic() < limit:

@@ -122,7 +122,7 @@ def test_any_module_with_blocks(ids: torch.Tensor) -> None:
 
     torch.manual_seed(0)
     plain = Plain().double()
-    assert measure(plain, input_ids=ids).layers == ["embedding", "block 1", "block 2"]
+    assert measure(plain, input_ids=ids, blocks="body.h").layers == ["embedding", "block 1", "block 2"]
     plain.body["h"] = nn.ModuleList(Residual() for _ in range(2)).double()
     plain.forward = lambda tokens: (  # type: ignore[method-assign]
         plain.head(plain.body["ln_f"](plain.body["h"][1](plain.body["h"][0](plain.table(tokens))))),
@@ -339,7 +339,7 @@ def test_states_that_are_not_the_passages(model: GPT2LMHeadModel, ids: torch.Ten
             return self.h[0](torch.cat([z[:, :2], z], dim=1))
 
     with pytest.raises(MeasureError, match=r"\(7, 26, 8\) for 7 passages of 24 tokens"):
-        measure(Prompted(), input_ids=ids, batch_size=7)
+        measure(Prompted(), input_ids=ids, batch_size=7, blocks="h")
 
 
 def test_batch_size_falls_with_the_size_of_a_passage() -> None:

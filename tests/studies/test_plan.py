@@ -255,7 +255,6 @@ def test_a_wrong_first_command_does_not_keep_the_directory(tmp_path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"corpus": {"source": "https://me:passw0rd@host/x.txt"}},
         {"evaluate": {**SMALL["evaluate"], "data_dir": "s3://bucket/x?token=passw0rd"}},
         {"arms": [{"name": "a", "model": {"start": "https://u:passw0rd@h/m"}}, {"name": "cross-entropy"}]},
     ],

@@ -267,7 +267,7 @@ def test_impossible_sizes_are_a_message_not_a_traceback(tmp_path, overrides: dic
     config = small_study(
         model={"architecture": "gpt2", "overrides": {**SMALL["model"]["overrides"], **overrides}}
     ).model
-    with pytest.raises(ConfigError, match=r"model: gpt2 with .* cannot be built"):
+    with pytest.raises(ConfigError, match=r"gpt2 with .* cannot be built"):
         build_model(config, 512, 32, 0)
 
 
@@ -475,7 +475,7 @@ def test_a_worker_that_dies_is_reported_with_its_words(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"architecture": "gpt22"}, r"no Hugging Face model type.*Did you mean 'gpt2'"),
+        ({"architecture": "gpt22"}, r"is not a Hugging Face model type.*Did you mean 'gpt2'"),
         ({"architecture": "gpt2", "overrides": {"n_layers": 2}}, r"no field 'n_layers'.*Did you mean 'n_layer'"),
     ],
 )

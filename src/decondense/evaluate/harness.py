@@ -29,7 +29,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from decondense.checkpoints import adapter_of, check_folder
+from decondense.checkpoints import ModelError, adapter_of, check_folder
 from decondense.config import EvaluateConfig
 from decondense.evaluate.catalogue import EvaluationError, resolve_shots, resolve_tasks
 from decondense.evaluate.local import LocalTask, find_tasks
@@ -224,7 +224,10 @@ def check_model(source: str) -> str:
     """The directory of a model (absolute) or a hub id; anything else is refused with a reason."""
     path = Path(source).expanduser()
     if path.is_dir():
-        check_folder(path)
+        try:
+            check_folder(path)
+        except ModelError as error:
+            raise EvaluationError(str(error)) from error
         if adapter_of(path) is not None:
             return str(path.resolve())
         try:
