@@ -358,7 +358,7 @@ def test_states_of_other_tokens_are_refused_with_their_cause(change, message):
     with pytest.raises(AttachError, match=message):
         attached_value(model, lambda: model(ids), blocks="layers")
     with pytest.raises(SequencesError, match=message):
-        watched(model, lambda: model(ids))
+        watched(model, lambda: model(ids), blocks="layers")
 
 
 def test_a_call_without_tokens_is_refused():
