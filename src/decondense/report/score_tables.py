@@ -72,8 +72,8 @@ def headline(comparison: Comparison) -> Table | None:
     )
     loss = f"Validation loss{items}. " if validation is not None else ""
     equal = (
-        " At equal time: the arm at the baseline's total step time (a faster arm: the baseline at the arm's), linear in "
-        "the logarithm of the tokens between evaluated checkpoints; a run that is cut short has not lowered its "
+        " At equal time: the arm at the baseline's total step time (a faster arm: the baseline at the arm's), linear "
+        "in the logarithm of the tokens between evaluated checkpoints; a run that is cut short has not lowered its "
         "learning rate to the end, so this errs against the slower arm. A loss that both reach: the higher of the two "
         "final losses of a seed."
         if comparison.equal_time
