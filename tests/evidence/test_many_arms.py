@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import re
 from pathlib import Path
@@ -324,7 +325,7 @@ def test_a_page_says_which_arms_start_elsewhere(tmp_path: Path) -> None:
 
     rows = with_arms(study(change=other, documents=5), {"dispersion": {"model": {"overrides": {"n_layer": 12}}}})
     page = build_report(rows, tmp_path)["report"].read_text()
-    assert "dispersion starts from other weights than the baseline by design" in page
+    assert html.unescape(page).count("Other initial weights than the baseline's by design: dispersion.") == 1
     assert "dispersion: other initial weights by design, so no pair from the same start." in page
     assert "every arm starts from the same weights" not in page
 

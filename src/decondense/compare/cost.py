@@ -120,7 +120,10 @@ def speeds(context: Context) -> tuple[Speed, ...]:
         pairs = _pairs(context, arm)
         if not pairs:
             continue
-        targets, base_tokens, own_tokens, resolved, reached = [], [], [], True, 0
+        targets: list[float] = []
+        base_tokens: list[float] = []
+        own_tokens: list[float] = []
+        resolved, reached = True, 0
         for _, base, own in pairs:
             finals = [cell.final_score(VALIDATION) or 0.0 for cell in (base, own)]
             targets.append(max(finals))

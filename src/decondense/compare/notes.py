@@ -48,7 +48,8 @@ def start_notes(context: Context) -> list[Note]:
         return [Note("measured")]
     others = tuple(context.other_starts())
     idle = tuple(arm for arm in context.arms if context.untrained(arm))
-    return [Note(kind, arms) for kind, arms in (("other start", others), ("untrained", idle)) if arms]
+    found = [Note("other start", others)] if others else []
+    return [*found, Note("untrained", idle)] if idle else found
 
 
 def setting_notes(context: Context) -> list[Note]:
