@@ -43,6 +43,8 @@ def load_tokenizer(
     remedy = "Name the directory or the hub id of the right one: --tokenizer."
     try:
         loaded = read_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
+        # a wrong type in its configuration shows when it is first used
+        ids = loaded("A text of five words.")["input_ids"]
     except Exception as error:  # a missing tokenizer shows as half a dozen types
         folder = Path(source).expanduser()
         broken = (folder / "tokenizer.json").is_file() or "trust_remote_code" in str(error)
@@ -51,7 +53,7 @@ def load_tokenizer(
             raise ModelError(f"{what}: {reason_of(error)}. {remedy}") from error
         return None
     # without tokenizer files transformers may build an empty tokenizer, which turns every text into nothing
-    if not loaded("A text of five words.")["input_ids"]:
+    if not ids:
         if required:
             raise ModelError(f"no tokenizer at {source}: it has no vocabulary. {remedy}")
         return None

@@ -92,6 +92,12 @@ BROKEN = {
     "wrong heads": (settings(n_head=7), "num_heads"),
     "more layers than weights": (settings(n_layer=4), "weights lack 24 of the tensors"),
     "tokenizer cut": (cut("tokenizer.json", 100), "the tokenizer in damaged cannot be loaded"),
+    "tokenizer of a wrong type": (
+        lambda folder: (folder / "tokenizer_config.json").write_text(
+            json.dumps({**json.loads((folder / "tokenizer_config.json").read_text()), "model_max_length": "long"})
+        ),
+        "the tokenizer in damaged cannot be loaded",
+    ),
     "tokenizer gone": (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], "--tokenizer"),
 }
 
