@@ -178,7 +178,8 @@ def torchtitan(study: StudyConfig, out: Path) -> list[str]:
     lines = [
         "# needs: pip install 'decondense[titan]', and the tokenizer:",
         *command(["hf", "download", "Qwen/Qwen3-0.6B", *files, "--local-dir", _ASSETS]),
-        *[f"# not in these commands: {entry}; torchtitan's configuration has its own" for entry in _not_passed(study)],
+        # of these torchtitan's own configuration has a value
+        *[f"# not in these commands: {entry}" for entry in _not_passed(study)],
     ]
     for arm in study.arms:
         missing = _not_in_torchtitan(arm)
