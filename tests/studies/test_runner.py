@@ -232,7 +232,10 @@ def test_no_worker_outlives_a_runner_that_is_stopped_while_they_start(tmp_path, 
     (tmp_path / "study.yaml").write_text(small_study().to_yaml())
     out = tmp_path / "study"
     command = [sys.executable, "-m", "decondense", "study", str(tmp_path / "study.yaml"), "--out", str(out)]
-    process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--workers", "2"], stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whoever started the tests may ignore it
+    )  # fmt: skip
     limit = time.monotonic() + 120
     while not processes_of(out) and time.monotonic() < limit:
         time.sleep(0.005)
