@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from decondense.hashing import hash_file
 from decondense.records import atomic_write
 
 COMPLETE = "COMPLETE"
@@ -109,13 +110,10 @@ def discard(folder: Path, *, keep: Path | None = None) -> None:
 
 
 def _hash(path: Path, *, flush: bool = False) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        if flush:
+    if flush:
+        with path.open("rb") as handle:
             os.fsync(handle.fileno())  # the mark must not reach the disk before what it marks
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hash_file(path)
 
 
 def _rows_up_to(path: Path, step: int) -> tuple[int, str]:
