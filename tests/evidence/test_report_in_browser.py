@@ -63,7 +63,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str, list[str]]]:
     root = tmp_path_factory.mktemp("site")
-    arms = {"cross-entropy": 0.0, "dispersion": -0.2, "an arm with a rather long name indeed": 0.0}
+    arms = {"cross-entropy": 0.0, "dispersion": -0.2, "an-arm-with-a-rather-long-name-indeed": 0.0}
     tasks = {arm: {"arc_easy": 0.4, "piqa": 0.6} for arm in arms}
     build_report(study(arms, tasks=tasks, steps=100), root)
     asked: list[str] = []
