@@ -15,7 +15,7 @@ from decondense.blocks import Blocks, base_model, find_blocks, unwrap
 from decondense.config import MeasureConfig, one_of
 from decondense.formatting import plural
 from decondense.layers import LOGITS, Layer
-from decondense.layout import StateReader
+from decondense.layout import StateReader, why_not_three, why_other_tokens
 from decondense.limits import model_positions, text_config, vocabulary_size
 from decondense.measuring.metrics import resolve_metrics
 from decondense.measuring.profile import Profile, unequal
@@ -258,10 +258,10 @@ def _run(
     def observe(layer: Layer, state: Tensor) -> None:
         wanted = (len(batch), int(lengths[batch[0]]))
         if state.ndim != 3 or tuple(state.shape[:2]) != wanted:
+            shape = tuple(state.shape)
+            why = why_not_three(len(shape)) if len(shape) != 3 else why_other_tokens(shape[:2], wanted, root) + "."
             raise MeasureError(
-                f"layer '{layer}' has states of shape {tuple(state.shape)} for {wanted[0]} passages of {wanted[1]} "
-                "tokens: its tokens are not those of the passage (prompt tuning, merged or flattened tokens), so they "
-                "cannot be compared."
+                f"{layer} has states of shape {shape} for {wanted[0]} passages of {plural(wanted[1], 'token')}: {why}"
             )
         if layer not in layers:
             layers[layer] = LayerStatistics(
