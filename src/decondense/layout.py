@@ -361,8 +361,8 @@ def why_not_three(dimensions: int) -> str:
         return wanted + "One vector for each sequence, or a folded batch whose sequences are not told, has no pairs."
     if dimensions == 4:
         return wanted + (
-            "Four dimensions are image maps, or several residual streams (hyper-connections): there is no one state of "
-            "a token. Name other blocks: blocks='dotted.path'."
+            "Four dimensions are image maps, or several residual streams (hyper-connections): a token has no single "
+            "state. Name other blocks: blocks='dotted.path'."
         )
     return wanted + "Name other blocks: blocks='dotted.path'."
 

@@ -180,8 +180,7 @@ def _passages(
     for number, ids in enumerate(passages):
         if len(ids) < 2:
             raise MeasureError(
-                f"passage {number} has {plural(len(ids), 'token')}; a cosine needs two. Leave it "
-                "out, or give a longer text."
+                f"passage {number} has {plural(len(ids), 'token')}; a cosine needs two. Omit it, or give a longer text."
             )
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or (vocabulary is not None and high >= vocabulary):
@@ -374,7 +373,7 @@ def _logits(output: Any, root: nn.Module) -> Tensor:
         found = next((item for item in output if isinstance(item, Tensor) and item.ndim == 3), None)
     if not isinstance(found, Tensor):
         raise MeasureError(
-            f"{type(root).__name__} returns no logits; load it with its head (AutoModelForCausalLM), or leave out "
+            f"{type(root).__name__} returns no logits; load it with its head (AutoModelForCausalLM), or omit "
             "logits=True."
         )
     return found
