@@ -6,6 +6,7 @@ which all of them finished.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -225,7 +226,8 @@ def _counted(studies: Sequence[Doses], p_values: Sequence[float | None]) -> tupl
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest difference of loss among the arms whose cosine lies within a band of the reference's."""
+    """The largest difference of loss among the arms whose cosine lies within a band of the reference's, less what the
+    straight line from the baseline to the reference gives for the difference of their cosines."""
 
     arm: str
     n: int
@@ -242,7 +244,7 @@ class Largest:
 def simultaneous(d: Difference, n: int) -> tuple[float, float] | None:
     """The interval of a difference that was picked out of ``n``: each end further off by the ratio of the quantiles.
 
-    The ratio is that of n - 1 degrees of freedom for seeds, which is no smaller than that of an interval with more.
+    The ratio is that of S - 1 degrees of freedom, S seeds, which is no smaller than that of an interval with more.
     """
     if d.interval is None:
         return None
@@ -254,10 +256,23 @@ def simultaneous(d: Difference, n: int) -> tuple[float, float] | None:
 def at_equal_cosine(f: Doses, reference: str, band: float) -> Largest | None:
     """None: no other arm lies within the band."""
     cosines = dict(zip(f.arms, f.cosine.mean(0), strict=True))
-    arms = [arm for arm in f.arms if arm != reference and abs(cosines[arm] - cosines[reference]) <= band]
+    others = [arm for arm in f.arms if arm not in (reference, f.baseline)]
+    arms = [arm for arm in others if abs(cosines[arm] - cosines[reference]) <= band]
     if not arms:
         return None
-    found = {arm: loss_difference(f.rows, arm, reference) for arm in arms}
+    x, y = f.cosine, f.loss
+    at, base = f.arms.index(reference), f.arms.index(f.baseline)
+    slope_S = (y[:, base] - y[:, at]) / (x[:, base] - x[:, at])
+    found = {}
+    for arm in arms:
+        a = f.arms.index(arm)
+        d = estimate(y[:, a] - y[:, at] - slope_S * (x[:, a] - x[:, at]))
+        plain = loss_difference(f.rows, arm, reference)
+        if d.interval is not None and plain.interval is not None:
+            # the held-out documents are in the interval of the plain difference only
+            half = max(d.interval[1] - d.mean, (plain.interval[1] - plain.interval[0]) / 2)
+            d = dataclasses.replace(d, interval=(d.mean - half, d.mean + half))
+        found[arm] = d
     arm = max(found, key=lambda arm: abs(found[arm].mean))
     return Largest(arm, len(arms), found[arm].mean, simultaneous(found[arm], len(arms)))
 

@@ -182,6 +182,20 @@ def test_what_is_given_is_one_value_a_run_and_left_out_where_it_does_not_vary() 
     assert f.values(geometry.cosine_at(0.15)) is None, "no checkpoint lies there"
 
 
+def test_at_an_equal_cosine_a_loss_on_the_line_does_not_differ() -> None:
+    on_line = losses(1.0, 0.0)
+    off = {key: value + (0.2 + 0.01 * key[1]) * (key[0] == "b") for key, value in on_line.items()}
+    f, g = invented(on_line, compared=True), invented(off, compared=True)
+    assert f is not None
+    assert g is not None
+    assert geometry.at_equal_cosine(f, "c", 0.01) is None, "no arm lies there"
+    line, apart = geometry.at_equal_cosine(f, "c", 0.3), geometry.at_equal_cosine(g, "c", 0.051)
+    assert line is not None
+    assert apart is not None
+    assert (line.n, line.mean) == (3, pytest.approx(0, abs=1e-12))
+    assert (apart.arm, apart.n, apart.mean, apart.differs) == ("b", 1, pytest.approx(0.21), True)
+
+
 @pytest.mark.parametrize("n", [1, 8])
 def test_an_interval_that_was_picked_out_of_n_is_bonferronis(n: int) -> None:
     values = np.array([-0.2, 0.1, 0.3, 0.15])
