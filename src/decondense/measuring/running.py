@@ -258,7 +258,11 @@ def _run(
         wanted = (len(batch), int(lengths[batch[0]]))
         if state.ndim != 3 or tuple(state.shape[:2]) != wanted:
             shape = tuple(state.shape)
-            why = why_not_three(len(shape)) if len(shape) != 3 else why_other_tokens(shape[:2], wanted, root) + "."
+            why = (
+                why_not_three(len(shape))
+                if len(shape) != 3
+                else why_other_tokens((shape[0], shape[1]), wanted, root) + "."
+            )
             raise MeasureError(
                 f"{layer} has states of shape {shape} for {wanted[0]} passages of {plural(wanted[1], 'token')}: {why}"
             )
