@@ -205,14 +205,21 @@ def family_figure(
     return figure
 
 
+def spread_ticks(values: Sequence[float]) -> list[float]:
+    """Values that are far enough apart on a logarithmic axis for their labels."""
+    factor = max(1.02, (max(values) / min(values)) ** 0.24)
+    ticks: list[float] = []
+    for value in sorted(set(values)):
+        if not ticks or value >= ticks[-1] * factor:
+            ticks.append(value)
+    return ticks
+
+
 def log_axis(axes: Axes, values: Sequence[float], label: str, text: Callable[[float], str]) -> None:
     """A logarithmic x-axis over sorted ``values``, with ticks at those whose labels do not overlap."""
     ratio = values[-1] / values[0]
     margin = ratio**0.08 if ratio > 1.2 else 1.5
-    ticks: list[float] = []
-    for value in values:
-        if not ticks or value >= ticks[-1] * max(1.02, ratio**0.24):
-            ticks.append(value)
+    ticks = spread_ticks(values)
     axes.set_xscale("log")
     axes.set_xlim(values[0] / margin, values[-1] * margin)
     axes.set_xticks(ticks, [text(tick) for tick in ticks])
