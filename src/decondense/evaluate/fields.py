@@ -108,7 +108,7 @@ class _Checker:
                 outer = field.partition(".")[0]
                 if outer in row:
                     what = f"needs {field!r}; the row has {_kind(row[outer])} in the field {outer!r}"
-                    raise self._refused(place, what, row[outer])
+                    self._refuse(what, row[outer])
                 raise EvaluationError(
                     f"{place}: {self.task} needs the field {field!r}; there are {', '.join(map(str, given))}."
                     f"{suggest(field, map(str, given))}"
