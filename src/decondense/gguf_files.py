@@ -52,9 +52,10 @@ def fault(path: Path) -> str | None:
         magic = handle.read(4)
     if magic != b"GGUF":
         return f"{path} is not a GGUF file: it begins with {magic!r} instead of b'GGUF'. Copy or download it again."
-    if part := re.search(r"-\d{5}-of-(\d{5})\.gguf$", path.name):
-        if int(part[1]) > 1:
-            return f"{path} is one of {int(part[1])} parts; merge them first: llama-gguf-split --merge {path} WHOLE.gguf."
+    part = re.search(r"-\d{5}-of-(\d{5})\.gguf$", path.name)
+    if part and int(part[1]) > 1:
+        merge = f"llama-gguf-split --merge {path} WHOLE.gguf"
+        return f"{path} is one of {int(part[1])} parts; merge them first: {merge}."
     if importlib.util.find_spec("gguf") is None:
         return f'{path} needs the package gguf: pip install "decondense[gguf]".'
     return None

@@ -274,7 +274,8 @@ def _fingerprint(where: str) -> str:
     if (adapter := adapter_of(path)) is not None:
         digest.update(_fingerprint(adapter.base).encode())
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        of_the_model = file == path or file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
+        suffixes = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
+        of_the_model = file == path or file.suffix in suffixes
         if file.is_file() and of_the_model and not _UNRELATED.fullmatch(file.name):
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
             with file.open("rb") as handle:
