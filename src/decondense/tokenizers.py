@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from decondense.checkpoints import ModelError, locate, reason_of
+from decondense.checkpoints import ADAPTER, ModelError, locate, reason_of
 from decondense.gguf_files import alone, hub_parts, is_gguf, only_gguf, remedy
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def read_tokenizer(source: str | Path, *, trust_remote_code: bool = False, **opt
     import transformers
 
     folder = Path(source).expanduser()
-    alone_there = folder.is_dir() and not has_tokenizer(folder) and len(only_gguf(folder)) == 1
+    alone_there = folder.is_dir() and not (folder / ADAPTER).is_file() and len(only_gguf(folder)) == 1
     if is_gguf(source) or alone_there:
         return _from_gguf(*locate(source, options.get("revision")), options.get("local_files_only", False))
     loaded: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(

@@ -125,7 +125,11 @@ def test_names_on_the_hub() -> None:
 
 
 def test_a_file_that_is_no_gguf_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    for name, content in {"text.gguf": b"weights", "empty.gguf": b"", "pointer.gguf": b"version https://git-lfs"}.items():
+    for name, content in {
+        "text.gguf": b"weights",
+        "empty.gguf": b"",
+        "pointer.gguf": b"version https://git-lfs",
+    }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ModelError, match=rf"{name} is not a GGUF file: it begins with .*download it again"):
             locate(tmp_path / name)
