@@ -87,7 +87,7 @@ class Sinks:
             order = np.argsort(-self.positions[row], kind="stable")[:8]
             found.append(
                 {
-                    "layer": layers[row],
+                    "layer": layers[int(row)],
                     "passages": int((self.count[row] > 0).sum()),
                     "tokens": int(self.count[row].sum()),
                     "positions": {str(at): int(self.positions[row, at]) for at in order if self.positions[row, at]},

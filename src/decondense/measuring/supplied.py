@@ -145,7 +145,8 @@ def _state(item: Any, number: int) -> Tensor:
         item = item[0]
     if item.ndim != 2 or not item.numel():
         raise MeasureError(f"passage {number} has a state of shape {list(item.shape)}; expected [tokens, width].")
-    return item.detach().contiguous()
+    state: Tensor = item.detach().contiguous()
+    return state
 
 
 def named(layers: Sequence[str | int | Layer] | None, count: int, final_norm: bool) -> tuple[tuple[Layer, ...], bool]:
