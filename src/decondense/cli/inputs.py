@@ -112,17 +112,20 @@ def note(console: Console, message: str) -> None:
     console.print(f"note: {message}", highlight=False, markup=False, soft_wrap=True)
 
 
-def long_enough(console: Console, label: str, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The records of two tokens and more: one token has no pairs."""
+def long_enough(
+    console: Console, label: str, texts: list[str], tokenizer: PreTrainedTokenizerBase, skipped: int
+) -> list[str]:
+    """The records of two tokens and more after the ``skipped`` ones: one token has no pairs."""
     from decondense.measuring.running import MeasureError
 
-    # two tokens are enough to tell
-    kept = [text for text in texts if len(tokenizer(text, truncation=True, max_length=2)["input_ids"]) >= 2]
+    least = 2 + skipped  # so many tokens are enough to tell
+    kept = [text for text in texts if len(tokenizer(text, truncation=True, max_length=least)["input_ids"]) >= least]
+    few = "fewer than two tokens" + (f" after the first {skipped}" if skipped else "")
     if not kept:
-        raise MeasureError(f"all {len(texts):,} records have fewer than two tokens; a cosine needs two. Omit --each.")
+        raise MeasureError(f"all {len(texts):,} records have {few}; a cosine needs two. Omit --each.")
     if len(kept) < len(texts):
         short = len(texts) - len(kept)
-        note(console, f"{label}: {short:,} of {len(texts):,} records have fewer than two tokens and are skipped.")
+        note(console, f"{label}: {short:,} of {len(texts):,} records have {few} and are skipped.")
     return kept
 
 

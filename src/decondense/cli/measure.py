@@ -237,7 +237,7 @@ def _measure(
                 f"{source} comes without a tokenizer; name the right one: --tokenizer DIRECTORY_OR_HUB_ID."
             )
         if each:
-            texts = inputs.long_enough(console, label, texts, tokenizer)
+            texts = inputs.long_enough(console, label, texts, tokenizer, measuring["skip_tokens"])
         if loading["device_map"] is None and not loading["eight_bit"] and torch.cuda.is_available():
             model = model.to("cuda")
         display.drop("loading")
