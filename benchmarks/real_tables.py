@@ -36,7 +36,8 @@ def real() -> str:
     lines, apart = [], []
     for row in rows.values():
         if row["params"]["model"] not in {entry["model"] for entry in published["models"]}:
-            lines.append([row["variant"], _size(row["params"]["parameters"]), "", "", *_ours(row)])
+            label = f"{row['variant']} ({row['params']['passages']} passages)"
+            lines.append([label, _size(row["params"]["parameters"]), "", "", *_ours(row)])
     for entry in published["models"]:
         row = of.get(entry["model"])
         theirs = [number(entry[kind], 2, sign=True) for kind in ("spearman", "kendall")]
@@ -46,8 +47,7 @@ def real() -> str:
         lines.append([entry["model"].rpartition("/")[2], _size(entry["parameters"]), *theirs, *ours])
     head = ("model", "parameters", "Spearman, published", "Kendall, published", "Spearman, ours", "Kendall, ours",
             "deep half, ours", "without sinks")  # fmt: skip
-    texts = {f"{row['params']['text']}, {row['params']['passages']} passages of {row['params']['tokens']} tokens"
-             for row in rows.values()}  # fmt: skip
+    texts = {f"{row['params']['text']}, {row['params']['tokens']} tokens a passage" for row in rows.values()}
     agreement = (
         f"Of {len(apart)} models that both measured the largest difference is {number(max(apart), 2)}."
         if apart

@@ -47,8 +47,8 @@ def from_wheel(work: Path) -> Path:
     return target
 
 
-def measured(name: str, source: str, texts: list[str], asked: argparse.Namespace) -> tuple[Any, float]:
-    """The profile over all passages, and the seconds of this call; what ``work`` holds already is not repeated."""
+def measured(name: str, source: str, texts: list[str], asked: argparse.Namespace) -> tuple[Any, float | None]:
+    """The profile over all passages, and its seconds; None where ``work`` held a part, which is not repeated."""
     from decondense.measuring import Profile, measure
     from decondense.models import load_model
 
@@ -63,7 +63,7 @@ def measured(name: str, source: str, texts: list[str], asked: argparse.Namespace
             profile = part if profile is None else profile.merge(part)
             profile.save(place / "profile")
             print(f"{name}: {profile.n_passages}/{len(texts)}, {time.perf_counter() - began:.0f} s", flush=True)
-    return profile, time.perf_counter() - began
+    return profile, None if first else time.perf_counter() - began
 
 
 def row(name: str, source: str, profile: Any, asked: argparse.Namespace, seconds: float | None) -> dict[str, Any]:
