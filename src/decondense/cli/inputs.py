@@ -28,7 +28,7 @@ def named_models(
         checkpoints, models = models[0], []
     if checkpoints is not None:
         if models:
-            raise MeasureError(f"--checkpoints measures one run; leave out {', '.join(models)}.")
+            raise MeasureError(f"--checkpoints measures one run; omit {', '.join(models)}.")
         return checkpoints_of(checkpoints, revisions)
     if not models:
         raise MeasureError("no model given: decondense measure DIRECTORY_OR_HUB_ID, or --checkpoints RUN.")
@@ -50,7 +50,9 @@ def checkpoints_of(run: str, revisions: str | None) -> list[tuple[str, int | Non
     else:
         root = Path(run)
         if not root.is_dir():
-            raise MeasureError(f"{run} is no directory; for the revisions of a hub model name them: --revisions A,B,C.")
+            raise MeasureError(
+                f"{run} is not a directory; for the revisions of a hub model name them: --revisions A,B,C."
+            )
         folders = checkpoint_folders(root)
         found = [(str(path), step_of(path.name)) for path in folders]
     numbered = sorted((pair for pair in found if pair[1] is not None), key=lambda pair: pair[1] or 0)
