@@ -240,7 +240,7 @@ def load(path: Path) -> PackedCorpus | None:
 def _load_tokenizer(name: str) -> Any:
     unreachable = None
     try:
-        _, unreachable = (None, None) if Path(name).exists() else hub.commit_of(name, "model")
+        _, unreachable = (None, None) if Path(name).exists() else hub.commit_of(name.partition(":")[0], "model")
         with nullcontext() if unreachable is None else hub.offline():
             tokenizer: Any = read_tokenizer(name)
     except Exception as error:  # loading a tokenizer raises half a dozen types
