@@ -21,6 +21,9 @@ _PUBLIC = {
     "measure": "decondense.measuring",
     "Profile": "decondense.measuring",
     "CondensationCallback": "decondense.measuring",
+    "Metric": "decondense.metrics",
+    "register_metric": "decondense.metrics",
+    "metric_names": "decondense.metrics",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
     from decondense.measuring import CondensationCallback as CondensationCallback
     from decondense.measuring import Profile as Profile
     from decondense.measuring import measure as measure
+    from decondense.metrics import Metric as Metric
+    from decondense.metrics import metric_names as metric_names
+    from decondense.metrics import register_metric as register_metric
 
 
 def __getattr__(name: str) -> Any:
