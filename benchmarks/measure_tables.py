@@ -37,7 +37,8 @@ def measure() -> str:
     timed = next(row for row in rows if row["variant"] == "forward")
     params, made = timed["params"], timed["provenance"]
     note = (
-        f"12 layers where a width is named, {params['tokens']} tokens, {', '.join(passages)}, {params['threads']} threads; medians "
+        f"12 layers where a width is named, {params['tokens']} tokens, {', '.join(passages)}, {params['threads']} "
+        "threads; medians "
         f"over {params['rounds']} rounds of one run; {made['cpu']}; torch {made['versions']['torch']}."
     )
     if watches:

@@ -312,7 +312,7 @@ _add(
         "cosine_lag",
         "mean cosine of tokens k apart",
         r"\frac{1}{N-k} \sum_i c_{i,i+k}, \ k = 1, 2, 4, \dots, 256",
-        "contextual anisotropy by distance; the mean over all lags is the mean cosine",
+        "the mean cosine by the distance of the tokens",
         "trajectory:cosine_lag",
         "a constant vector brings it to 1; one sink token counts as one of N",
         "k >= N: nan",
@@ -346,7 +346,7 @@ _add(
         "dataset entropy",
         r"H(\lambda(\hat M)) / \ln \min(P, D), \ M: \text{mean rows of the } P "
         r"\text{ passages, centred, unit rows}",
-        f"{_SKEAN}, the prompt entropy of the passages' mean rows",
+        f"{_SKEAN}, the prompt entropy of the passages' mean rows (its code centres within passages)",
         "entropy:dataset_entropy",
         "a sink token at the same place of each passage cancels with the mean",
         "equal means: 0; one passage or width 1: nan",

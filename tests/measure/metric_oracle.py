@@ -32,11 +32,11 @@ def weighted_slope(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> float:
 
 def of_spectra(z: np.ndarray) -> dict[str, float]:
     """What exists of a passage and of a corpus."""
-    n, d = z.shape
+    n = len(z)
     mean = np.repeat(z.mean(axis=0, keepdims=True), n, axis=0)
     sigma, centred = np.linalg.svd(z, compute_uv=False), np.linalg.svd(z - mean, compute_uv=False)
     variances = np.linalg.eigvalsh(np.cov(z.T))
-    rank = min(n - 1, d)
+    rank = int((centred**2 > 1e-13 * (z**2).sum()).sum())  # a layer norm takes one direction
     k = np.arange(11, min(rank, 500) + 1)
     rms = np.sqrt((z**2).mean(axis=0))
     raw = shannon(sigma / sigma.sum())

@@ -81,9 +81,9 @@ RANK_ONE = np.outer(np.arange(1.0, 9), [1.0, 2, 3])
 EQUAL = np.ones((8, 3))
 ISOTROPIC = np.concatenate([np.eye(5), -np.eye(5)])
 CLUSTERS = np.repeat([[3.0, 4, 0, 0], [3, -4, 0, 0]], 8, axis=0)  # two points, each eight times
-LINE = np.outer(np.arange(10.0), [1.0, 2, 2]) + [5.0, 0, 1]
+LINE = np.outer(np.arange(10.0), [1.0, 2, 2]) + np.array([5.0, 0, 1])
 CIRCLE = np.stack([np.cos(2 * np.pi * np.arange(24) / 24), np.sin(2 * np.pi * np.arange(24) / 24)], axis=1)
-OUTLIER = np.eye(16)[[3] * 20] * 7 + 0.0  # one coordinate holds everything
+OUTLIER = np.eye(16)[[3]].repeat(20, axis=0) * 7  # one coordinate holds everything
 
 
 @pytest.mark.parametrize(
@@ -168,9 +168,7 @@ DEGENERATE = {
 def test_degenerate_states_have_the_values_that_the_registry_states(kind: str, dtype: torch.dtype) -> None:
     z = DEGENERATE[kind].to(dtype)
     values = {name: value(name, z) for name in (*PASSAGE, *CORPUS)}
-    finite_or_stated = all(np.isfinite(v).all() or np.isnan(v).any() or np.isinf(v).any() for v in values.values())
-    assert finite_or_stated
-    told = {"zero": "zero states: ", "equal": "equal tokens: ", "width 1": "width 1: "}.get(kind, "none")
+    told = {"zero": "zero states: ", "equal": "equal tokens: ", "width 1": "width 1: "}.get(kind, "no such words")
     stated = {name: METRICS[name].undefined.partition(told)[2] for name in values}
     for name, text in stated.items():
         if text:
@@ -280,11 +278,11 @@ def test_all_metrics_of_a_model_merged_saved_and_in_tables(tmp_path: Path) -> No
     for layer, states in enumerate(hidden):
         passages = [of_passage(z) for z in states]
         for name, expected in of_corpus(list(states)).items():
-            assert whole.metric(name)[layer] == pytest.approx(expected, rel=1e-5), name
+            assert whole.metric(name)[layer] == pytest.approx(expected, rel=1e-5, abs=1e-7), name
         for name in whole.metrics:
             expected = np.mean([values[name] for values in passages])
-            assert whole.metric(name)[layer] == pytest.approx(expected, rel=1e-5, nan_ok=True), name
-    np.testing.assert_allclose(whole.between_layers("cka"), cka([list(states) for states in hidden]), rtol=1e-5)
+            assert whole.metric(name)[layer] == pytest.approx(expected, rel=1e-5, abs=1e-7, nan_ok=True), name
+    np.testing.assert_allclose(whole.between_layers("cka"), cka([list(states) for states in hidden]), rtol=1e-4)
     assert whole.metric("cka")[1:] == pytest.approx(whole.between_layers("cka").diagonal(1), nan_ok=True)
 
     halves = [decondense.measure(model, input_ids=part, metrics="all", batch_size=2) for part in ids.split(3)]
@@ -301,9 +299,7 @@ def test_all_metrics_of_a_model_merged_saved_and_in_tables(tmp_path: Path) -> No
     low, high = whole.interval("cosine_lag_1")
     assert (low <= whole.metric("cosine_lag_1")).all()
     assert (whole.metric("cosine_lag_1") <= high).all()
-    assert tables.metric_tables(whole)[0].columns[1:] == tuple(
-        c.replace("_", " ") for c in columns[:6]
-    )
+    assert tables.metric_tables(whole)[0].columns[1:] == tuple(c.replace("_", " ") for c in columns[:6])
     assert set(columns) <= set(tables.layer_table(whole).columns)
     assert tables.between_table(whole, "cka").to_csv().count("\n") == 4
     assert whole.summary()["metrics"]["corpus_alpha_req"] == [

@@ -107,11 +107,13 @@ def rankme(states: Cloud | Tensor, unit_ND: Tensor | None = None) -> float:
 def alpha_req(states: Cloud | Tensor, unit_ND: Tensor | None = None) -> float:
     r"""Exponent of :math:`\lambda_k \propto k^{-\alpha}`, eigenvalues of the covariance, by weighted least squares.
 
-    :math:`\ln \lambda_k` on :math:`\ln k` over the ranks :data:`ALPHA_RANKS` that exist, weights 1/k.
+    :math:`\ln \lambda_k` on :math:`\ln k` over the ranks :data:`ALPHA_RANKS` that exist (above float32 rounding), with
+    weights 1/k.
     """
     cloud = as_cloud(states)
     values = cloud.spectrum(True)
-    rank = int((values > max(cloud.n, cloud.width) * np.finfo(np.float64).eps * values[0]).sum())
+    # a layer norm leaves D - 1 directions; what float32 rounding puts into the last one would bend the fit
+    rank = int((values > np.finfo(np.float32).eps ** 2 * cloud.total(False)).sum())
     first, last = ALPHA_RANKS
     if rank < first + 9:
         return float("nan")
