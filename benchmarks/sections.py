@@ -16,6 +16,7 @@ from decondense.figures import comparison as draw
 from decondense.figures.style import export
 from decondense.records import read_rows
 from decondense.report import interval, number, probability, words
+from real_tables import real
 from study_rows import FOLDER, Committed, blocks, committed, deep_half, last, loss_difference, paired, shown
 
 NOT_RUN = "not run"
@@ -460,6 +461,7 @@ TABLES: dict[str, Callable[[], str]] = {
         f"results-{name}": section(name)
         for name in ("fig4", "fig5", "fig7", "table2", "table3", "table5", "pairs", "schedule")
     },
+    "results-real": real,
     "results-table4": lambda: table4_grid("tiny"),
     "results-table4-small": lambda: table4_grid("quick"),
     "results-best-weight": best_weight,

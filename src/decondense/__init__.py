@@ -19,6 +19,7 @@ _PUBLIC = {
     "attach_trainer": "decondense.integrations.huggingface",
     "DispersionCallback": "decondense.integrations.huggingface",
     "measure": "decondense.measuring",
+    "measure_states": "decondense.measuring",
     "Profile": "decondense.measuring",
     "CondensationCallback": "decondense.measuring",
     "Metric": "decondense.metrics",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from decondense.measuring import CondensationCallback as CondensationCallback
     from decondense.measuring import Profile as Profile
     from decondense.measuring import measure as measure
+    from decondense.measuring import measure_states as measure_states
     from decondense.metrics import Metric as Metric
     from decondense.metrics import metric_names as metric_names
     from decondense.metrics import register_metric as register_metric

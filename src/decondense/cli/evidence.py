@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from decondense.cli import options
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -23,7 +25,7 @@ Baseline = Annotated[str | None, typer.Option("--baseline", help="Arm to compare
 def compare(
     where: Where,
     baseline: Baseline = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+    as_json: options.Json = False,
     omit: Annotated[
         bool, typer.Option("--omit", help="Leave out runs that cannot be compared, and name them, instead of refusing.")
     ] = False,
@@ -47,9 +49,9 @@ def compare(
         # beside --json the output must stay JSON
         typer.echo(f"{len(written)} files of tables in {tables}", err=as_json)
     if as_json:
-        import json
+        from decondense.cli.printed import emit
 
-        typer.echo(json.dumps(comparison.to_dict(), indent=1))
+        emit("compare", **comparison.to_dict())
         return
     _print_comparison(comparison, Console())
 
@@ -58,13 +60,15 @@ def report(
     where: Where,
     out: Annotated[Path | None, typer.Option("--out", help="Where the report goes. Default: beside the rows.")] = None,
     baseline: Baseline = None,
+    as_json: options.Json = False,
 ) -> None:
     """Write report.html, its figures and tables from a study's rows alone."""
     from rich.console import Console
 
     rows = _rows(where)
     folder = out or (where if where.is_dir() else where.parent)
-    present(rows, folder, Console(), baseline=baseline, source=_rows_file(where))
+    console, command = Console(stderr=as_json), "report" if as_json else None
+    present(rows, folder, console, baseline=baseline, source=_rows_file(where), json_of=command)
 
 
 def env() -> None:
@@ -84,9 +88,19 @@ def env() -> None:
 
 
 def present(
-    rows: list[Row], out: Path, console: Console, *, baseline: str | None = None, source: Path | None = None
+    rows: list[Row],
+    out: Path,
+    console: Console,
+    *,
+    baseline: str | None = None,
+    source: Path | None = None,
+    json_of: str | None = None,
 ) -> None:
-    """Print the comparison, write the report, and say where everything lies; ``source`` is the file of the rows."""
+    """Print the comparison, write the report, and say where everything lies; ``source`` is the file of the rows.
+
+    ``json_of``: the verb whose JSON object goes to standard output beside what the console shows.
+    """
+    from decondense.cli.printed import emit
     from decondense.compare import Study
     from decondense.config import one_of
     from decondense.report.page import compare_if_possible, write_report
@@ -108,6 +122,16 @@ def present(
         soft_wrap=True,
     )
     failed = [cell for cell in study.cells.values() if cell.status == "failed"]
+    if json_of is not None:
+        emit(
+            json_of,
+            report=str(paths["report"]),
+            figures=str(out / "figures"),
+            rows=str(source or out / "rows.jsonl"),
+            comparison=None if comparison is None else comparison.to_dict(),
+            problems=list(problems),
+            failed=[{"arm": cell.arm, "seed": cell.seed, "error": cell.run["error"]} for cell in failed],
+        )
     if failed:
         raise RuntimeError(
             "some runs failed, and the report says so: "

@@ -13,6 +13,8 @@ SOURCE = "Text"
 MODEL = "Model"
 DATA = "Data"
 
+Json = Annotated[bool, typer.Option("--json", help="Print the results as one JSON object; see the docs, json.md.")]
+
 # ---- studies ---------------------------------------------------------------------------------------------------------
 
 StudyName = Annotated[str, typer.Argument(help="A shipped study or the path of a YAML file.", metavar="NAME|FILE")]

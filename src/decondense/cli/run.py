@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from decondense.cli import options
 if TYPE_CHECKING:
     from decondense.config import StudyConfig
     from decondense.studies.runner import Task
+    from decondense.table import Entry
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def demo(
     data_dir: options.StudyDataDir = None,
     limit: options.StudyLimit = None,
     assignments: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """Train with and without dispersion loss from the same starts, measure, compare, report.
 
@@ -126,7 +129,7 @@ def demo(
         assignments=tuple(assignments or ()),
     )
     folder = out or Path("decondense-demo-quick" if quick else "decondense-demo")
-    _run(asked.study(), folder, workers, resume, False)
+    _run(asked.study(), folder, workers, resume, False, "demo" if as_json else None)
 
 
 def study(
@@ -152,6 +155,7 @@ def study(
     data_dir: options.StudyDataDir = None,
     limit: options.StudyLimit = None,
     assignments: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """Run a study: arms x seeds from the same starts on the same data in the same order."""
     if listed or name is None:
@@ -165,17 +169,19 @@ def study(
     folder = out or Path(f"decondense-{chosen.name}-{scale or chosen.scale}")
     if as_yaml and not dry_run:
         raise typer.BadParameter("it belongs to --dry-run, which runs nothing.", param_hint="--yaml")
+    if as_json and (as_yaml or slurm is not None):
+        raise typer.BadParameter("it goes with a study that runs, or with --dry-run alone.", param_hint="--json")
     if slurm is not None:
         _write_slurm(chosen, asked.words(), folder, slurm)
     if as_yaml:
         typer.echo(chosen.to_yaml(), nl=False)
     elif dry_run:
-        _show_plan(chosen, asked.words(), folder, workers)
+        _show_plan(chosen, asked.words(), folder, workers, as_json)
     elif slurm is None:
-        _run(chosen, folder, workers, resume, retry_failed)
+        _run(chosen, folder, workers, resume, retry_failed, "study" if as_json else None)
 
 
-def _show_plan(chosen: StudyConfig, words: list[str], folder: Path, workers: int | None) -> None:
+def _show_plan(chosen: StudyConfig, words: list[str], folder: Path, workers: int | None, as_json: bool) -> None:
     """What ``--dry-run`` prints: what the study is, what it costs, how it is started."""
     from rich.console import Console
     from rich.markup import escape
@@ -184,13 +190,34 @@ def _show_plan(chosen: StudyConfig, words: list[str], folder: Path, workers: int
     from decondense.studies.cost import plan_of, plan_table, totals
     from decondense.studies.launch import launches
 
-    console = Console(highlight=False)
-    console = Console(highlight=False, width=min(console.width, 100))
+    console = Console(highlight=False, stderr=as_json)
+    console = Console(highlight=False, stderr=as_json, width=min(console.width, 100))
     console.print(f"[bold]{escape(chosen.title)}[/]")
     console.print(escape(chosen.question.strip()))
     with Display(console) as display:
         display.update("plan", "counting and timing")
         plan = plan_of(chosen, workers=workers)
+    if as_json:
+        from decondense.cli.printed import emit
+
+        table = plan_table(plan)
+        emit(
+            "study --dry-run",
+            study=chosen.name,
+            scale=chosen.scale,
+            title=chosen.title,
+            fingerprint=chosen.fingerprint(),
+            workers=plan.workers,
+            runs=sum(line.runs for line in plan.lines),
+            tokens=plan.tokens,
+            flops=plan.flops,
+            seconds=plan.seconds,
+            disk_bytes={"final": plan.final_bytes, "checkpoints": plan.checkpoint_bytes},
+            lines=[dict(zip(table.columns, map(_plain, row), strict=True)) for row in table.rows],
+            notes=totals(plan),
+            commands=[dataclasses.asdict(launch) for launch in launches(chosen, words, folder)],
+        )
+        return
     console.print()
     console.print(plan_table(plan).to_rich(fold=(0, 1)))
     for text in totals(plan):
@@ -199,6 +226,12 @@ def _show_plan(chosen: StudyConfig, words: list[str], folder: Path, workers: int
         # not through the table's console: a command is copied, so its lines are never broken elsewhere
         console.print(f"\n[bold]{escape(launch.title)}:[/]")
         typer.echo("\n".join(launch.lines))
+
+
+def _plain(entry: Entry) -> str | float | None:
+    """The value of a table's cell, or its text where it has none."""
+    text, value = entry if isinstance(entry, tuple) else (entry, None)
+    return value if isinstance(value, (int, float)) else text
 
 
 def _write_slurm(chosen: StudyConfig, words: list[str], folder: Path, path: Path) -> None:
@@ -298,7 +331,9 @@ def train(
         console.print(f"finished: {cell_folder(folder, arm, seed)}", markup=False)
 
 
-def _run(chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retry_failed: bool) -> None:
+def _run(
+    chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retry_failed: bool, json_of: str | None
+) -> None:
     from rich.console import Console
 
     from decondense.cli.display import Display, StudyDisplay
@@ -319,8 +354,8 @@ def _run(chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retr
     planned = study_of(out) if resume and there.is_file() else chosen
     for line in short_form(planned):
         typer.echo(line, err=True)
-    console = Console()
+    console = Console(stderr=json_of is not None)
     with Display(console) as display:
         watcher = StudyDisplay(display)
         rows = run_study(chosen, out, workers=workers, resume=resume, retry_failed=retry_failed, watcher=watcher)
-    present(rows, out, console)
+    present(rows, out, console, json_of=json_of)

@@ -247,7 +247,7 @@ def load(path: Path) -> PackedCorpus | None:
 def _load_tokenizer(name: str) -> Any:
     unreachable = None
     try:
-        _, unreachable = (None, None) if Path(name).exists() else hub.commit_of(name, "model")
+        _, unreachable = (None, None) if Path(name).exists() else hub.commit_of(name.partition(":")[0], "model")
         with nullcontext() if unreachable is None else hub.offline():
             found: Any = read_tokenizer(name)
     except Exception as error:  # a tokenizer that does not load shows as half a dozen types

@@ -29,11 +29,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from decondense.checkpoints import ModelError, adapter_of, check_folder
+from decondense.checkpoints import ModelError, adapter_of, check_folder, locate
 from decondense.config import EvaluateConfig
 from decondense.evaluate.catalogue import EvaluationError, resolve_shots, resolve_tasks
 from decondense.evaluate.local import LocalTask, find_tasks
 from decondense.evaluate.results import Evaluation, TaskResult
+from decondense.gguf_files import is_gguf, only_gguf
 from decondense.records import RecordError, Row, atomic_write, read_rows, write_rows
 
 _D = EvaluateConfig()
@@ -221,8 +222,14 @@ def benchmark_rows(
 
 
 def check_model(source: str) -> str:
-    """The directory of a model (absolute) or a hub id; anything else is refused with a reason."""
+    """The directory or GGUF file of a model (absolute) or a hub id; anything else is refused with a reason."""
     path = Path(source).expanduser()
+    if is_gguf(source) or (path.is_dir() and adapter_of(path) is None and only_gguf(path)):
+        try:
+            name, _ = locate(source)
+        except ModelError as error:
+            raise EvaluationError(str(error)) from error
+        return str(Path(name).resolve()) if Path(name).is_file() else source
     if path.is_dir():
         try:
             check_folder(path)
@@ -261,13 +268,14 @@ _UNRELATED = re.compile(r"training_args\.bin|optimizer.*|scheduler.*|rng_state.*
 def _fingerprint(where: str) -> str:
     """What tells one model from another: the content of its files, or its hub id."""
     path = Path(where)
-    if not path.is_dir():
+    if not path.exists():
         return where
     digest = hashlib.blake2b(digest_size=8)
     if (adapter := adapter_of(path)) is not None:
         digest.update(_fingerprint(adapter.base).encode())
-    for file in sorted(path.iterdir()):
-        of_the_model = file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        suffixes = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
+        of_the_model = file == path or file.suffix in suffixes
         if file.is_file() and of_the_model and not _UNRELATED.fullmatch(file.name):
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
             with file.open("rb") as handle:

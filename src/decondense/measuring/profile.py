@@ -17,6 +17,7 @@ from decondense.config import MeasureConfig, one_of, suggest
 from decondense.layers import Layer, parse
 from decondense.measuring import depth
 from decondense.measuring.sides import Sides, mean_of_known
+from decondense.measuring.sinks import Sinks
 from decondense.records import atomic_path, atomic_write
 
 _D = MeasureConfig()
@@ -73,6 +74,10 @@ class Profile:
     """Why there is no averaged histogram, when there is none."""
     final: Literal["after", "before", "all"] = "after"
     """Which state the last layer is: after or before the final norm (``"all"``: every measured state is a layer)."""
+    sinks: Sinks | None = None
+    """The sink tokens, and the numbers without them; None: not recorded."""
+    last_block: bool = True
+    """Whether the last block's state before the final norm is there; not in states as Hugging Face lists them."""
     info: dict[str, Any] = field(default_factory=dict)
     """What was measured: model, passages' source, settings, versions."""
 
@@ -103,7 +108,8 @@ class Profile:
             return list(range(len(self.states)))
         rows = [i for i, state in enumerate(self.states) if state.counts_as_depth]
         if self.final == "after" and self.has_final_norm:
-            rows[-1] = next(i for i, state in enumerate(self.states) if state.follows_blocks)
+            last = next(i for i, state in enumerate(self.states) if state.follows_blocks)
+            rows[len(rows) - self.last_block :] = [last]
         return rows
 
     def row(self, layer: str | int) -> int:
@@ -120,11 +126,21 @@ class Profile:
     def at(self, final: Final) -> Profile:
         """The same measurement with the last layer taken ``"after"`` or ``"before"`` the final norm."""
         one_of("place of the last layer", final, ("after", "before"))
+        if final == "before" and not self.last_block:
+            raise ValueError("these states hold the last block's only after the final norm; take final='after'.")
         return replace(self, final=final)
 
     def with_all_layers(self) -> Profile:
         """The same measurement with every measured state listed: both last layers, and the logits if measured."""
         return replace(self, final="all")
+
+    def without_sinks(self) -> Profile:
+        """The same with means and norms over the tokens that are no sinks; without histograms and side metrics."""
+        if self.sinks is None:
+            raise ValueError("this profile was made before sink tokens were recorded; measure again.")
+        reason = "histograms are of all tokens; to measure without the first N: skip_tokens=N."
+        kept: dict[str, Any] = {"cosine": self.sinks.cosine, "norm": self.sinks.norm}
+        return replace(self, **kept, metrics={}, sides=Sides(), pooled=None, summed=None, no_averaged=reason)
 
     @property
     def layers(self) -> list[str]:
@@ -309,7 +325,7 @@ class Profile:
         """
         every = (self, *others)
         for other in others:
-            if other.states != self.states:
+            if (other.states, other.last_block) != (self.states, self.last_block):
                 raise ValueError(
                     f"profiles of different layers cannot be merged: {len(self.all_layers)} states ending in "
                     f"{self.all_layers[-1]!r} against {len(other.all_layers)} ending in {other.all_layers[-1]!r}."
@@ -345,6 +361,7 @@ class Profile:
             pooled=np.sum(pooled, axis=0) if len(pooled) == len(every) else None,
             summed=np.sum(summed, axis=0) if len(summed) == len(every) and one_length else None,
             no_averaged=reason,
+            sinks=Sinks.merged([profile.sinks for profile in every]),
         )
 
     # ---- files -----------------------------------------------------------------------------------------------------
@@ -381,6 +398,7 @@ class Profile:
             name: {"mean_cosine": float(self.cosine[i].mean()), "norm": float(self.norm[i].mean())}
             for i, name in enumerate(self.all_layers)
         }
+        result["sinks"] = None if self.sinks is None else self.sinks.summary(self)
         result["final"] = self.final
         result["info"] = self.info
         return result
@@ -405,7 +423,7 @@ class Profile:
             "norm_max": self.norm_max,
         }
         arrays.update({f"metric:{name}": values for name, values in self.metrics.items()})
-        arrays.update(self.sides.arrays(sums=sums))
+        arrays |= self.sides.arrays(sums=sums) | (self.sinks.arrays() if self.sinks else {})
         if self.pooled is not None:
             arrays["pooled"] = self.pooled
         if self.summed is not None and sums:
@@ -415,6 +433,7 @@ class Profile:
             "all_layers": list(self.all_layers),
             "no_averaged": self.no_averaged if sums or self.summed is None else "the sums were not saved (sums=False).",
             "final": self.final,
+            "last_block": self.last_block,
             "summary": self.summary(),
         }
         stem.parent.mkdir(parents=True, exist_ok=True)
@@ -449,6 +468,8 @@ class Profile:
                     sides=Sides.taken(arrays, len(head["all_layers"])),
                     no_averaged=head["no_averaged"],
                     final=head["final"],
+                    last_block=head.get("last_block", True),
+                    sinks=Sinks.taken(arrays),
                     info=head["summary"]["info"],
                     **arrays,
                 )
@@ -477,25 +498,3 @@ def unequal(lengths: Any) -> str:
 def _number(value: Any) -> float | None:
     number = float(value)
     return number if math.isfinite(number) else None
-
-
-def as_mapping(profile: Profile, *, bins: int = _D.bins) -> dict[str, Any]:
-    """A profile as the plain arrays that ``decondense.figures.condensation`` takes."""
-    result: dict[str, Any] = {
-        "label": profile.info.get("model", "model"),
-        "layers": profile.layers,
-        "mean_cosine": profile.mean_cosine,
-        "spearman": profile.spearman,
-        "kendall": profile.kendall,
-        "spearman_interval": profile.interval("spearman"),
-        "kendall_interval": profile.interval("kendall"),
-        "parameters": profile.info.get("parameters"),
-        "passages": profile.n_passages,
-    }
-    kinds: tuple[Kind, ...] = ("pooled", "averaged")
-    for kind in kinds:
-        try:
-            result[kind] = profile.histogram(kind, bins=bins)[0]
-        except ValueError:
-            result[kind] = None
-    return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from decondense.limits import model_positions, text_config, vocabulary_size
 from decondense.measuring.metrics import LayerPairs, resolve_metrics
 from decondense.measuring.profile import Profile, unequal
 from decondense.measuring.sides import Sides
+from decondense.measuring.sinks import Sinks
 from decondense.measuring.states import StateTap, accepts
 from decondense.measuring.statistics import LayerStatistics
 from decondense.metrics import Metric
@@ -46,6 +47,7 @@ def measure(
     input_ids: Tensor | Sequence[Any] | None = None,
     attention_mask: Tensor | None = None,
     tokens: int | None = None,
+    skip_tokens: int = 0,
     histograms: Sequence[str] = _D.histograms,
     metrics: str | Iterable[str] = _D.metrics,
     logits: bool = _D.logits,
@@ -69,6 +71,7 @@ def measure(
         input_ids: Instead of texts: a tensor [P, T] or a list of lists of token ids.
         attention_mask: [P, T], for a tensor of ``input_ids``: 1 marks a token, 0 padding on either side.
         tokens: Length to which passages are truncated. None: 512, or the model's positions if it has fewer.
+        skip_tokens: Leave the first tokens of each passage out of every statistic; the model still reads them.
         histograms: ``"pooled"`` (all pairs of all passages) and/or ``"averaged"`` (of the matrix averaged over
             passages, as published; needs passages of one length). ``()``: means only.
         metrics: Names of side metrics (``decondense.metric_names()``), or ``"all"``.
@@ -91,18 +94,21 @@ def measure(
     chosen = resolve_metrics(metrics)
     found = find_blocks(model, blocks)
     passages = _passages(model, tokenizer, texts, input_ids, attention_mask, tokens)
+    for number, ids in enumerate(passages):
+        check_length(number, len(ids), skip_tokens)
     lengths = np.array([len(ids) for ids in passages], dtype=np.int64)
     averaged = "averaged" in histograms
     no_averaged = ""
     if averaged and len(set(lengths.tolist())) > 1:
-        averaged, no_averaged = False, unequal(lengths)
+        averaged, no_averaged = False, unequal(lengths - skip_tokens)
         if tuple(histograms) == ("averaged",):
             raise MeasureError(no_averaged)
 
     def attempt(size: int | None) -> tuple[dict[Layer, LayerStatistics], LayerPairs, int]:
         return _run(
-            found, tokens_first, passages, lengths, size, chosen, "pooled" in histograms, averaged, logits, progress
-        )
+            found, tokens_first, passages, lengths, size, chosen, "pooled" in histograms, averaged, logits, progress,
+            skip_tokens,
+        )  # fmt: skip
 
     with undisturbed(model):
         size = batch_size
@@ -117,9 +123,27 @@ def measure(
                 size = max(1, (size or 64) // 2)
                 torch.cuda.empty_cache()
 
+    info = _info(model) | ({"skip_tokens": skip_tokens} if skip_tokens else {})
+    return assembled(layers, lengths - skip_tokens, chosen, between, no_averaged=no_averaged, info=info)
+
+
+def assembled(
+    layers: dict[Layer, LayerStatistics],
+    lengths: np.ndarray[Any, Any],
+    metrics: Mapping[str, Metric],
+    between: LayerPairs,
+    *,
+    no_averaged: str,
+    info: dict[str, Any],
+    last_block: bool = True,
+) -> Profile:
+    """The profile of what the layers took in; ``lengths``: the tokens that were counted of each passage [P]."""
     rows = list(layers.values())
     pooled = [row.pairs.pooled_counts() for row in rows if row.pairs is not None]
     summed = [row.pairs.packed_sum() for row in rows if row.pairs is not None]
+    positions = np.zeros((len(rows), max(len(row.sink_positions_N) for row in rows)), dtype=np.int64)
+    for number, row in enumerate(rows):
+        positions[number, : len(row.sink_positions_N)] = row.sink_positions_N
     return Profile(
         states=tuple(layers),
         lengths=lengths,
@@ -129,12 +153,35 @@ def measure(
         norm_sd=np.stack([row.norm_sd_P for row in rows]),
         norm_max=np.stack([row.norm_max_P for row in rows]),
         metrics={name: np.stack([row.metric_P[name] for row in rows]) for name in rows[0].metric_P},
-        sides=Sides.collected(chosen, [row.moments and row.moments.moments() for row in rows], between),
-        pooled=np.stack([c for c in pooled if c is not None]) if "pooled" in histograms else None,
-        summed=np.stack([s for s in summed if s is not None]) if averaged else None,
+        sides=Sides.collected(metrics, [row.moments and row.moments.moments() for row in rows], between),
+        pooled=np.stack([c for c in pooled if c is not None]) if pooled and pooled[0] is not None else None,
+        summed=np.stack([s for s in summed if s is not None]) if summed and summed[0] is not None else None,
         no_averaged=no_averaged,
-        info=_info(model),
+        sinks=Sinks(
+            count=np.stack([row.sinks_P for row in rows]).astype(np.int64),
+            cosine=np.stack([row.kept_P for row in rows]),
+            norm=np.stack([row.kept_norm_P for row in rows]),
+            positions=positions,
+        ),
+        last_block=last_block,
+        info=info,
     )
+
+
+def check_length(number: int, tokens: int, skipped: int) -> None:
+    """Refuse a passage that has fewer than two tokens to measure.
+
+    Raises:
+        MeasureError: as said, or a negative number of skipped tokens.
+    """
+    if skipped < 0:
+        raise MeasureError(f"skip_tokens={skipped}: give the number of tokens to leave out, 0 or more.")
+    if tokens - skipped < 2:
+        after = f" after the first {skipped}" if skipped else ""
+        raise MeasureError(
+            f"passage {number} has {plural(max(tokens - skipped, 0), 'token')}{after}; a cosine needs two. Leave it "
+            "out, or give a longer text."
+        )
 
 
 # ---- passages --------------------------------------------------------------------------------------------------------
@@ -181,11 +228,7 @@ def _passages(
         raise MeasureError("there are no passages to measure; give at least one text.")
     vocabulary = vocabulary_size(model)
     for number, ids in enumerate(passages):
-        if len(ids) < 2:
-            raise MeasureError(
-                f"passage {number} has {plural(len(ids), 'token')}; a cosine needs two. Leave it "
-                "out, or give a longer text."
-            )
+        check_length(number, len(ids), 0)
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or (vocabulary is not None and high >= vocabulary):
             bad = low if low < 0 else high
@@ -247,6 +290,7 @@ def _run(
     averaged: bool,
     logits: bool,
     progress: Progress | None,
+    skipped: int,
 ) -> tuple[dict[Layer, LayerStatistics], LayerPairs, int]:
     root = found.root
     target = _forward_module(root, logits)
@@ -274,11 +318,13 @@ def _run(
                 device=state.device,
                 pooled=pooled,
                 averaged=averaged,
-                tokens=longest,
+                tokens=longest - skipped,
                 metrics=metrics,
+                first=skipped,
             )
-        layers[layer].add(state, batch)
-        between.take(state)
+        kept = state[:, skipped:]
+        layers[layer].add(kept, batch)
+        between.take(kept)
 
     device = _input_device(root)
     size = batch_size or _batch_size(root, found, longest, logits, device)

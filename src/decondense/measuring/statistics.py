@@ -25,6 +25,7 @@ from torch import Tensor
 from decondense.geometry import inverse_norm
 from decondense.layers import LOGITS
 from decondense.measuring.metrics import Cloud, MomentStream
+from decondense.measuring.sinks import sink_tokens
 from decondense.metrics import Metric
 
 FINE_BINS = 2048
@@ -129,8 +130,14 @@ class PairStream:
         return packed
 
 
+_BY_PASSAGE = ("cosine_P", "cosine_others_P", "norm_P", "norm_sd_P", "norm_max_P", "sinks_P", "kept_P", "kept_norm_P")
+
+
 class LayerStatistics:
-    """All statistics of one layer over the passages seen so far, addressed by passage number."""
+    """All statistics of one layer over the passages seen so far, addressed by passage number.
+
+    ``first``: tokens at the beginning of each passage that were left out; positions are counted with them.
+    """
 
     def __init__(
         self,
@@ -142,14 +149,19 @@ class LayerStatistics:
         averaged: bool,
         tokens: int,
         metrics: Mapping[str, Metric],
+        first: int = 0,
     ) -> None:
-        self.name = name
+        self.name, self.first = name, first
         empty = (passages,)
         self.cosine_P = np.full(empty, np.nan)
         self.cosine_others_P = np.full(empty, np.nan)
         self.norm_P = np.full(empty, np.nan)
         self.norm_sd_P = np.full(empty, np.nan)
         self.norm_max_P = np.full(empty, np.nan)
+        self.sinks_P = np.full(empty, np.nan)
+        self.kept_P = np.full(empty, np.nan)
+        self.kept_norm_P = np.full(empty, np.nan)
+        self.sink_positions_N = np.zeros(first + tokens, dtype=np.int64)
         self.metrics = [metric for metric in metrics.values() if metric.scope == "passage"]
         self.metric_P = {column: np.full(empty, np.nan) for metric in self.metrics for column in metric.columns}
         # a vocabulary squared is no matrix to keep: the logits have no corpus metrics
@@ -158,6 +170,13 @@ class LayerStatistics:
         self.pairs = (
             PairStream(pooled=pooled, averaged=averaged, tokens=tokens, device=device) if pooled or averaged else None
         )
+
+    def resize(self, passages: int) -> None:
+        """Make room for as many passages, or give back what was not used."""
+        owned = [(vars(self), name) for name in _BY_PASSAGE] + [(self.metric_P, name) for name in self.metric_P]
+        for owner, name in owned:
+            have = owner[name][:passages]
+            owner[name] = np.concatenate([have, np.full(passages - len(have), np.nan)])
 
     def add(self, z_BND: Tensor, passages: Sequence[int]) -> None:
         """Take in the states of a batch of passages of one length; ``passages`` are their numbers."""
@@ -195,6 +214,7 @@ class LayerStatistics:
         self.norm_P[passage] = norms.mean()
         self.norm_sd_P[passage] = norms.std()
         self.norm_max_P[passage] = norms.max()
+        self._add_sinks(z_ND, inverse_N, norms, passage)
         if self.metrics or self.corpus:
             self._add_metrics(Cloud(z_ND, z_ND * inverse_N[:, None]), passage)
         return None if self.pairs is None else z_ND * (inverse_N * UNIT_SCALE)[:, None]
@@ -207,6 +227,21 @@ class LayerStatistics:
         if self.corpus:
             self.moments = self.moments or MomentStream(cloud.width, cloud.z.device)
             self.moments.add(cloud, passage)
+
+    def _add_sinks(self, z_ND: Tensor, inverse_N: Tensor, norms_N: Array, passage: int) -> None:
+        sink_N = sink_tokens(norms_N)
+        count = int(sink_N.sum())
+        self.sinks_P[passage] = count
+        if not count:
+            self.kept_P[passage], self.kept_norm_P[passage] = self.cosine_P[passage], self.norm_P[passage]
+            return
+        at = self.first + np.flatnonzero(sink_N)
+        if at[-1] >= len(self.sink_positions_N):
+            self.sink_positions_N = np.pad(self.sink_positions_N, (0, int(at[-1]) + 1 - len(self.sink_positions_N)))
+        self.sink_positions_N[at] += 1
+        total_D = _weighted_sum(inverse_N * torch.from_numpy(~sink_N).to(inverse_N), z_ND)
+        self.kept_P[passage] = float(total_D @ total_D) / (len(norms_N) - count) ** 2
+        self.kept_norm_P[passage] = norms_N[~sink_N].mean()
 
 
 def _weighted_sum(weight_N: Tensor, z_ND: Tensor) -> Array:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from decondense.formatting import NONE, count, fitting, interval, number
-from decondense.measuring.profile import Profile
+from decondense.config import MeasureConfig
+from decondense.formatting import NONE, count, fitting, interval, number, plural
+from decondense.measuring.profile import Kind, Profile
+from decondense.measuring.sinks import SINK_NORM
 from decondense.table import Entry, Table
 
 _QUANTILES = (0.05, 0.5, 0.95)
@@ -78,6 +81,33 @@ def _interval(low: float, high: float) -> Entry:
     return NONE if math.isnan(low) else (f"[{number(low)}, {number(high)}]", (low, high))
 
 
+def sink_lines(profile: Profile) -> list[str]:
+    """What there is to say of sink tokens, and the numbers with and without them; nothing where there are none."""
+    if profile.sinks is None or not profile.sinks.count.any():
+        return []
+    found = profile.sinks.by_layer(profile.all_layers)
+    rows = [profile.all_layers.index(entry["layer"]) for entry in found]
+    positions = profile.sinks.positions.sum(axis=0)
+    commonest = ", ".join(str(at) for at in (-positions).argsort(kind="stable")[:3] if positions[at])
+    spans = f"{found[0]['layer']} to {found[-1]['layer']}" if len(found) > 1 else found[0]["layer"]
+    most = max(found, key=lambda entry: int(entry["passages"]))
+    kept = profile.without_sinks()
+    return [
+        f"sink tokens (norm > {SINK_NORM:g} x the passage's median): {plural(len(rows), 'state')}, {spans}; in up to "
+        f"{most['passages']} of {plural(profile.n_passages, 'passage')}; commonest positions: {commonest}.",
+        "with and without them: "
+        + "; ".join(
+            f"{name} {number(ours, 2, sign=sign)} and {number(theirs, 2, sign=sign)}"
+            for name, sign, ours, theirs in (
+                ("mean cosine of the deep half", False, profile.last(), kept.last()),
+                ("Spearman", True, profile.spearman, kept.spearman),
+                ("Kendall", True, profile.kendall, kept.kendall),
+            )
+        )
+        + ".",
+    ]
+
+
 def metric_tables(profile: Profile, columns: int = 6) -> list[Table]:
     """The side metrics of :func:`layer_table`, so many in a table, with names that break where words end."""
     table, names = layer_table(profile), profile.metric_names
@@ -104,3 +134,25 @@ def terminal_models(profiles: Sequence[tuple[str, Profile]]) -> Table:
         trend = (number(profile.spearman, 2, sign=True), bounds, number(profile.kendall, 2, sign=True))
         rows.append((label, size, *map(_number, means), *trend))
     return Table("models", "", columns, tuple(rows))
+
+
+def as_mapping(profile: Profile, *, bins: int = MeasureConfig().bins) -> dict[str, Any]:
+    """A profile as the plain arrays that ``decondense.figures.condensation`` takes."""
+    result: dict[str, Any] = {
+        "label": profile.info.get("model", "model"),
+        "layers": profile.layers,
+        "mean_cosine": profile.mean_cosine,
+        "spearman": profile.spearman,
+        "kendall": profile.kendall,
+        "spearman_interval": profile.interval("spearman"),
+        "kendall_interval": profile.interval("kendall"),
+        "parameters": profile.info.get("parameters"),
+        "passages": profile.n_passages,
+    }
+    kinds: tuple[Kind, ...] = ("pooled", "averaged")
+    for kind in kinds:
+        try:
+            result[kind] = profile.histogram(kind, bins=bins)[0]
+        except ValueError:
+            result[kind] = None
+    return result
