@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-__all__ = ["GROUP", "Metric", "find_metric", "metric_names", "register_metric"]
+__all__ = ["BUILT_IN", "GROUP", "Metric", "find_metric", "metric_names", "register_metric"]
 
 GROUP = "decondense.metrics"
 """The entry point group of other packages' metrics."""
@@ -380,3 +380,6 @@ _add(
         finish=_HERE + "layers:cka",
     ),
 )
+
+BUILT_IN = tuple(_REGISTRY)
+"""Names of this package's metrics."""

@@ -7,10 +7,10 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from decondense.config.base import Config, one_of
-from decondense.metrics import metric_names
+from decondense.metrics import BUILT_IN, metric_names
 
-METRIC_NAMES = metric_names()
-"""The side metrics that were known when this was imported; :func:`decondense.metrics.metric_names` knows all."""
+METRIC_NAMES = BUILT_IN
+"""This package's side metrics; :func:`decondense.metrics.metric_names` knows those of other packages too."""
 
 
 class MeasureConfig(Config):
@@ -56,7 +56,8 @@ class MeasureConfig(Config):
     @field_validator("metrics")
     @classmethod
     def _known_metrics(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(one_of("metric", name, [*metric_names(), "all"]) for name in metrics)
+        known = (*metric_names(), "all") if metrics else ()
+        return tuple(one_of("metric", name, known) for name in metrics)
 
     @field_validator("passage_words")
     @classmethod

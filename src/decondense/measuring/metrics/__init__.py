@@ -66,8 +66,6 @@ class _Metrics(Mapping[str, Metric]):
     """The registry as a mapping that grows when a metric is registered."""
 
     def __getitem__(self, name: str) -> Metric:
-        if name not in metric_names():
-            raise KeyError(name)
         return find_metric(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -83,6 +81,8 @@ METRICS: Mapping[str, Metric] = _Metrics()
 
 def resolve_metrics(names: str | Iterable[str]) -> dict[str, Metric]:
     """The metrics of a choice of names (or ``"all"``); an unknown name raises ValueError and says what was meant."""
-    known = metric_names()
-    chosen = [one_of("metric", name, [*known, "all"]) for name in ([names] if isinstance(names, str) else names)]
+    chosen = [names] if isinstance(names, str) else list(names)
+    known = metric_names() if chosen else ()  # looking for other packages' takes a moment
+    for name in chosen:
+        one_of("metric", name, [*known, "all"])
     return {name: find_metric(name) for name in (known if "all" in chosen else chosen)}
