@@ -81,13 +81,16 @@ def passages(states: dict[str, Tensor]) -> Iterator[Tensor]:
 def test_states_equal_the_hooked_measurement_bit_for_bit(
     model: LlamaForCausalLM, ids: Tensor, states: dict[str, Tensor], skip: int
 ) -> None:
-    hooked = decondense.measure(model, input_ids=ids, skip_tokens=skip, metrics=["isoscore"], batch_size=P)
+    metrics = ["isoscore", "cosine_lag", "corpus_stable_rank", "dataset_entropy", "cka"]
+    hooked = decondense.measure(model, input_ids=ids, skip_tokens=skip, metrics=metrics, batch_size=P)
     given = decondense.measure_states(
-        passages(states), layers=list(states), final_norm=True, skip_tokens=skip, metrics=["isoscore"]
+        passages(states), layers=list(states), final_norm=True, skip_tokens=skip, metrics=metrics
     )
     assert given.states == hooked.states
     equal(given, hooked)
-    assert np.array_equal(given.metrics["isoscore"], hooked.metrics["isoscore"])
+    assert len(given.metric_names) == 13
+    for name in given.metric_names:
+        np.testing.assert_array_equal(given.metric(name), hooked.metric(name))
     assert given.layers == hooked.layers
     assert given.at("before").spearman == hooked.at("before").spearman
 

@@ -86,7 +86,8 @@ def measure_command(
         ),
     ] = 0,
     metrics: Annotated[
-        str | None, typer.Option("--metrics", help="Side metrics, separated by commas, or all.", rich_help_panel=_WHAT)
+        str | None,
+        typer.Option("--metrics", help="Side metrics by name, separated by commas, or all.", rich_help_panel=_WHAT),
     ] = None,
     bins: Annotated[
         int | None,
@@ -307,8 +308,10 @@ def _show(console: Console, label: str, profile: Profile, place: Path, bins: int
     table = tables.layer_table(profile)
     title = f"{label}: {profile.n_passages} passages of up to {profile.tokens} tokens"
     console.print(tables.terminal_layers(profile).to_rich(title=title))
-    if profile.metrics:
-        console.print(tables.metric_table(profile).to_rich(title="side metrics"))
+    for part in tables.metric_tables(profile):
+        console.print(part.to_rich(title="side metrics"))
+    for name in profile.sides.between:
+        atomic_write(place / f"{name}.csv", tables.between_table(profile, name).to_csv())
     for name in ("spearman", "kendall"):
         low, high = profile.interval(name)
         known = f"95 % interval over passages {low:+.2f}..{high:+.2f}" if low == low else "one passage has no interval"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,11 +17,13 @@ from decondense.formatting import plural
 from decondense.layers import LOGITS, Layer
 from decondense.layout import StateReader, why_not_three, why_other_tokens
 from decondense.limits import model_positions, text_config, vocabulary_size
-from decondense.measuring.metrics import resolve_metrics
+from decondense.measuring.metrics import LayerPairs, resolve_metrics
 from decondense.measuring.profile import Profile, unequal
+from decondense.measuring.sides import Sides
 from decondense.measuring.sinks import Sinks
 from decondense.measuring.states import StateTap, accepts
 from decondense.measuring.statistics import LayerStatistics
+from decondense.metrics import Metric
 from decondense.seeding import undisturbed
 from decondense.sequences import SequencesError, is_batch_first
 
@@ -72,7 +74,7 @@ def measure(
         skip_tokens: Leave the first tokens of each passage out of every statistic; the model still reads them.
         histograms: ``"pooled"`` (all pairs of all passages) and/or ``"averaged"`` (of the matrix averaged over
             passages, as published; needs passages of one length). ``()``: means only.
-        metrics: Names of side metrics (``decondense.measuring.METRICS``), or ``"all"``.
+        metrics: Names of side metrics (``decondense.metric_names()``), or ``"all"``.
         logits: Measure the logits as one more state (needs a model with a head).
         blocks: Dotted path of the list of blocks, where it cannot be found.
         tokens_first: Whether the blocks return [tokens, batch, width]. None: told by the shapes; given, it is checked.
@@ -102,7 +104,7 @@ def measure(
         if tuple(histograms) == ("averaged",):
             raise MeasureError(no_averaged)
 
-    def attempt(size: int | None) -> tuple[dict[Layer, LayerStatistics], int]:
+    def attempt(size: int | None) -> tuple[dict[Layer, LayerStatistics], LayerPairs, int]:
         return _run(
             found, tokens_first, passages, lengths, size, chosen, "pooled" in histograms, averaged, logits, progress,
             skip_tokens,
@@ -112,7 +114,7 @@ def measure(
         size = batch_size
         while True:
             try:
-                layers, size = attempt(size)
+                layers, between, size = attempt(size)
                 break
             except torch.cuda.OutOfMemoryError:
                 # a clean restart: half a batch may have been counted already
@@ -122,12 +124,14 @@ def measure(
                 torch.cuda.empty_cache()
 
     info = _info(model) | ({"skip_tokens": skip_tokens} if skip_tokens else {})
-    return assembled(layers, lengths - skip_tokens, no_averaged=no_averaged, info=info)
+    return assembled(layers, lengths - skip_tokens, chosen, between, no_averaged=no_averaged, info=info)
 
 
 def assembled(
     layers: dict[Layer, LayerStatistics],
     lengths: np.ndarray[Any, Any],
+    metrics: Mapping[str, Metric],
+    between: LayerPairs,
     *,
     no_averaged: str,
     info: dict[str, Any],
@@ -148,7 +152,8 @@ def assembled(
         norm=np.stack([row.norm_P for row in rows]),
         norm_sd=np.stack([row.norm_sd_P for row in rows]),
         norm_max=np.stack([row.norm_max_P for row in rows]),
-        metrics={name: np.stack([row.metric_P[name] for row in rows]) for name in rows[0].metrics},
+        metrics={name: np.stack([row.metric_P[name] for row in rows]) for name in rows[0].metric_P},
+        sides=Sides.collected(metrics, [row.moments and row.moments.moments() for row in rows], between),
         pooled=np.stack([c for c in pooled if c is not None]) if pooled and pooled[0] is not None else None,
         summed=np.stack([s for s in summed if s is not None]) if summed and summed[0] is not None else None,
         no_averaged=no_averaged,
@@ -280,16 +285,17 @@ def _run(
     passages: list[Tensor],
     lengths: np.ndarray[Any, Any],
     batch_size: int | None,
-    metrics: dict[str, Callable[[Tensor, Tensor], float]],
+    metrics: dict[str, Metric],
     pooled: bool,
     averaged: bool,
     logits: bool,
     progress: Progress | None,
     skipped: int,
-) -> tuple[dict[Layer, LayerStatistics], int]:
+) -> tuple[dict[Layer, LayerStatistics], LayerPairs, int]:
     root = found.root
     target = _forward_module(root, logits)
     layers: dict[Layer, LayerStatistics] = {}
+    between = LayerPairs(metrics)
     batch: list[int] = []
     longest = int(lengths.max())
 
@@ -320,7 +326,9 @@ def _run(
                 metrics=metrics,
                 first=skipped,
             )
-        layers[layer].add(state[:, skipped:], batch)
+        kept = state[:, skipped:]
+        layers[layer].add(kept, batch)
+        between.take(kept)
 
     device = _input_device(root)
     size = batch_size or _batch_size(root, found, longest, logits, device)
@@ -345,13 +353,14 @@ def _run(
                 )
             if logits:
                 observe(LOGITS, orient(_logits(output, root)))
+            between.reduce(batch)
             del output
             done += len(batch)
             if progress is not None:
                 progress("measuring", done, len(order))
     if any(np.isnan(row.cosine_P).any() for row in layers.values()):
         raise MeasureError("the model did not run the same layers for every passage; it cannot be measured.")
-    return layers, size
+    return layers, between, size
 
 
 def _is_peft(root: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from decondense.config import MeasureConfig, one_of
 from decondense.formatting import plural
 from decondense.layers import EMBEDDING, FINAL_NORM, Layer, block, parse
-from decondense.measuring.metrics import resolve_metrics
+from decondense.measuring.metrics import LayerPairs, resolve_metrics
 from decondense.measuring.profile import Profile, unequal
 from decondense.measuring.running import MeasureError, Progress, assembled, check_length
 from decondense.measuring.statistics import LayerStatistics
@@ -64,6 +64,7 @@ def measure_states(
     total = total if total is not None or not hasattr(passages, "__len__") else len(passages)  # type: ignore[arg-type]
     averaged, no_averaged = "averaged" in histograms, ""
     seen: dict[Layer, LayerStatistics] = {}
+    between = LayerPairs(chosen)
     widths: list[int] = []
     lengths: list[int] = []
     names: tuple[Layer, ...] = ()
@@ -107,6 +108,8 @@ def measure_states(
             if row.pairs is not None and not averaged:
                 row.pairs.strips = None
             row.add(state[None, skip_tokens:], [number])
+            between.take(state[None, skip_tokens:])
+        between.reduce([number])
         if progress is not None:
             progress("measuring", number + 1, total or number + 1)
     if not lengths:
@@ -117,7 +120,9 @@ def measure_states(
         no_averaged = unequal(lengths)
     told = {"model": "states", "parameters": None, **(info or {})}
     told |= {"skip_tokens": skip_tokens} if skip_tokens else {}
-    return assembled(seen, np.array(lengths), no_averaged=no_averaged, info=told, last_block=last_block)
+    return assembled(
+        seen, np.array(lengths), chosen, between, no_averaged=no_averaged, info=told, last_block=last_block
+    )
 
 
 def _states(given: Any, number: int) -> list[Tensor]:

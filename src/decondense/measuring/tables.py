@@ -19,10 +19,11 @@ _QUANTILES = (0.05, 0.5, 0.95)
 def layer_table(profile: Profile) -> Table:
     """One row for every measured state: means with intervals, norms, quantiles and side metrics."""
     quantiles = [f"{100 * q:.0f} %" for q in _QUANTILES] if profile.pooled is not None else []
-    columns = ("layer", "mean cosine", "95 % interval", "mean cosine i!=j", "norm", *quantiles, *profile.metrics)
+    columns = ("layer", "mean cosine", "95 % interval", "mean cosine i!=j", "norm", *quantiles, *profile.metric_names)
     whole = profile.with_all_layers()
     low, high = whole.interval("mean_cosine")
     shares = whole.quantiles(_QUANTILES) if profile.pooled is not None else None
+    sides = [whole.metric(name) for name in profile.metric_names]
     rows: list[tuple[Entry, ...]] = []
     for i, name in enumerate(profile.all_layers):
         cells = [
@@ -33,14 +34,14 @@ def layer_table(profile: Profile) -> Table:
         ]
         if shares is not None:
             cells += [_number(value) for value in shares[i].tolist()]
-        cells += [_number(float(values[i].mean())) for values in profile.metrics.values()]
+        cells += [_number(float(values[i])) for values in sides]
         rows.append((name, *cells))
     return Table("layers", "", columns, tuple(rows))
 
 
 def terminal_layers(profile: Profile) -> Table:
     """The columns of :func:`layer_table` that a terminal has room for: no side metrics."""
-    hidden = {"mean cosine i!=j", *profile.metrics}
+    hidden = {"mean cosine i!=j", *profile.metric_names}
     table = layer_table(profile)
     return table.select([column for column in table.columns if column not in hidden])
 
@@ -107,10 +108,18 @@ def sink_lines(profile: Profile) -> list[str]:
     ]
 
 
-def metric_table(profile: Profile) -> Table:
-    """The side metrics of :func:`layer_table`, with names that break where words end."""
-    table = layer_table(profile).select(["layer", *profile.metrics])
-    return replace(table, columns=tuple(column.replace("_", " ") for column in table.columns))
+def metric_tables(profile: Profile, columns: int = 6) -> list[Table]:
+    """The side metrics of :func:`layer_table`, so many in a table, with names that break where words end."""
+    table, names = layer_table(profile), profile.metric_names
+    parts = [table.select(["layer", *names[i : i + columns]]) for i in range(0, len(names), columns)]
+    return [replace(part, columns=tuple(column.replace("_", " ") for column in part.columns)) for part in parts]
+
+
+def between_table(profile: Profile, name: str) -> Table:
+    """A metric between layers: one row and one column for each layer of the depth."""
+    matrix = profile.between_layers(name).tolist()
+    rows = tuple((layer, *map(_number, values)) for layer, values in zip(profile.layers, matrix, strict=True))
+    return Table(name, "", ("layer", *profile.layers), rows)
 
 
 def terminal_models(profiles: Sequence[tuple[str, Profile]]) -> Table:
