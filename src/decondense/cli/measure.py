@@ -87,6 +87,16 @@ def measure_command(
             "--final", help="The last layer: after (as published) or before the final norm.", rich_help_panel=_WHAT
         ),
     ] = "after",
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            help="What the verdict compares with: a shipped reference, a profile or an atlas entry. Default: the "
+            "nearest shipped one.",
+            metavar="NAME|FILE",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
     logits: Annotated[bool, typer.Option("--logits", help="Measure the logits too.", rich_help_panel=_WHAT)] = False,
     batch_size: Annotated[
         int | None,
@@ -126,8 +136,10 @@ def measure_command(
     """Measure embedding condensation: how alike a model's token vectors become, layer by layer."""
     from rich.console import Console
 
+    from decondense.atlas import sentences
     from decondense.cli.display import Display
     from decondense.config import MeasureConfig, one_of
+    from decondense.hashing import hash_texts
     from decondense.measuring.loading import check_source
     from decondense.measuring.metrics import resolve_metrics
     from decondense.measuring.running import MeasureError
@@ -149,6 +161,8 @@ def measure_command(
     for source, _ in names:
         check_source(source)
     _check_folder(folder)
+    if reference is not None:
+        _check_reference(reference, final)
 
     console = Console()
     text_source = without_credentials(text or dataset or defaults.dataset)
@@ -184,11 +198,15 @@ def measure_command(
     for (source, step), short in zip(names, labels, strict=True):
         label = short if step is None else f"step {step:,}"
         profile = _measure(console, source, label, texts, loading, measuring, each=each).at(final)  # type: ignore[arg-type]
-        profile.info.update({"source": text_source, "seed": seed or 0, "step": step, "name": label})
+        profile.info.update(
+            {"source": text_source, "seed": seed or 0, "step": step, "name": label, "text_hash": hash_texts(texts)}
+        )
         place = folder if len(names) == 1 else folder / options.slug(label)
         profile.save(place / "profile")
         done.append((label, step, profile))
         _show(console, label, profile, place, bins, heat_map, palette)
+        for sentence in sentences(profile.verdict(reference)):
+            console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     if len(done) > 1:
         _compare(console, done, folder, family, pairs, bins, heat_map, palette)
     console.print(f"results: {folder}", highlight=False, markup=False, soft_wrap=True)
@@ -322,6 +340,17 @@ def _check_folder(folder: Path) -> None:
         for path in made:
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def _check_reference(name: str, final: str) -> None:
+    """Refuse a reference that no measurement of this command can be compared with, before a model is loaded."""
+    from decondense.atlas import find_reference
+    from decondense.measuring.running import MeasureError
+
+    if (other := find_reference(name).final) != final:
+        raise MeasureError(
+            f"--reference {name} has its last layer {other} the final norm; measure with --final {other} too."
+        )
 
 
 def _short(source: str) -> str:
