@@ -138,9 +138,9 @@ def alarms(course: Mapping[int, float], **options: Any) -> list[int]:
 
 
 def test_no_alarm_in_healthy_studies_and_one_in_the_runs_that_broke() -> None:
-    """More than a fifth of the healthy runs pass 0.9 early and leave it again; what stays there has lost its loss."""
+    """Tens of the healthy runs pass 0.9 early and leave it again; what stays there has a worse loss than at first."""
     cosines, losses = studies()
-    broken = {r for r, l in losses.items() if r in cosines and max(l) > 0 and 0 in l and l[max(l)] > l[0]}
+    broken = {run for run, loss in losses.items() if 0 in loss and loss[max(loss)] > loss[0]}
     healthy = {run: course for run, course in cosines.items() if run not in broken and len(course) > 1}
     assert len(healthy) >= 100
     assert not any(alarms(course) for course in healthy.values())
@@ -150,7 +150,7 @@ def test_no_alarm_in_healthy_studies_and_one_in_the_runs_that_broke() -> None:
     assert not any(alarms(course, patience=1) for course in healthy.values())
     # neither: this is what they are for
     assert sum(bool(alarms(course, patience=1, grace=0)) for course in healthy.values()) > 20
-    condensed = {run for run in cosines if alarms(cosines[run], patience=2, grace=0)}
+    condensed = {run for run in cosines if alarms(cosines[run], patience=2, grace=50)}
     assert {run[1] for run in condensed} == {"active-forgetting"}
     assert len(condensed) == 3
     assert condensed <= broken
@@ -196,9 +196,10 @@ def test_a_plain_loop_is_told_to_stop() -> None:
     assert flags == [(True, False, False), (False, False, False), (True, False, False), (False, False, False),
                      (True, True, True), (False, False, True), (True, False, True)]  # fmt: skip
     assert seen == [CondensationWarning]
-    with CondensationWatch(model, alarm=SURE) as watch, pytest.raises(ValueError, match="read\\(step\\)"):
+    with CondensationWatch(model, alarm=SURE) as watch:
         model(input_ids=ids)
-        watch.read()
+        with pytest.raises(ValueError, match="read\\(step\\)"):
+            watch.read()
 
 
 def train(folder: Path, **options: Any) -> Trainer:
