@@ -147,7 +147,7 @@ def run_study(
         with stop_on_signals():
             if study.measure is None:
                 study_corpus(study, out, watcher)
-            work(out)
+            work(out, run.show)
     else:
         run.with_workers(default_workers(study) if workers is None else workers)
     return run.result()
@@ -178,6 +178,7 @@ class _Run:
         self.workers: list[_Worker] = []
         self._held = HeldFolder(out)
         self._wrote = (0.0, 0.0)  # when, and how long it took
+        self._shown = 0.0
         self._before = {state_key(state) for state in self.progress.states() if state.status == "finished"}
 
     def with_workers(self, wanted: int) -> None:
@@ -202,6 +203,12 @@ class _Run:
             if save_requested() and any(s.status not in ("finished", "failed") for s in self.progress.states()):
                 assert SAVE_FIRST is not None
                 raise Stopped(SAVE_FIRST)
+
+    def show(self) -> None:
+        """Show how far the cells are, if that was not done just now."""
+        if time.monotonic() - self._shown >= _POLL_SECONDS:
+            self.watcher.cells(self.progress.states())
+            self._shown = time.monotonic()
 
     def _check_there(self) -> None:
         if not self._held.is_there():
