@@ -205,6 +205,7 @@ def measure_command(
         profile.save(place / "profile")
         done.append((label, step, profile))
         _show(console, label, profile, place, bins, heat_map, palette)
+        console.print()
         for sentence in sentences(profile.verdict(reference)):
             console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     if len(done) > 1:
