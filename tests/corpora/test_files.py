@@ -223,13 +223,13 @@ REFUSED = {
     "more.csv": (b"id,text\n1,a\n2,b, c\n", "line 3: 3 values for 2 columns"),
     "fewer.csv": (b"id,text\n1\n", "line 2: 1 values for 2 columns"),
     "twice.csv": (b"text,text\na,b\n", "'text' is there twice"),
-    "a.jsonl.gz": (gzip.compress(LINE)[:-9], "damaged, cut off"),
-    "a.jsonl.zst": (zstandard(LINE)[:-9], "damaged, cut off"),
-    "a.jsonl.xz": (lzma.compress(LINE)[:-9], "damaged, cut off"),
-    "a.jsonl.bz2": (bz2.compress(LINE)[:-9], "damaged, cut off"),
-    "b.jsonl.gz": (LINE, "damaged, cut off"),
-    "b.jsonl.zst": (LINE, "damaged, cut off"),
-    "a.parquet": (b"PAR1 no more", "damaged, cut off"),
+    "a.jsonl.gz": (gzip.compress(LINE)[:-9], "damaged, truncated"),
+    "a.jsonl.zst": (zstandard(LINE)[:-9], "damaged, truncated"),
+    "a.jsonl.xz": (lzma.compress(LINE)[:-9], "damaged, truncated"),
+    "a.jsonl.bz2": (bz2.compress(LINE)[:-9], "damaged, truncated"),
+    "b.jsonl.gz": (LINE, "damaged, truncated"),
+    "b.jsonl.zst": (LINE, "damaged, truncated"),
+    "a.parquet": (b"PAR1 no more", "damaged, truncated"),
 }
 
 

@@ -456,7 +456,7 @@ def test_numbers_that_are_none_are_an_error(tiny: Path, data: Path, tmp_path: Pa
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["transformer.ln_f.weight"][:] = math.nan
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(EvaluationError, match="piqa: the model's log-likelihoods are no numbers"):
+    with pytest.raises(EvaluationError, match="piqa: the model's log-likelihoods are NaN"):
         evaluate(tmp_path / "model", "piqa", data_dir=data)
 
 
