@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import typer
 
 import decondense
-from decondense.cli import evaluate, evidence, measure, run
+from decondense.cli import atlas, evaluate, evidence, measure, run
 from decondense.stopping import Stopped, stop_on_signals
 
 app = typer.Typer(
@@ -42,6 +42,8 @@ app.command("train")(run.train)
 app.command("study")(run.study)
 app.command("compare")(evidence.compare)
 app.command("report")(evidence.report)
+app.add_typer(atlas.app, name="atlas")
+app.command("card")(atlas.card)
 app.command("env")(evidence.env)
 
 

@@ -99,6 +99,16 @@ def measure_command(
             "--final", help="The last layer: after (as published) or before the final norm.", rich_help_panel=_WHAT
         ),
     ] = "after",
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            help="What the verdict compares with: a shipped reference, a profile or an atlas entry. Default: the "
+            "nearest shipped one.",
+            metavar="NAME|FILE",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
     logits: Annotated[bool, typer.Option("--logits", help="Measure the logits too.", rich_help_panel=_WHAT)] = False,
     batch_size: Annotated[
         int | None,
@@ -141,6 +151,7 @@ def measure_command(
 
     from decondense.cli.display import Display
     from decondense.config import MeasureConfig, one_of
+    from decondense.hashing import hash_texts
     from decondense.measuring.loading import check_source
     from decondense.measuring.metrics import resolve_metrics
     from decondense.measuring.running import MeasureError
@@ -161,7 +172,7 @@ def measure_command(
     if states is not None:
         if models or checkpoints or text or dataset or logits or each:
             raise MeasureError("--states measures what is there: leave out models, text and --logits.")
-        _measure_states(console, states, out, measuring, final, look, as_json)
+        _measure_states(console, states, out, measuring, final, look, reference, as_json)
         return
     names = inputs.named_models(models or [], checkpoints, revisions, pairs)
     labels = inputs.labels_of([source for source, _ in names])
@@ -170,6 +181,8 @@ def measure_command(
     for source, _ in names:
         check_source(source)
     inputs.check_folder(folder)
+    if reference is not None:
+        _check_reference(reference, final)
 
     text_source = without_credentials(text or dataset or defaults.dataset)
     with Display(console) as display:
@@ -198,14 +211,37 @@ def measure_command(
     for (source, step), short in zip(names, labels, strict=True):
         label = short if step is None else f"step {step:,}"
         profile = _measure(console, source, label, texts, loading, measuring, each=each).at(final)  # type: ignore[arg-type]
-        profile.info.update({"source": text_source, "seed": seed or 0, "step": step, "name": label})
+        profile.info.update(
+            {"source": text_source, "seed": seed or 0, "step": step, "name": label, "text_hash": hash_texts(texts)}
+        )
         place = folder if len(names) == 1 else folder / options.slug(label)
         profile.save(place / "profile")
         done.append((label, step, profile))
         _show(console, label, profile, place, *look)
+        _say(console, profile, reference)
     if len(done) > 1:
         _compare(console, done, folder, family, pairs, *look)
-    _end(console, folder, done, as_json)
+    _end(console, folder, done, reference, as_json)
+
+
+def _check_reference(name: str, final: str) -> None:
+    """Refuse a reference that no measurement of this command can be compared with, before a model is loaded."""
+    from decondense.atlas import find_reference
+    from decondense.measuring.running import MeasureError
+
+    if (other := find_reference(name).final) != final:
+        raise MeasureError(
+            f"--reference {name} has its last layer {other} the final norm; measure with --final {other} too."
+        )
+
+
+def _say(console: Console, profile: Profile, reference: str | None) -> None:
+    """The verdict in sentences."""
+    from decondense.atlas import sentences
+
+    console.print()
+    for sentence in sentences(profile.verdict(reference)):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 # ---- work ------------------------------------------------------------------------------------------------------------
@@ -260,12 +296,15 @@ def _measure_states(
     measuring: dict[str, Any],
     final: str,
     look: tuple[int, str, str],
+    reference: str | None,
     as_json: bool,
 ) -> None:
     from decondense.cli.display import Display
     from decondense.measuring import measure_states
     from decondense.measuring.dumps import StateFiles
 
+    if reference is not None:
+        _check_reference(reference, final)
     files = StateFiles(source)
     manifest, label = files.manifest, inputs.short_name(files.manifest.model)
     folder = out or Path(f"decondense-measure-{options.slug(label)}")
@@ -282,10 +321,13 @@ def _measure_states(
         ).at(final)  # type: ignore[arg-type]
     profile.save(folder / "profile")
     _show(console, label, profile, folder, *look)
-    _end(console, folder, [(label, None, profile)], as_json)
+    _say(console, profile, reference)
+    _end(console, folder, [(label, None, profile)], reference, as_json)
 
 
-def _end(console: Console, folder: Path, done: list[tuple[str, int | None, Profile]], as_json: bool) -> None:
+def _end(
+    console: Console, folder: Path, done: list[tuple[str, int | None, Profile]], reference: str | None, as_json: bool
+) -> None:
     """Say where the results are, or all that they are."""
     from decondense.cli.printed import emit
 
@@ -293,7 +335,13 @@ def _end(console: Console, folder: Path, done: list[tuple[str, int | None, Profi
     if as_json:
         place = {label: folder if len(done) == 1 else folder / options.slug(label) for label, _, _ in done}
         models = [
-            {"label": label, "folder": str(place[label]), "step": step, **profile.summary()}
+            {
+                "label": label,
+                "folder": str(place[label]),
+                "step": step,
+                "verdict": profile.verdict(reference).to_dict(),
+                **profile.summary(),
+            }
             for label, step, profile in done
         ]
         emit("measure", results=str(folder), models=models)

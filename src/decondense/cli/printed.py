@@ -30,6 +30,7 @@ KEYS: dict[str, dict[str, str]] = {
         "models[].label": "short name",
         "models[].folder": "directory of its files",
         "models[].step": "training step of a checkpoint, or null",
+        "models[].verdict": "how condensed: `level`, ... (`decondense.atlas.Verdict`)",
         "models[].layers": "names of the L + 1 layers",
         "models[].mean_cosine": "mean cosine of each layer",
         "models[].mean_cosine_interval": "95 % interval of each, over passages",

@@ -2,13 +2,14 @@
 
 ``measure`` runs the passages and returns a ``Profile``, ``measure_states`` takes states that another engine made;
 ``METRICS`` lists the side metrics; ``CondensationCallback``, ``CondensationWatch`` and ``lightning_callback`` follow a
-model while it trains.
+model while it trains, and raise an ``Alarm``.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from decondense.measuring.alarm import Alarm, Alert, CondensationWarning
 from decondense.measuring.metrics import METRICS
 from decondense.measuring.profile import Profile
 from decondense.measuring.running import MeasureError, measure
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METRICS",
+    "Alarm",
+    "Alert",
     "CondensationCallback",
+    "CondensationWarning",
     "CondensationWatch",
     "MeasureError",
     "NotFiniteError",

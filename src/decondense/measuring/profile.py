@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from decondense.atlas import Verdict, find_reference, judge
 from decondense.config import MeasureConfig, one_of, suggest
 from decondense.layers import Layer, parse
 from decondense.measuring import depth
@@ -259,6 +260,22 @@ class Profile:
             samples = samples[:, 0]
         low, high = depth.percentile_interval(samples, confidence)
         return (float(low), float(high)) if scalar else (low, high)
+
+    def verdict(self, reference: str | Path | None = None) -> Verdict:
+        """How condensed the model is, against what is known of others, and where metrics point apart.
+
+        The scale and the rules stand in the guide to measuring; :func:`decondense.atlas.sentences` makes three
+        sentences of the result.
+
+        Args:
+            reference: name of a shipped reference, or the path of a profile or of an atlas entry; None: the nearest
+                shipped reference, if one is near.
+
+        Raises:
+            ValueError: there is no such reference, or it takes the last layer elsewhere than this profile.
+        """
+        chosen = None if reference is None else find_reference(reference)
+        return judge((self.at("after") if self.final == "all" else self).summary(), chosen)
 
     # ---- distributions ---------------------------------------------------------------------------------------------
 

@@ -199,7 +199,8 @@ def write_report(study: Study, comparison: Comparison | None, problems: list[str
     pictures = Pictures(study, comparison, out / "figures").draw()
     tables = all_tables(comparison)
     written = [path for table in tables.values() for path in table.write(out / "tables")]
-    page = _render(
+    page = render(
+        "report.html",
         study=study,
         comparison=comparison,
         problems=problems,
@@ -220,7 +221,8 @@ def write_report(study: Study, comparison: Comparison | None, problems: list[str
     return {"report": path, "figures": pictures.files, "tables": written}
 
 
-def _render(**context: Any) -> str:
+def render(template: str, **context: Any) -> str:
+    """A page of this package's templates; everything is escaped but what a template marks as ``drawn``."""
     import jinja2
     from markupsafe import Markup
 
@@ -233,4 +235,4 @@ def _render(**context: Any) -> str:
     )
     # the only text that is not escaped: pictures and tables that this package made itself, from escaped text
     environment.filters["drawn"] = Markup
-    return environment.get_template("report.html").render(**context)
+    return environment.get_template(template).render(**context)
