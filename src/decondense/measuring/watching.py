@@ -280,7 +280,7 @@ class CondensationCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
     ) -> None:
         self.blocks, self.tokens_first, self.grace = blocks, tokens_first, grace
         # the same on every rank; what cannot be used is refused here and not when training begins
-        self._alarm = {"alarm": alarm, "action": action, "patience": patience}
+        self._alarm: dict[str, Any] = {"alarm": alarm, "action": action, "patience": patience}
         self._stops = alarm is not None and Alarm(alarm, action, patience=patience, grace=grace or 0).action == "stop"
         self._watch: CondensationWatch | None = None
 

@@ -179,8 +179,9 @@ class MomentStream:
 
     def moments(self) -> Moments:
         """What was collected."""
-        arrays = (values.cpu().numpy() for values in (self.mean_D, self.scatter_DD, self.unit_D))
-        return Moments(self.count, *arrays, np.stack([self.means[passage] for passage in sorted(self.means)]))
+        mean_D, scatter_DD, unit_D = (values.cpu().numpy() for values in (self.mean_D, self.scatter_DD, self.unit_D))
+        means_PD = np.stack([self.means[passage] for passage in sorted(self.means)])
+        return Moments(self.count, mean_D, scatter_DD, unit_D, means_PD)
 
 
 def as_cloud(states: Cloud | Tensor, unit_ND: Tensor | None = None) -> Cloud:
