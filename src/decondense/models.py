@@ -20,10 +20,11 @@ from torch import nn
 from decondense.checkpoints import ADAPTER, ADAPTER_WEIGHTS, Adapter, ModelError, adapter_of, locate, reason_of
 from decondense.config import ConfigError, LoraConfig, ModelConfig, one_of, suggest
 from decondense.corpora.hub import commit_of, offline
-from decondense.gguf_files import alone, hub_parts, is_gguf, remedy
+from decondense.gguf_files import hub_parts, is_gguf, remedy
+from decondense.gguf_loading import as_if_never_quantised, dequantised, files_of
 from decondense.limits import model_positions, vocabulary_size
 from decondense.seeding import fence
-from decondense.tokenizers import gguf_path, has_tokenizer, load_tokenizer
+from decondense.tokenizers import has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -173,7 +174,7 @@ def load_config(
     if (adapter := adapter_of(name)) is not None:
         name, revision = locate(adapter.base, adapter.revision)
     try:
-        with _files_of(name, revision, local_files_only) as files:
+        with files_of(name, revision, local_files_only) as files:
             config = transformers.AutoConfig.from_pretrained(
                 **files, local_files_only=local_files_only, trust_remote_code=trust_remote_code
             )
@@ -182,16 +183,6 @@ def load_config(
     if not trust_remote_code:
         _refuse_kernels(name, config)
     return config
-
-
-@contextmanager
-def _files_of(name: str, revision: str | None, local_files_only: bool = False) -> Iterator[dict[str, Any]]:
-    """Arguments of ``from_pretrained`` that say where the files are."""
-    if not is_gguf(name):
-        yield {"pretrained_model_name_or_path": name, "revision": revision}
-        return
-    with alone(gguf_path(name, revision=revision, local_files_only=local_files_only)) as files:
-        yield files
 
 
 def empty_model(config: Any, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -216,39 +207,20 @@ def _whole(name: str, revision: str | None, head: Head, options: dict[str, Any])
             stacklevel=2,
         )
     if is_gguf(name):
-        options = {**options, **_dequantised()}
+        options = {**options, **dequantised()}
         head = "causal" if type(config) in transformers.AutoModelForCausalLM._model_mapping else head
     try:
-        with _files_of(name, revision) as files:
+        with files_of(name, revision) as files:
             model, report = _loader(config, head).from_pretrained(
                 **files, config=config, use_safetensors=True, output_loading_info=True, **options
             )
     except Exception as error:
         raise ModelError(why_not(name, revision, error)) from error
     if is_gguf(name):
-        _as_if_never_quantised(model, name)
+        as_if_never_quantised(model, name)
     check_complete(name, model, report["missing_keys"], head=head != "any", unexpected=report["unexpected_keys"])
     model.eval()
     return model  # type: ignore[no-any-return]
-
-
-def _dequantised() -> dict[str, Any]:
-    """Arguments that have the tensors of a GGUF file unpacked, which older transformers always does."""
-    from transformers.utils import quantization_config
-
-    packed = getattr(quantization_config, "GgufConfig", None)
-    return {} if packed is None else {"quantization_config": packed(dequantize=True)}
-
-
-def _as_if_never_quantised(model: Any, name: str) -> None:
-    """Forget that the weights were packed: they are plain now, and can be trained and saved as safetensors."""
-    for owner, key in ((model, "hf_quantizer"), (model.config, "quantization_config")):
-        if getattr(owner, key, None) is not None:
-            delattr(owner, key)
-    model.is_quantized = False
-    model.config.name_or_path = name
-    if not model.config.architectures:
-        model.config.architectures = [type(model).__name__]
 
 
 def _refuse_kernels(name: str, config: Any) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from decondense.checkpoints import ADAPTER, ModelError, locate, reason_of
-from decondense.gguf_files import alone, hub_parts, is_gguf, only_gguf, remedy
+from decondense.gguf_files import alone, is_gguf, only_gguf, remedy
+from decondense.gguf_loading import gguf_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,17 +31,6 @@ def read_tokenizer(source: str | Path, *, trust_remote_code: bool = False, **opt
         str(source), trust_remote_code=trust_remote_code, **options
     )
     return loaded
-
-
-def gguf_path(name: str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """The path of a GGUF file; one of the hub's is fetched into its cache. What the hub's client raises is its own."""
-    parts = hub_parts(name)
-    if parts is None:
-        return Path(name).expanduser()
-    from transformers.utils.hub import cached_file
-
-    repository, at, file = parts
-    return Path(str(cached_file(repository, file, revision=at or revision, local_files_only=local_files_only)))
 
 
 def _from_gguf(name: str, revision: str | None, local_files_only: bool) -> PreTrainedTokenizerBase:
