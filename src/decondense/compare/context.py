@@ -10,6 +10,7 @@ import numpy as np
 
 from decondense.compare.quantity import LOSS_UNIT, Quantity
 from decondense.compare.results import Measure, Values
+from decondense.compare.sequential import anytime
 from decondense.compare.statistics import Difference, Items, holm_over_arms, paired_difference
 from decondense.compare.study import Cell, Key, Study
 from decondense.formatting import listed
@@ -78,9 +79,15 @@ class Context:
             quantity.unit,
             quantity.higher_is_better,
             tuple(values),
-            tuple(holm_over_arms(differences)),
+            tuple(self.over_arms(differences)),
             count,
         )
+
+    def over_arms(self, differences: Sequence[Difference]) -> list[Difference]:
+        """The differences of one family corrected for their number; those of added seeds for every look as well."""
+        if self.study.until is None:
+            return holm_over_arms(differences)
+        return [anytime(d, len(self.study.arms) - 1) for d in differences]
 
     def per_item(self, key: Key, arm: str, seeds: Sequence[int]) -> Items | None:
         """Differences item by item, or None unless every run of both arms has the same items."""

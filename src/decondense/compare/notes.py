@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from decondense.compare.context import Context
+from decondense.compare.quantity import task_quantity
 from decondense.compare.rates import learning_rates, sweeps
 from decondense.compare.results import Note, Plateau, TaskMeasure
+from decondense.compare.sequential import open_arms
 from decondense.compare.study import VALIDATION
 
 FEWEST_DOCUMENTS = 30
@@ -35,6 +37,7 @@ def notes(context: Context) -> list[Note]:
                 facts = {"seed": seed, "task": key[0], "metric": key[1], "score": score, "mean": mean}
                 found.append(Note("not the mean of items", (arm,), facts))
     found += start_notes(context)
+    found += seed_notes(context)
     found += setting_notes(context)
     labels = {tuple(p["layers"]) for cell in context.cells.values() if (p := cell.final_profile())}
     if len(labels) > 1:
@@ -50,6 +53,19 @@ def start_notes(context: Context) -> list[Note]:
     idle = tuple(arm for arm in context.arms if context.untrained(arm))
     found = [Note("other start", others)] if others else []
     return [*found, Note("untrained", idle)] if idle else found
+
+
+def seed_notes(context: Context) -> list[Note]:
+    """How many seeds were added until the contrasts were decided, and which contrasts are not."""
+    config = context.study.config
+    if config is None or config.until is None:
+        return []
+    arms = len(context.study.arms) - 1
+    facts = {"own": len(config.seeds), "seeds": len(config.every_seed), "margin": context.margin, "contrasts": arms}
+    found = [Note("seeds added", (), facts)]
+    held_out = context.measure(task_quantity(VALIDATION, higher_is_better=False))
+    left = open_arms(held_out.differences, arms)
+    return [*found, Note("not decided", left, {"most": config.most_seeds})] if left else found
 
 
 def setting_notes(context: Context) -> list[Note]:

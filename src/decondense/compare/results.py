@@ -359,7 +359,7 @@ NoteKind = Literal[
     "not the mean of items", "different layers", "measured", "other start", "untrained", "rates by seed",
     "rates without a sweep", "rates that no sweep chose", "not swept", "no trials", "no choice", "no trial finished",
     "edge of the grid", "not the least loss", "not as chosen", "plateaus in some arms", "spreads differ",
-    "few documents",
+    "few documents", "seeds added", "not decided",
 ]  # fmt: skip
 
 

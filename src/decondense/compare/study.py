@@ -172,7 +172,7 @@ class Study:
             raise CompareError(f"rows of {len(studies)} different studies: {listed}. Compare one study at a time.")
         config = _config_of(rows)
         arms = [arm.name for arm in config.arms] if config else []
-        seeds = list(config.seeds) if config else []
+        seeds = list(config.every_seed) if config else []
         for row in rows:
             if row["arm"] not in arms:
                 arms.append(row["arm"])
@@ -217,6 +217,11 @@ class Study:
         return tuple(arm for arm in self.arms if (entry := self.arm_config(arm)) and entry.dispersion is not None)
 
     @property
+    def until(self) -> Literal["decided"] | None:
+        """Whether seeds were added until the contrasts were decided, so that intervals must hold at every look."""
+        return self.config.until if self.config is not None else None
+
+    @property
     def measured(self) -> bool:
         """Whether nothing is trained: the arms are models that are measured as they are."""
         return self.config is not None and self.config.measure is not None
@@ -233,9 +238,11 @@ class Study:
 
 
 def _config_of(rows: Iterable[Row]) -> StudyConfig | None:
-    data = next((row["config"] for row in rows if row["kind"] == "run" and row["config"]), None)
-    if data is None:
+    known = [row["config"] for row in rows if row["kind"] == "run" and row["config"]]
+    if not known:
         return None
+    # a study that was planned with fixed seeds may have been extended by the rule, which counts for all of its runs
+    data = next((config for config in reversed(known) if config.get("until")), known[0])
     try:
         return StudyConfig.parse(data, where="configuration")
     except ConfigError as error:

@@ -53,6 +53,12 @@ TEXTS: dict[NoteKind, str] = {
         "The held-out loss rests on {items} documents, by their weights on as few as {effective} of equal length; "
         "other text may give another difference. Raise evaluate.validation_tokens."
     ),
+    "seeds added": (
+        "{seeds} seeds, {own} of them planned: seeds were added until the held-out loss of each arm was decided "
+        "(margin {margin} nats/token). Intervals and p hold at every number of seeds at once and over {contrasts} "
+        "contrasts together (a t-mixture confidence sequence), so that looking after every seed does no harm."
+    ),
+    "not decided": "Not decided: {arms}. The study takes at most {most} seeds; it resumes with a larger --most-seeds.",
 }
 KNOBS = {"learning_rate": "learning rate", "warmup": "warm-up", "gradient_clip": "largest gradient norm"}
 """Settings of training for people, by their name in the configuration."""

@@ -79,13 +79,18 @@ def headline(comparison: Comparison) -> Table | None:
         if comparison.equal_time
         else ""
     )
-    caption = (
-        f"{what}{loss}p is that of the interval shown{holm}; the sign-flip test assumes less and needs six seeds "
+    added = any(note.kind == "seeds added" for note in comparison.notes)
+    tests = (
+        "Seeds were added until every arm was decided: intervals and p hold at every number of seeds and for all arms "
+        f"at once. equivalent: the whole interval lies within {comparison.margin:g} nats/token."
+        if added
+        else f"p is that of the interval shown{holm}; the sign-flip test assumes less and needs six seeds "
         "or more to reach 0.05. detectable: the smallest true difference that n seeds detect in 80 % of studies; "
         f"seeds needed: to detect {comparison.margin:g} nats/token. equivalent: the whole interval lies within that."
-        f"{equal}"
     )
-    return Table("headline", qualified(caption, comparison), columns, tuple(rows), 2)
+    table = Table("headline", qualified(f"{what}{loss}{tests}{equal}", comparison), columns, tuple(rows), 2)
+    fixed = ("p, sign flip", "detectable", "seeds needed")
+    return table.select([name for name in columns if name not in fixed]) if added else table
 
 
 def _equal_cost(comparison: Comparison) -> list[tuple[Entry, ...]]:

@@ -24,9 +24,10 @@ def _score_clause(d: Difference, label: str) -> str:
     if not d.tested:
         return f"{label} differs by {number(d.mean, sign=True)} {d.unit}".strip() + f" ({words.outcome(d)})"
     better = sum((x > 0) == bool(d.higher_is_better) and x != 0 for x in d.differences)
+    power = f"; {strength}" if (strength := words.power([d])) else ""
     evidence = (
         f"95{NBSP}% interval of the difference {interval(d.interval)}, n = {_seeds(d.n)}, better in {better} of "
-        f"{d.n}; {words.power([d])}"
+        f"{d.n}{power}"
     )
     if d.detected:
         return f"{label} is {words.direction(d)}, by {size} ({evidence})"
@@ -42,7 +43,8 @@ def _cosine_clause(d: Difference, label: str) -> str:
         return f"{label} moves it from {values} ({words.outcome(d)})"
     tail = f"95{NBSP}% interval of the difference {interval(d.interval)}"
     if not d.detected:
-        return f"{label} is {d.outcome} ({values}, {tail}; {words.power([d])})"
+        power = f"; {strength}" if (strength := words.power([d])) else ""
+        return f"{label} is {d.outcome} ({values}, {tail}{power})"
     return f"{label} {'lowers' if d.mean < 0 else 'raises'} it from {values} ({tail})"
 
 

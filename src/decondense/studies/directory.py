@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -138,7 +138,7 @@ def open_directory(study: StudyConfig, out: Path, *, resume: bool = False) -> St
             return study
     there = study_of(out)
     if resume or there.fingerprint() == study.fingerprint():
-        return there
+        return _updated(there, study, out, margin=not resume)
     if _unused(there, out):
         _write_study(study, out, new=False)
         return study
@@ -148,6 +148,43 @@ def open_directory(study: StudyConfig, out: Path, *, resume: bool = False) -> St
         f"fingerprint {study.fingerprint()}). Choose another directory with --out, or resume the one that "
         "lies there with --resume."
     )
+
+
+def _updated(there: StudyConfig, study: StudyConfig, out: Path, *, margin: bool) -> StudyConfig:
+    """The study that lies there with what the command says of its margin and its seeds; those that were added stay."""
+    said: dict[str, Any] = {"margin": study.margin} if margin else {}
+    if study.until is not None:
+        said = {"margin": study.margin, "until": study.until, "most_seeds": study.most_seeds}
+    if all(getattr(there, name) == value for name, value in said.items()):
+        return there
+    with _claimed(out):
+        there = study_of(out)
+        changed = StudyConfig.parse({**there.model_dump(), **said}, where=str(out / STUDY))
+        _write_study(changed, out, new=False)
+    return changed
+
+
+def add_seeds(study: StudyConfig, out: Path, seeds: Iterable[int]) -> StudyConfig:
+    """Add seeds to the study that lies in ``out`` and return it.
+
+    Where another runner of the directory has added seeds since ``study`` was read, its seeds are taken instead.
+    """
+    with _claimed(out):
+        there = study_of(out)
+        if there.added_seeds == study.added_seeds:
+            there = there.model_copy(update={"added_seeds": (*there.added_seeds, *seeds)})
+            _write_study(there, out, new=False)
+    return there
+
+
+@contextlib.contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """Hold the study's file against other runners that change it."""
+    import fcntl
+
+    with (out / ".study.lock").open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def _unused(there: StudyConfig, out: Path) -> bool:
@@ -388,12 +425,16 @@ def resolved_arm(study: StudyConfig, arm: str, listed: Iterable[Task]) -> ArmCon
 
 
 def collect(study: StudyConfig, out: Path, listed: Iterable[Task] | None = None) -> list[Row]:
-    """The rows of all trials and cells in the order of the plan; what has none contributes none."""
+    """The rows of all trials and cells in the order of the plan; what has none contributes none.
+
+    What is no part of the study's identity (its margin, how seeds are added) is written as it is now, in every row.
+    """
     listed = tasks(study, out) if listed is None else list(listed)
     rows = trial_rows(study, listed)
+    now = study.model_dump(mode="json", include=set(study.not_identity))
     for task in listed:
-        if task.kind == "cell":
-            rows += _rows_of(task.folder) or []
+        for row in (_rows_of(task.folder) or []) if task.kind == "cell" else []:
+            rows.append({**row, "config": {**row["config"], **now}} if row.get("config") else row)
     return rows
 
 
