@@ -81,6 +81,11 @@ def setting_notes(context: Context) -> list[Note]:
         return found
     if not tried:
         found.append(Note("no trials"))
+    if config is not None and sweep_config is not None and sweep_config.warmup_unit == "fraction":
+        trial, run = sweep_config.steps or config.train.steps, config.train.steps
+        if trial < run and (warmup := config.train.warmup):
+            facts = {"trial": round(warmup * trial), "run": round(warmup * run)}
+            found.append(Note("scaled-down trials", tuple(tried), facts))
     fixed = {arm: several for arm, several in rates.items() if arm not in tried}
     if tried and fixed:
         found.append(Note("rates that no sweep chose", tuple(fixed), {"rates": fixed}))
@@ -125,6 +130,9 @@ def evidence_notes(context: Context, tasks: Sequence[TaskMeasure], plateaus: Seq
     free = tuple(arm for arm in dict.fromkeys(p.arm for p in plateaus) if arm not in stuck)
     if stuck and free:
         found.append(Note("plateaus in some arms", stuck, {"without": free}))
+    coins = {task.task: task.decision_accuracy for task in tasks if task.hardly_decides}
+    if coins:
+        found.append(Note("hardly decides", (), {"tasks": coins}))
     held_out = next((task for task in tasks if (task.task, task.metric) == VALIDATION), None)
     base = held_out.of(context.base) if held_out is not None else None
     if held_out is None or base is None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from decondense.compare.gold import GoldItems, gold_scores
 from decondense.config import ArmConfig, ConfigError, StudyConfig
 from decondense.records import Row, stable
 
@@ -78,6 +79,7 @@ class Cell:
     items: dict[Key, dict[int, dict[str, tuple[float, float]]]] = field(default_factory=dict)
     """Task and metric -> step -> item -> (value, weight)."""
     conflicts: list[str] = field(default_factory=list)
+    gold: GoldItems = field(default_factory=GoldItems)
 
     @property
     def id(self) -> CellId:
@@ -183,6 +185,11 @@ class Study:
         cells = {(arm, seed): Cell(arm, seed) for arm in arms for seed in seeds}
         for row in rows:
             _take(cells[row["arm"], row["seed"]], row)
+        runs = list(cells.values())
+        for cell, made in zip(runs, gold_scores([(cell.gold, cell.scores) for cell in runs]), strict=True):
+            for key, steps in made.items():
+                cell.scores[key] = {step: row for step, (row, _) in steps.items()}
+                cell.items[key] = {step: items for step, (_, items) in steps.items()}
         for cell in cells.values():
             if cell.finishes == 0 and cell.status == "missing" and (cell.steps or cell.scores or cell.profiles):
                 cell.status = "unfinished"
@@ -232,9 +239,10 @@ class Study:
         return [cell for cell in cells if not finished or cell.status == "finished"]
 
     def task_keys(self) -> list[Key]:
-        """Every task and metric, validation loss first, then in order of appearance."""
+        """Every task and metric, validation loss first, then in order of appearance, the metrics of a task together."""
         found = {key: None for cell in self.cells.values() for key in cell.scores}
-        return sorted(found, key=lambda key: key != VALIDATION)
+        place = {task: number for number, task in enumerate(dict.fromkeys(task for task, _ in found))}
+        return sorted(found, key=lambda key: (key != VALIDATION, place[key[0]]))
 
 
 def _config_of(rows: Iterable[Row]) -> StudyConfig | None:
@@ -243,6 +251,9 @@ def _config_of(rows: Iterable[Row]) -> StudyConfig | None:
         return None
     # a study that was planned with fixed seeds may have been extended by the rule, which counts for all of its runs
     data = next((config for config in reversed(known) if config.get("until")), known[0])
+    sweep = data.get("sweep")
+    if sweep and "warmup_unit" not in sweep:  # rows of earlier releases, whose trials kept the warm-up as a fraction
+        data = {**data, "sweep": {**sweep, "warmup_unit": "fraction"}}
     try:
         return StudyConfig.parse(data, where="configuration")
     except ConfigError as error:
@@ -266,6 +277,7 @@ def _take(cell: Cell, row: Row) -> None:
         cell.steps[row["step"]] = row  # steps repeated after a resume are the same steps
     elif kind == "eval_item":
         found = cell.items.setdefault((row["task"], row["metric"]), {}).setdefault(row["step"], {})
+        cell.gold.take(row)
         entry = (float(row["value"]), float(row["weight"]))
         if found.setdefault(row["item"], entry) != entry:
             cell.conflicts.append(f"two different {row['task']} scores of item {row['item']} at step {row['step']}")

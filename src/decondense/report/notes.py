@@ -59,6 +59,15 @@ TEXTS: dict[NoteKind, str] = {
         "contrasts together (a t-mixture confidence sequence), so that looking after every seed does no harm."
     ),
     "not decided": "Not decided: {arms}. The study takes at most {most} seeds; it resumes with a larger --most-seeds.",
+    "hardly decides": (
+        "At this size the accuracy of {tasks} hardly decides which model is better (the share of pairs of training "
+        "sets that models of 150 M parameters rank by it as models of 1 B do; 0.5 is a coin: arXiv:2508.13144). The "
+        "bits per byte of the right answers say more, where the rows have them."
+    ),
+    "scaled-down trials": (
+        "The trials of the sweep kept the warm-up as a share of their own steps: {trial} steps where the runs have "
+        "{run}. A rate that is best after the short warm-up need not be the best one after the long one."
+    ),
 }
 KNOBS = {"learning_rate": "learning rate", "warmup": "warm-up", "gradient_clip": "largest gradient norm"}
 """Settings of training for people, by their name in the configuration."""

@@ -8,7 +8,7 @@ from decondense.compare import VALIDATION, Comparison, Difference, Measure, Task
 from decondense.formatting import MINUS, NONE, number, probability
 from decondense.report import words
 from decondense.report.cells import bounds, mean_and_sd, spread
-from decondense.report.selection import MANY, main_measures, names_of, qualified, task_head
+from decondense.report.selection import MANY, flags, main_measures, names_of, qualified, task_head
 from decondense.table import Entry, Table
 
 
@@ -227,15 +227,24 @@ def task_table(comparison: Comparison) -> Table | None:
         columns += [name, f"95 % interval of {name}", f"p of {name}"]
     return Table(
         "tasks",
-        qualified("Benchmarks at the final checkpoint, paired by seed and by item; rank 1 is best.", comparison),
+        qualified(_BENCHMARKS, comparison),
         tuple(columns),
         tuple(rows),
+        notes=flags(tasks),
     )
+
+
+_BENCHMARKS = (
+    "Benchmarks at the final checkpoint, paired by seed and by item; p is corrected over arms and tasks, each metric "
+    "for itself; rank 1 is best. Bits per byte are those of the right answer, its margin is over the likeliest wrong "
+    "one."
+)
 
 
 def _tasks_by_arm(comparison: Comparison, tasks: Sequence[TaskMeasure]) -> Table:
     """A row an arm, a column a task, as benchmarks of many models are usually printed."""
     names = names_of(comparison)
+    tasks = [task for task in tasks if not task.gold]  # of these the mean has a column; every one would be too many
     columns: list[tuple[str, Measure | None, dict[str, float]]] = [(task_head(task), task, {}) for task in tasks]
     for mean in comparison.means:
         columns.append((names[mean.measure.quantity], mean.measure, {}))
@@ -253,10 +262,11 @@ def _tasks_by_arm(comparison: Comparison, tasks: Sequence[TaskMeasure]) -> Table
         rows.append(tuple(row))
     caption = (
         "Benchmarks at the final checkpoint, mean over seeds; + and − mark a detected difference to the baseline for "
-        "the better and the worse, paired by seed and by item and corrected over arms (the table of every difference "
-        "has the intervals); rank 1 is best."
+        "the better and the worse, paired by seed and by item, corrected over arms and tasks (the table of every "
+        "difference has the intervals); rank 1 is best."
     )
-    return Table("tasks", qualified(caption, comparison), ("arm", *(name for name, _, _ in columns)), tuple(rows))
+    head = ("arm", *(name for name, _, _ in columns))
+    return Table("tasks", qualified(caption, comparison), head, tuple(rows), notes=flags(tasks))
 
 
 def difference_table(comparison: Comparison) -> Table | None:
