@@ -15,8 +15,8 @@ from decondense.config import ConfigError, StudyConfig
 from decondense.records import Row, make_row, read_rows
 from decondense.report import notes_in_words
 from decondense.studies import run_study
-from decondense.studies.deciding import next_seeds
-from decondense.studies.directory import add_seeds, open_directory
+from decondense.studies.deciding import add_seeds, next_seeds
+from decondense.studies.directory import open_directory
 from decondense.studies.plan import plan
 from studies.conftest import small_study
 

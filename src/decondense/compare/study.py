@@ -249,13 +249,8 @@ def _config_of(rows: Iterable[Row]) -> StudyConfig | None:
     known = [row["config"] for row in rows if row["kind"] == "run" and row["config"]]
     if not known:
         return None
-    # a study that was planned with fixed seeds may have been extended by the rule, which counts for all of its runs
-    data = next((config for config in reversed(known) if config.get("until")), known[0])
-    sweep = data.get("sweep")
-    if sweep and "warmup_unit" not in sweep:  # rows of earlier releases, whose trials kept the warm-up as a fraction
-        data = {**data, "sweep": {**sweep, "warmup_unit": "fraction"}}
     try:
-        return StudyConfig.parse(data, where="configuration")
+        return StudyConfig.of_rows(known)
     except ConfigError as error:
         raise CompareError(f"the study configuration in the rows is not valid: {error}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -246,6 +246,19 @@ class StudyConfig(Config):
                 f"of {self.train.steps}) and says nothing about the rate. Give sweep.steps above {steps}, omit it, or "
                 "state that trials are scaled-down runs with sweep.warmup_unit: fraction."
             )
+
+    @classmethod
+    def of_rows(cls, known: Sequence[Mapping[str, Any]]) -> StudyConfig:
+        """The study from the configurations that its run rows hold, also of earlier releases.
+
+        A study that was planned with fixed seeds may have been extended by the rule, which counts for all of its runs.
+        """
+        data = dict(next((entry for entry in reversed(known) if entry.get("until")), known[0]))
+        sweep = data.get("sweep")
+        if isinstance(sweep, dict) and "warmup_unit" not in sweep:
+            # trials of earlier releases kept the warm-up as a fraction
+            data["sweep"] = {**sweep, "warmup_unit": "fraction"}
+        return cls.parse(data, where="configuration")
 
     @property
     def every_seed(self) -> tuple[int, ...]:

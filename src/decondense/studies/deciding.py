@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from pathlib import Path
 
 from decondense.compare import CompareError, compare
 from decondense.compare.sequential import FEWEST_SEEDS, open_arms
 from decondense.config import StudyConfig
 from decondense.records import Row
+from decondense.studies.directory import change_study
 
 
 def next_seeds(study: StudyConfig, rows: Iterable[Row], *, at_once: int = 1) -> tuple[int, ...]:
@@ -41,3 +43,17 @@ def next_seeds(study: StudyConfig, rows: Iterable[Row], *, at_once: int = 1) -> 
         fresh = (seed for seed in itertools.count(max(have) + 1) if seed not in taken)
         return tuple(itertools.islice(fresh, count))
     return ()
+
+
+def add_seeds(study: StudyConfig, out: Path, seeds: Iterable[int]) -> StudyConfig:
+    """Add seeds to the study that lies in ``out`` and return it.
+
+    Where another runner of the directory has added seeds since ``study`` was read, its seeds are taken instead.
+    """
+
+    def added(there: StudyConfig) -> StudyConfig:
+        if there.added_seeds != study.added_seeds:
+            return there
+        return there.model_copy(update={"added_seeds": (*there.added_seeds, *seeds)})
+
+    return change_study(out, added)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -157,34 +157,20 @@ def _updated(there: StudyConfig, study: StudyConfig, out: Path, *, margin: bool)
         said = {"margin": study.margin, "until": study.until, "most_seeds": study.most_seeds}
     if all(getattr(there, name) == value for name, value in said.items()):
         return there
-    with _claimed(out):
-        there = study_of(out)
-        changed = StudyConfig.parse({**there.model_dump(), **said}, where=str(out / STUDY))
-        _write_study(changed, out, new=False)
-    return changed
+    return change_study(out, lambda study: StudyConfig.parse({**study.model_dump(), **said}, where=str(out / STUDY)))
 
 
-def add_seeds(study: StudyConfig, out: Path, seeds: Iterable[int]) -> StudyConfig:
-    """Add seeds to the study that lies in ``out`` and return it.
-
-    Where another runner of the directory has added seeds since ``study`` was read, its seeds are taken instead.
-    """
-    with _claimed(out):
-        there = study_of(out)
-        if there.added_seeds == study.added_seeds:
-            there = there.model_copy(update={"added_seeds": (*there.added_seeds, *seeds)})
-            _write_study(there, out, new=False)
-    return there
-
-
-@contextlib.contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """Hold the study's file against other runners that change it."""
+def change_study(out: Path, change: Callable[[StudyConfig], StudyConfig]) -> StudyConfig:
+    """Change in the study's file what is no part of its identity, one runner after the other, and return the study."""
     import fcntl
 
     with (out / ".study.lock").open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        there = study_of(out)
+        changed = change(there)
+        if changed != there:
+            _write_study(changed, out, new=False)
+    return changed
 
 
 def _unused(there: StudyConfig, out: Path) -> bool:
@@ -425,12 +411,10 @@ def resolved_arm(study: StudyConfig, arm: str, listed: Iterable[Task]) -> ArmCon
 
 
 def collect(study: StudyConfig, out: Path, listed: Iterable[Task] | None = None) -> list[Row]:
-    """The rows of all trials and cells in the order of the plan; what has none contributes none.
-
-    What is no part of the study's identity (its margin, how seeds are added) is written as it is now, in every row.
-    """
+    """The rows of all trials and cells in the order of the plan; what has none contributes none."""
     listed = tasks(study, out) if listed is None else list(listed)
     rows = trial_rows(study, listed)
+    # every row says what the study says now of its margin and of the seeds that were added
     now = study.model_dump(mode="json", include=set(study.not_identity))
     for task in listed:
         for row in (_rows_of(task.folder) or []) if task.kind == "cell" else []:

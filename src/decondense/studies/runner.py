@@ -24,13 +24,12 @@ from decondense.lifeline import HeldFolder, Lifeline
 from decondense.records import COMMAND, Row, command_line, write_rows
 from decondense.stopping import SAVE_FIRST, Stopped, save_requested, stop_on_signals
 from decondense.studies import devices
-from decondense.studies.deciding import next_seeds
+from decondense.studies.deciding import add_seeds, next_seeds
 from decondense.studies.directory import (
     CellState,
     Progress,
     StudyFailed,
     Watcher,
-    add_seeds,
     collect,
     open_directory,
     opened_corpus,
