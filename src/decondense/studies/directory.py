@@ -152,9 +152,8 @@ def open_directory(study: StudyConfig, out: Path, *, resume: bool = False) -> St
 
 def _updated(there: StudyConfig, study: StudyConfig, out: Path, *, margin: bool) -> StudyConfig:
     """The study that lies there with what the command says of its margin and its seeds; those that were added stay."""
-    said: dict[str, Any] = {"margin": study.margin} if margin else {}
-    if study.until is not None:
-        said = {"margin": study.margin, "until": study.until, "most_seeds": study.most_seeds}
+    names = ("margin", "until", "most_seeds") if study.until is not None else ("margin",) if margin else ()
+    said = {name: getattr(study, name) for name in names}
     if all(getattr(there, name) == value for name, value in said.items()):
         return there
     return change_study(out, lambda study: StudyConfig.parse({**study.model_dump(), **said}, where=str(out / STUDY)))
