@@ -114,14 +114,14 @@ def mean(values: Sequence[float]) -> float:
 # ---- estimates -------------------------------------------------------------------------------------------------------
 
 
-def estimate(f: Committed, values: Sequence[float], *, null: float = 0.0) -> Difference:
-    """Mean and interval of one value per seed, less ``null``."""
-    return at_every_look(f, paired_difference([null] * len(values), list(values)))
+def estimate(values: Sequence[float], *, null: float = 0.0, of: Committed | None = None) -> Difference:
+    """Mean and interval of one value per seed, less ``null``; ``of``: the study whose seeds they are."""
+    return at_every_look(of, paired_difference([null] * len(values), list(values)))
 
 
-def at_every_look(f: Committed, d: Difference) -> Difference:
+def at_every_look(f: Committed | None, d: Difference) -> Difference:
     """The difference with Student's interval, or the sequence where the study added seeds until it was decided."""
-    return d if f.study.until is None else anytime(d)
+    return d if f is None or f.study.until is None else anytime(d)
 
 
 def paired(f: Committed, arm: str, baseline: str, of: Callable[[Cell], float]) -> Difference:
@@ -149,7 +149,7 @@ def slope(f: Committed, arms: Sequence[str], of: Callable[[Cell], float]) -> Dif
         if all(cell.status == "finished" for cell in cells):
             sizes = [np.log2(cell.run["parameters"]) for cell in cells]
             values.append(float(np.polyfit(sizes, [of(cell) for cell in cells], 1)[0]))
-    return estimate(f, values) if values else None
+    return estimate(values, of=f) if values else None
 
 
 def shown(d: Difference, digits: int = 3, *, sign: bool = True) -> str:
