@@ -11,11 +11,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from claims import CLAIMS, judged
-from decondense.compare import VALIDATION, Cell, Difference, Study
+from decondense.compare import VALIDATION, Cell, Difference, NoteKind, Study
 from decondense.figures import comparison as draw
 from decondense.figures.style import export
 from decondense.records import read_rows
 from decondense.report import interval, number, probability, words
+from decondense.report.notes import in_words
 from study_rows import FOLDER, Committed, blocks, committed, deep_half, last, loss_difference, paired, shown
 
 NOT_RUN = "not run"
@@ -343,8 +344,12 @@ def rates() -> str:
     header = ("arm", *(f"{trial.learning_rate:g}" for trial in f.comparison.trials[0].trials), "the choice is")
     return pipe_table(header, lines) + (
         f"\n\nLoss on the tuning documents after {f.comparison.trials[0].trials[0].steps} steps, seed "
-        f"{f.comparison.trials[0].trials[0].seed}; the chosen rate is bold."
+        f"{f.comparison.trials[0].trials[0].seed}; the chosen rate is bold.{_noted(f, 'scaled-down trials')}"
     )
+
+
+def _noted(f: Committed, kind: NoteKind) -> str:
+    return "".join(f" {in_words(note, f.comparison)}" for note in f.comparison.notes if note.kind == kind)
 
 
 def end_point() -> str:
@@ -442,6 +447,7 @@ def pretrained() -> str:
         )
     )
     parts.append("\n".join(f"- {note}." for note in f.comparison.task_notes))
+    parts.append(_noted(f, "hardly decides").strip())
     limit = f.config.evaluate.limit
     assert limit is not None
     parts.append(
