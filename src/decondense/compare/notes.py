@@ -84,8 +84,8 @@ def setting_notes(context: Context) -> list[Note]:
     if config is not None and sweep_config is not None and sweep_config.warmup_unit == "fraction":
         trial, run = sweep_config.steps or config.train.steps, config.train.steps
         if trial < run and (warmup := config.train.warmup):
-            facts = {"trial": round(warmup * trial), "run": round(warmup * run)}
-            found.append(Note("scaled-down trials", tuple(tried), facts))
+            warmed = {"trial": round(warmup * trial), "run": round(warmup * run)}
+            found.append(Note("scaled-down trials", tuple(tried), warmed))
     fixed = {arm: several for arm, several in rates.items() if arm not in tried}
     if tried and fixed:
         found.append(Note("rates that no sweep chose", tuple(fixed), {"rates": fixed}))

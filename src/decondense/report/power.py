@@ -15,6 +15,8 @@ from decondense.table import Entry, Table
 
 _UNLUCKY = 0.8
 """Confidence of the upper limit of a standard deviation."""
+_MOST = 1000
+"""A study of more seeds until it is decided is none that anyone plans."""
 
 
 def power_table(pilot: Comparison, study: StudyConfig) -> Table | None:
@@ -34,33 +36,33 @@ def power_table(pilot: Comparison, study: StudyConfig) -> Table | None:
     for d in known:
         assert d.sd is not None
         smallest = detectable(d.sd, n, fixed=d.item_variance) if n > 1 else None
-        row: tuple[Entry, ...] = (
+        row: list[Entry] = [
             pilot.labels[d.arm],
             (number(d.mean, sign=True), d.mean),
             (number(d.sd), d.sd),
             (number(smallest), smallest),
             _seeds(d, margin),
-        )
+        ]
         if study.until is not None:
-            count = seeds_to_decide(d.mean, d.sd, margin=margin, arms=arms)
-            row += ((NONE if count is None else str(count), count),)
-        rows.append(row)
-    columns = (
+            count = seeds_to_decide(d.mean, d.sd, margin=margin, arms=arms, most=_MOST)
+            row.append((NONE if count is None else str(count), count))
+        rows.append(tuple(row))
+    columns = [
         "arm",
         "difference",
         "SD over seeds",
         f"detectable, {n} seed{'s' if n > 1 else ''}",
         f"seeds for {margin:g}",
-    )
+    ]
     text = (
         f"Power, from the held-out loss (nats/token) of {pilot.title or pilot.study}: the smallest true difference "
         f"that is detected in 80 % of studies, and the seeds that detect {margin:g} (in brackets: with the upper 80 % "
         f"limit of an SD of {few}). Before a correction for several arms."
     )
     if study.until is not None:
-        columns += ("seeds until decided",)
+        columns.append("seeds until decided")
         text += " Until decided: if difference and SD stay what they were."
-    return Table("power", text, columns, tuple(rows))
+    return Table("power", text, tuple(columns), tuple(rows))
 
 
 def _seeds(d: Difference, margin: float) -> Entry:
