@@ -119,8 +119,8 @@ def test_committed_rows_are_whole_and_of_the_shipped_study(path: Path) -> None:
     study = load_study(file if file.exists() else name, None if file.exists() else scale)
     rows = read_rows(path)
     assert len({row["study_fingerprint"] for row in rows}) == 1
-    # the fingerprint of the rows is a hash over the keys of their release: the configurations must be equal, but for the
-    # margin and the seeds that were added until the study was decided
+    # the fingerprint of the rows is a hash over the keys of their release: the configurations must be equal, but for
+    # the margin and the seeds that were added until the study was decided
     for config in {id(row["config"]): row["config"] for row in rows if row["kind"] == "run"}.values():
         ran = StudyConfig.parse(config, where=path.name)
         assert ran.fingerprint() == study.fingerprint()
