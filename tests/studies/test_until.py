@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from decondense.cli import main
+from decondense.cli.run import StudyOptions
 from decondense.compare import compare, paired_difference
 from decondense.compare.sequential import anytime, confidence_sequence, open_arms, seeds_to_decide
 from decondense.config import ConfigError, StudyConfig
@@ -119,6 +121,16 @@ def test_what_cannot_be_decided_is_refused(changes: dict[str, Any], message: str
         planned(**changes)
 
 
+def test_the_command_line_says_the_rule(capsys) -> None:
+    asked = StudyOptions("demo", seeds=2, until="decided", margin=0.1, most_seeds=7)
+    study = asked.study()
+    assert (study.seeds, study.until, study.margin, study.most_seeds) == ((0, 1), "decided", 0.1, 7)
+    assert asked.words() == ["demo", "--seeds", "2", "--until", "decided", "--margin", "0.1", "--most-seeds", "7"]
+    for words in (["--most-seeds", "5", "--dry-run"], ["--pilot", "rows.jsonl"], ["--until", "tired", "--dry-run"]):
+        assert main(["study", "demo", *words]) == 2
+        assert words[0] in capsys.readouterr().err
+
+
 def test_the_comparison_shows_the_sequence_and_says_so() -> None:
     study = planned(seeds=[0, 1, 2], added_seeds=[3, 4])
     rows = rows_of(study, {"a": CLEAR, "b": VAGUE})
@@ -133,7 +145,7 @@ def test_the_comparison_shows_the_sequence_and_says_so() -> None:
     notes = {note.kind: note for note in comparison.notes}
     assert notes["seeds added"].facts["seeds"] == 5
     assert notes["not decided"].arms == ("b",)
-    assert any("5 seeds, 3 of them planned" in text for text in notes_in_words(comparison))
+    assert any("5 seeds, of which 2 were added" in text for text in notes_in_words(comparison))
     # rows that were begun with fixed seeds count as extended once one of them says so
     first = {"config": {**study.model_dump(mode="json"), "until": None}}
     fixed = [row | first if row["seed"] == 0 and row["kind"] == "run" else row for row in rows]

@@ -61,7 +61,7 @@ def seed_notes(context: Context) -> list[Note]:
     if config is None or config.until is None:
         return []
     arms = len(context.study.arms) - 1
-    facts = {"own": len(config.seeds), "seeds": len(config.every_seed), "margin": context.margin, "contrasts": arms}
+    facts = {"seeds": len(config.every_seed), "added": len(config.added_seeds), "margin": context.margin}
     found = [Note("seeds added", (), facts)]
     held_out = context.measure(task_quantity(VALIDATION, higher_is_better=False))
     left = open_arms(held_out.differences, arms)

@@ -54,9 +54,9 @@ TEXTS: dict[NoteKind, str] = {
         "other text may give another difference. Raise evaluate.validation_tokens."
     ),
     "seeds added": (
-        "{seeds} seeds, {own} of them planned: seeds were added until the held-out loss of each arm was decided "
-        "(margin {margin} nats/token). Intervals and p hold at every number of seeds at once and over {contrasts} "
-        "contrasts together (a t-mixture confidence sequence), so that looking after every seed does no harm."
+        "{seeds} seeds, of which {added} were added: the study adds seeds until the held-out loss of each arm is decided "
+        "(margin {margin} nats/token). Intervals and p hold at every number of seeds and over all arms at once (a "
+        "t-mixture confidence sequence), so looking after every seed does no harm."
     ),
     "not decided": "Not decided: {arms}. The study takes at most {most} seeds; it resumes with a larger --most-seeds.",
     "hardly decides": (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from decondense.compare import VALIDATION, Comparison, Difference, Measure, TaskMeasure
+from decondense.compare import VALIDATION, Comparison, Difference, Measure, TaskMean, TaskMeasure
+from decondense.compare.quantity import METRIC_TITLES
 from decondense.formatting import MINUS, NONE, number, probability
 from decondense.report import words
 from decondense.report.cells import bounds, mean_and_sd, spread
@@ -220,7 +221,14 @@ def task_table(comparison: Comparison) -> Table | None:
     for mean in comparison.means:
         add(names[mean.measure.quantity], mean.measure)
         ranks: list[Entry] = [(number(mean.mean_rank.get(arm), 2), mean.mean_rank.get(arm)) for arm in comparison.arms]
-        rows.append((f"mean rank ({mean.metric})", NONE, *ranks, *[NONE] * (3 * len(comparison.treated))))
+        rows.append(
+            (
+                _rank_of(mean),
+                NONE,
+                *ranks,
+                *[NONE] * (3 * len(comparison.treated)),
+            )
+        )
     columns = ["task", "items", *(comparison.labels[arm] for arm in comparison.arms)]
     for arm in comparison.treated:
         name = f"Δ {comparison.labels[arm]}"
@@ -232,6 +240,10 @@ def task_table(comparison: Comparison) -> Table | None:
         tuple(rows),
         notes=flags(tasks),
     )
+
+
+def _rank_of(mean: TaskMean) -> str:
+    return f"mean rank ({METRIC_TITLES.get(mean.metric, mean.metric)})"
 
 
 _BENCHMARKS = (
@@ -248,7 +260,7 @@ def _tasks_by_arm(comparison: Comparison, tasks: Sequence[TaskMeasure]) -> Table
     columns: list[tuple[str, Measure | None, dict[str, float]]] = [(task_head(task), task, {}) for task in tasks]
     for mean in comparison.means:
         columns.append((names[mean.measure.quantity], mean.measure, {}))
-        columns.append((f"mean rank ({mean.metric})", None, mean.mean_rank))
+        columns.append((_rank_of(mean), None, mean.mean_rank))
     rows: list[tuple[Entry, ...]] = []
     for arm in comparison.arms:
         row: list[Entry] = [comparison.labels[arm]]
