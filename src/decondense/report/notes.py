@@ -54,8 +54,8 @@ TEXTS: dict[NoteKind, str] = {
         "other text may give another difference. Raise evaluate.validation_tokens."
     ),
     "seeds added": (
-        "{seeds} seeds, of which {added} were added: the study adds seeds until the held-out loss of each arm is decided "
-        "(margin {margin} nats/token). Intervals and p hold at every number of seeds and over all arms at once (a "
+        "{seeds} seeds, of which {added} were added: the study adds seeds until the held-out loss of each arm is "
+        "decided (margin {margin} nats/token). Intervals and p hold at every number of seeds and over all arms at once (a "
         "t-mixture confidence sequence), so looking after every seed does no harm."
     ),
     "not decided": "Not decided: {arms}. The study takes at most {most} seeds; it resumes with a larger --most-seeds.",
