@@ -55,8 +55,8 @@ TEXTS: dict[NoteKind, str] = {
     ),
     "seeds added": (
         "{seeds} seeds, of which {added} were added: the study adds seeds until the held-out loss of each arm is "
-        "decided (margin {margin} nats/token). Intervals and p hold at every number of seeds and over all arms at once (a "
-        "t-mixture confidence sequence), so looking after every seed does no harm."
+        "decided (margin {margin} nats/token). Intervals and p hold at every number of seeds and over all arms at once "
+        "(a t-mixture confidence sequence), so looking after every seed does no harm."
     ),
     "not decided": "Not decided: {arms}. The study takes at most {most} seeds; it resumes with a larger --most-seeds.",
     "hardly decides": (
