@@ -205,7 +205,7 @@ def _whole(name: str, revision: str | None, head: Head, options: dict[str, Any])
         )
     except Exception as error:
         raise ModelError(why_not(name, revision, error)) from error
-    check_complete(name, model, report["missing_keys"], head=head != "any")
+    check_complete(name, model, report["missing_keys"], head=head != "any", unexpected=report["unexpected_keys"])
     model.eval()
     return model  # type: ignore[no-any-return]
 
@@ -254,7 +254,9 @@ def _asked_once(*names: str | Path | None) -> Iterator[None]:
         yield
 
 
-def check_complete(name: str, model: Any, missing: Iterable[str], *, head: bool = False) -> None:
+def check_complete(
+    name: str, model: Any, missing: Iterable[str], *, head: bool = False, unexpected: Iterable[str] = ()
+) -> None:
     """Refuse weights that lack a part of what is used: transformers draws it at random, with a warning only.
 
     Poolers, which come and go between tasks, are never used, and heads are not when states are measured.
@@ -264,6 +266,7 @@ def check_complete(name: str, model: Any, missing: Iterable[str], *, head: bool 
         model: a transformers model.
         missing: names of its parameters that were not in the weights.
         head: the head is used too.
+        unexpected: names in the weights that no parameter has.
 
     Raises:
         ModelError: parameters that are used are missing.
@@ -271,10 +274,17 @@ def check_complete(name: str, model: Any, missing: Iterable[str], *, head: bool 
     inside = "" if head or model.base_model is model else f"{model.base_model_prefix}."
     lacking = sorted(key for key in missing if key.startswith(inside) and "pooler" not in key.split("."))
     if lacking:
+        wrapper = next(
+            (part for part in ("_orig_mod.", "module.") if any(key.startswith(part) for key in unexpected)), ""
+        )
         raise ModelError(
             f"the model in {name} cannot be used: its weights lack {len(lacking):,} of the tensors that its "
-            f"config.json asks for ({_some(lacking)}). They would be random: give config.json and weights that belong "
-            "together."
+            f"config.json asks for ({_some(lacking)}). They would be random: "
+            + (
+                f"the names of the weights begin with {wrapper!r}, so save the model inside of torch.compile or DDP."
+                if wrapper
+                else "give config.json and weights that belong together."
+            )
         )
 
 

@@ -82,8 +82,8 @@ def _interrupted(arguments: Sequence[str]) -> str:
     """What is left of an interrupted command."""
     verb = next((word for word in arguments if not word.startswith("-")), "")
     kept = {
-        "demo": "rows written so far are valid; the same command goes on from the last checkpoints.",
-        "evaluate": "finished tasks are kept; the same command goes on with the next one.",
+        "demo": "rows written so far are valid; the same command resumes from the last checkpoints.",
+        "evaluate": "finished tasks are kept; the same command continues with the next one.",
         "measure": "models that were measured before are kept; the same command starts over.",
     }
     kept |= dict.fromkeys(("study", "train"), kept["demo"])

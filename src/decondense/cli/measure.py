@@ -211,7 +211,7 @@ def _names(
         checkpoints, models = models[0], []
     if checkpoints is not None:
         if models:
-            raise MeasureError(f"--checkpoints measures one run; leave out {', '.join(models)}.")
+            raise MeasureError(f"--checkpoints measures one run; omit {', '.join(models)}.")
         return _checkpoints(checkpoints, revisions)
     if not models:
         raise MeasureError("no model given: decondense measure DIRECTORY_OR_HUB_ID, or --checkpoints RUN.")
@@ -232,7 +232,9 @@ def _checkpoints(run: str, revisions: str | None) -> list[tuple[str, int | None]
     else:
         root = Path(run)
         if not root.is_dir():
-            raise MeasureError(f"{run} is no directory; for the revisions of a hub model name them: --revisions A,B,C.")
+            raise MeasureError(
+                f"{run} is not a directory; for the revisions of a hub model name them: --revisions A,B,C."
+            )
         folders = checkpoint_folders(root)
         found = [(str(path), _step(path.name)) for path in folders]
     numbered = sorted((pair for pair in found if pair[1] is not None), key=lambda pair: pair[1] or 0)

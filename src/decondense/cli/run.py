@@ -55,7 +55,7 @@ class StudyOptions:
             if old is None:
                 raise ConfigError(
                     f"--start {self.start!r}: the study {base.name!r} (scale {base.scale}) starts from scratch and has "
-                    "no model.start to replace. To make it go on from a model: --set model.start=... with --tokenizer."
+                    "no model.start to replace. To start from a model: --set model.start=... with --tokenizer."
                 )
             # revision and size belong to the model that is replaced
             model.update({"start": self.start, "revision": None, "parameters": None})

@@ -182,7 +182,7 @@ class StudyConfig(Config):
             self._check_until()
         for name in self.prepared:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-                raise ValueError(f"prepared: {name!r} is no name; use letters, digits, '.', '_' and '-'.")
+                raise ValueError(f"prepared: {name!r} is not a valid name; use letters, digits, '.', '_' and '-'.")
         for arm in self.arms:
             model = self.model_of(arm)
             if arm.model is not None and arm.model.overrides and self.model.start is not None and model.start:

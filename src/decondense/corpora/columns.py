@@ -51,7 +51,7 @@ def choose_column(kinds: Mapping[str, str], field: str | None, where: object) ->
     if column is not None:
         if kinds[column] not in (TEXT, NUMBER, NULL):
             raise PassageError(
-                f"field {column!r} of {where} holds {kinds[column]} and no text; fields of strings: "
+                f"field {column!r} of {where} holds {kinds[column]}, not text; fields of strings: "
                 f"{', '.join(strings) or 'none'}."
             )
         return column

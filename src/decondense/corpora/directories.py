@@ -178,7 +178,9 @@ def _by_name(path: Path, split: str) -> LocalText:
     if unassigned:
         splits.setdefault("train", unassigned)
     has = sorted(splits, key=lambda name: ([*_SPLITS, name].index(name), name))
-    raise PassageError(f"{path} has no split {split!r}.{suggest(split, has)} It has: {', '.join(has)}.")
+    raise PassageError(
+        f"{path} has no split {split!r}.{suggest(split, has)} It has: {', '.join(has)} (--split, corpus.split)."
+    )
 
 
 def split_of(file: Path) -> str | None:

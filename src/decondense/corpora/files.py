@@ -294,6 +294,7 @@ def _column_of_parquet(path: Path, field: str | None, position: Position) -> Ite
 
 def _column_of_records(path: Path, records: Iterator[tuple[int, Any]], field: str | None) -> Iterator[str]:
     head = list(islice(records, _HEAD))
+    _refuse_nested(head, field, path)
     column = None
     if kinds := _kinds([record for _, record in head], path):
         column = choose_column(kinds, field, path)
@@ -307,9 +308,22 @@ def _column_of_records(path: Path, records: Iterator[tuple[int, Any]], field: st
         if found not in (TEXT, NULL):
             what = "the record" if value is record else f"field {column!r}"
             raise PassageError(
-                f"{path}, record {number}: {what} holds {found} and no text; name the text: --field, field=."
+                f"{path}, record {number}: {what} holds {found}, not text; name the text: --field, field=."
             )
         yield value if found == TEXT else ""
+
+
+def _refuse_nested(head: list[tuple[int, Any]], field: str | None, path: Path) -> None:
+    """A file that is one object around its records (SQuAD: ``{"version": ..., "data": [...]}``)."""
+    record = head[0][1] if len(head) == 1 else None
+    if not isinstance(record, dict) or field is not None or isinstance(record.get("text"), str):
+        return
+    for name, value in record.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            raise PassageError(
+                f"{path} is one JSON object, and its records are in its field {name!r}; expected an array of "
+                f"records, or one record a line. Convert it: jq -c '.{name}[]'."
+            )
 
 
 def _kinds(records: list[Any], path: Path) -> Mapping[str, str]:

@@ -271,7 +271,8 @@ def _explained(source: HubSource, error: Exception, more: dict[str, str]) -> str
     try:
         subsets = datasets.get_dataset_config_names(source.name, **more)
         if source.subset is None and len(subsets) > 1 and "default" not in subsets and "onfig" in str(error):
-            return f"{source.name} has several subsets; name one of them: {', '.join(subsets)}."
+            named = ", ".join(f"{source.name}:{subset}" for subset in subsets)
+            return f"{source.name} has several subsets. Name one (corpus.subset in a study): {named}."
         if source.subset is not None and source.subset not in subsets:
             hint = suggest(source.subset, subsets)
             return f"{source.name} has no subset {source.subset!r}.{hint} It has: {', '.join(subsets)}."
@@ -302,7 +303,9 @@ def _from_disk(source: HubSource) -> Any:
         return data[source.split]
     # a single split; "train" is what is asked for when nothing is
     if source.split not in ("train", str(data.split)):
-        raise PassageError(f"{source.name} has no split {source.split!r}; it is a single split ({data.split}).")
+        raise PassageError(
+            f"{source.name} has no split {source.split!r}: it is a single split without a name; omit it."
+        )
     return data
 
 

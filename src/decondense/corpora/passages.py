@@ -81,8 +81,9 @@ def sample_passages(
     Args:
         source: ``"embedded"``; ``"wikitext"``, ``"pubmed_qa"``, ``"imdb"`` or ``"squad"``; a hub id ``OWNER/NAME`` or
             ``OWNER/NAME:CONFIGURATION``; the path of a file of text, JSON, JSON lines, CSV or parquet (``.gz``,
-            ``.bz2``, ``.xz`` and ``.zst`` too), of a directory of them, or of a data set in the hub's format or
-            written by ``save_to_disk``; ``"-"`` for standard input; or the rows themselves.
+            ``.bz2``, ``.xz`` and ``.zst`` too), of a directory of them, or of a data set in the hub's format
+            (``PATH:CONFIGURATION`` where it has several) or written by ``save_to_disk``;
+            ``"-"`` for standard input; or the rows themselves.
         count: Number of passages.
         words: Fewest and most words of a passage.
         seed: Passage r is drawn with ``seed + r``.
@@ -146,7 +147,10 @@ def read_rows(source: str | Path | Sequence[str], *, split: str = "train", field
         return _hub(hub_id, configuration, split, field or published)
     path = Path(name)
     if path.exists():
-        return _local(path, split, field)
+        return _local(path, None, split, field)
+    base, _, subset = name.rpartition(":")
+    if subset and Path(base or name).is_dir():
+        return _local(Path(base), subset, split, field)
     if "://" in name:
         raise PassageError(f"{_named(name)} is a URL, and only local files are read; download it and give its path.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and not kind_of(path):
@@ -195,10 +199,10 @@ def _of_files(files: Sequence[Path], field: str | None) -> Rows:
     return rows
 
 
-def _local(path: Path, split: str, field: str | None) -> Sequence[str]:
-    found = find_text(path, split=split)
+def _local(path: Path, subset: str | None, split: str, field: str | None) -> Sequence[str]:
+    found = find_text(path, subset=subset, split=split)
     if found is None:
-        return _hub(str(path), None, split, field)
+        return _hub(str(path), subset, split, field)
     found.warn()
     rows = _of_files(found.files, field)
     rows.warn(path)

@@ -148,8 +148,8 @@ def _no_hub_options(config: CorpusConfig) -> None:
     for name in ("subset", "split"):
         if (value := getattr(config, name)) != CorpusConfig.model_fields[name].default:
             raise ConfigError(
-                f"corpus.{name} {value!r} has no effect on corpus.source {config.source!r}, which is no data set of "
-                "the hub's format; leave it away."
+                f"corpus.{name} {value!r} has no effect on corpus.source {config.source!r}, which has neither subsets "
+                "nor splits; omit it."
             )
 
 

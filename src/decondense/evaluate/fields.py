@@ -95,6 +95,10 @@ class _Checker:
             self._pairs(row, "mc2_targets", "choices", "labels")
         for field in self.info.fields:
             if not _has(row, field):
+                outer = field.partition(".")[0]
+                if outer in row:
+                    what = f"needs {field!r}; the row has {_kind(row[outer])} in the field {outer!r}"
+                    raise self._refused(place, what, row[outer])
                 raise EvaluationError(
                     f"{place}: {self.task} needs the field {field!r}; there are {', '.join(map(str, given))}."
                     f"{suggest(field, map(str, given))}"
@@ -339,7 +343,13 @@ def _number(value: Any) -> int | None:
 
 
 def _kind(value: Any) -> str:
-    names: Mapping[type, str] = {bool: "a truth value", int: "an integer", float: "a number", str: "text"}
+    names: Mapping[type, str] = {
+        bool: "a truth value",
+        type(None): "null",
+        int: "an integer",
+        float: "a number",
+        str: "text",
+    }
     return names.get(type(value), "a list" if isinstance(value, (list, tuple)) else "an object")
 
 

@@ -15,7 +15,7 @@ from decondense.blocks import Blocks, base_model, find_blocks, unwrap
 from decondense.config import MeasureConfig, one_of
 from decondense.formatting import plural
 from decondense.layers import LOGITS, Layer
-from decondense.layout import StateReader
+from decondense.layout import StateReader, why_not_three, why_other_tokens
 from decondense.limits import model_positions, text_config, vocabulary_size
 from decondense.measuring.metrics import resolve_metrics
 from decondense.measuring.profile import Profile, unequal
@@ -180,8 +180,7 @@ def _passages(
     for number, ids in enumerate(passages):
         if len(ids) < 2:
             raise MeasureError(
-                f"passage {number} has {plural(len(ids), 'token')}; a cosine needs two. Leave it "
-                "out, or give a longer text."
+                f"passage {number} has {plural(len(ids), 'token')}; a cosine needs two. Omit it, or give a longer text."
             )
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or (vocabulary is not None and high >= vocabulary):
@@ -258,10 +257,14 @@ def _run(
     def observe(layer: Layer, state: Tensor) -> None:
         wanted = (len(batch), int(lengths[batch[0]]))
         if state.ndim != 3 or tuple(state.shape[:2]) != wanted:
+            shape = tuple(state.shape)
+            why = (
+                why_not_three(len(shape))
+                if len(shape) != 3
+                else why_other_tokens((shape[0], shape[1]), wanted, root) + "."
+            )
             raise MeasureError(
-                f"layer '{layer}' has states of shape {tuple(state.shape)} for {wanted[0]} passages of {wanted[1]} "
-                "tokens: its tokens are not those of the passage (prompt tuning, merged or flattened tokens), so they "
-                "cannot be compared."
+                f"{layer} has states of shape {shape} for {wanted[0]} passages of {plural(wanted[1], 'token')}: {why}"
             )
         if layer not in layers:
             layers[layer] = LayerStatistics(
@@ -374,7 +377,7 @@ def _logits(output: Any, root: nn.Module) -> Tensor:
         found = next((item for item in output if isinstance(item, Tensor) and item.ndim == 3), None)
     if not isinstance(found, Tensor):
         raise MeasureError(
-            f"{type(root).__name__} returns no logits; load it with its head (AutoModelForCausalLM), or leave out "
+            f"{type(root).__name__} returns no logits; load it with its head (AutoModelForCausalLM), or omit "
             "logits=True."
         )
     return found

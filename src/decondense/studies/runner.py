@@ -181,6 +181,7 @@ class _Run:
         self.workers: list[_Worker] = []
         self._held = HeldFolder(out)
         self._wrote = (0.0, 0.0)  # when, and how long it took
+        self._shown = 0.0
         self._before = {state_key(state) for state in self.progress.states() if state.status == "finished"}
 
     def in_this_process(self) -> bool:
@@ -190,7 +191,7 @@ class _Run:
         with stop_on_signals():
             if self.study.measure is None:
                 study_corpus(self.study, self.out, self.watcher)
-            work(self.out)
+            work(self.out, self.show)
             return save_requested()
 
     def with_workers(self, wanted: int) -> bool:
@@ -216,6 +217,12 @@ class _Run:
                 assert SAVE_FIRST is not None
                 raise Stopped(SAVE_FIRST)
             return save_requested()
+
+    def show(self) -> None:
+        """Show how far the cells are, if that was not done just now."""
+        if time.monotonic() - self._shown >= _POLL_SECONDS:
+            self.watcher.cells(self.progress.states())
+            self._shown = time.monotonic()
 
     def _check_there(self) -> None:
         if not self._held.is_there():
