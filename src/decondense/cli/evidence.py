@@ -41,7 +41,7 @@ def compare(
 
     from decondense import compare as comparing
 
-    comparison = comparing.compare(_rows(where), baseline=baseline, incomplete="omit" if omit else "refuse")
+    comparison = comparing.compare(rows_at(where), baseline=baseline, incomplete="omit" if omit else "refuse")
     if tables is not None:
         from decondense.report import write_tables
 
@@ -65,10 +65,10 @@ def report(
     """Write report.html, its figures and tables from a study's rows alone."""
     from rich.console import Console
 
-    rows = _rows(where)
+    rows = rows_at(where)
     folder = out or (where if where.is_dir() else where.parent)
     console, command = Console(stderr=as_json), "report" if as_json else None
-    present(rows, folder, console, baseline=baseline, source=_rows_file(where), json_of=command)
+    present(rows, folder, console, baseline=baseline, source=rows_file(where), json_of=command)
 
 
 def env() -> None:
@@ -139,18 +139,24 @@ def present(
         )
 
 
-def _rows_file(where: Path) -> Path:
+def rows_file(where: Path) -> Path:
+    """The file of rows that a study's directory holds, or that was given itself."""
     if not where.is_dir():
         return where
     plain, packed = where / "rows.jsonl", where / "rows.jsonl.gz"
     return packed if packed.exists() and not plain.exists() else plain
 
 
-def _rows(where: Path) -> list[Row]:
+def rows_at(where: Path) -> list[Row]:
+    """The rows of a study's directory or of a file of rows.
+
+    Raises:
+        ConfigError: there are none.
+    """
     from decondense.config import ConfigError
     from decondense.records import read_rows
 
-    path = _rows_file(where)
+    path = rows_file(where)
     if not path.exists():
         raise ConfigError(f"{where}: there is no rows.jsonl; give a study's directory or its file of rows.")
     rows = read_rows(path)

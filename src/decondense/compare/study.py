@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from decondense.compare.gold import GoldItems, gold_scores
 from decondense.config import ArmConfig, ConfigError, StudyConfig
 from decondense.records import Row, stable
 
@@ -78,6 +79,7 @@ class Cell:
     items: dict[Key, dict[int, dict[str, tuple[float, float]]]] = field(default_factory=dict)
     """Task and metric -> step -> item -> (value, weight)."""
     conflicts: list[str] = field(default_factory=list)
+    gold: GoldItems = field(default_factory=GoldItems)
 
     @property
     def id(self) -> CellId:
@@ -172,7 +174,7 @@ class Study:
             raise CompareError(f"rows of {len(studies)} different studies: {listed}. Compare one study at a time.")
         config = _config_of(rows)
         arms = [arm.name for arm in config.arms] if config else []
-        seeds = list(config.seeds) if config else []
+        seeds = list(config.every_seed) if config else []
         for row in rows:
             if row["arm"] not in arms:
                 arms.append(row["arm"])
@@ -183,6 +185,11 @@ class Study:
         cells = {(arm, seed): Cell(arm, seed) for arm in arms for seed in seeds}
         for row in rows:
             _take(cells[row["arm"], row["seed"]], row)
+        runs = list(cells.values())
+        for cell, made in zip(runs, gold_scores([(cell.gold, cell.scores) for cell in runs]), strict=True):
+            for key, steps in made.items():
+                cell.scores[key] = {step: row for step, (row, _) in steps.items()}
+                cell.items[key] = {step: items for step, (_, items) in steps.items()}
         for cell in cells.values():
             if cell.finishes == 0 and cell.status == "missing" and (cell.steps or cell.scores or cell.profiles):
                 cell.status = "unfinished"
@@ -217,6 +224,11 @@ class Study:
         return tuple(arm for arm in self.arms if (entry := self.arm_config(arm)) and entry.dispersion is not None)
 
     @property
+    def until(self) -> Literal["decided"] | None:
+        """Whether seeds were added until the contrasts were decided, so that intervals must hold at every look."""
+        return self.config.until if self.config is not None else None
+
+    @property
     def measured(self) -> bool:
         """Whether nothing is trained: the arms are models that are measured as they are."""
         return self.config is not None and self.config.measure is not None
@@ -227,17 +239,18 @@ class Study:
         return [cell for cell in cells if not finished or cell.status == "finished"]
 
     def task_keys(self) -> list[Key]:
-        """Every task and metric, validation loss first, then in order of appearance."""
+        """Every task and metric, validation loss first, then in order of appearance, the metrics of a task together."""
         found = {key: None for cell in self.cells.values() for key in cell.scores}
-        return sorted(found, key=lambda key: key != VALIDATION)
+        place = {task: number for number, task in enumerate(dict.fromkeys(task for task, _ in found))}
+        return sorted(found, key=lambda key: (key != VALIDATION, place[key[0]]))
 
 
 def _config_of(rows: Iterable[Row]) -> StudyConfig | None:
-    data = next((row["config"] for row in rows if row["kind"] == "run" and row["config"]), None)
-    if data is None:
+    known = [row["config"] for row in rows if row["kind"] == "run" and row["config"]]
+    if not known:
         return None
     try:
-        return StudyConfig.parse(data, where="configuration")
+        return StudyConfig.of_rows(known)
     except ConfigError as error:
         raise CompareError(f"the study configuration in the rows is not valid: {error}") from error
 
@@ -259,6 +272,7 @@ def _take(cell: Cell, row: Row) -> None:
         cell.steps[row["step"]] = row  # steps repeated after a resume are the same steps
     elif kind == "eval_item":
         found = cell.items.setdefault((row["task"], row["metric"]), {}).setdefault(row["step"], {})
+        cell.gold.take(row)
         entry = (float(row["value"]), float(row["weight"]))
         if found.setdefault(row["item"], entry) != entry:
             cell.conflicts.append(f"two different {row['task']} scores of item {row['item']} at step {row['step']}")

@@ -52,23 +52,20 @@ def _limits(study: Study, comparison: Comparison | None) -> list[str]:
     lines = []
     if comparison is not None:
         n = max((d.n for m in measures(comparison) for d in m.differences), default=0)
+        floor = next((d.p_sign_flip_smallest for m in measures(comparison) for d in m.differences if d.n == n), None)
         if n == 1 and comparison.measured:
             lines.append("One choice of passages: no interval and no test is possible.")
         elif n == 1:
             lines.append(
                 "One seed: no interval and no test is possible; a difference of this size may be the luck of the start."
             )
-        elif n:
-            floor = next(
-                (d.p_sign_flip_smallest for m in measures(comparison) for d in m.differences if d.n == n), None
-            )
-            weak = floor is not None and floor > 0.05
+        elif floor is not None:
             lines.append(
                 f"{n} seeds: the sign-flip test cannot give a p below {probability(floor)} with that many"
                 + (
                     ", so that it can never detect anything here; what is said in words rests on the interval, which "
                     "takes the seeds' differences to be about normally distributed."
-                    if weak
+                    if floor > 0.05
                     else "."
                 )
             )
