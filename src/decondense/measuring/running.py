@@ -141,6 +141,7 @@ def assembled(
     rows = list(layers.values())
     pooled = [row.pairs.pooled_counts() for row in rows if row.pairs is not None]
     summed = [row.pairs.packed_sum() for row in rows if row.pairs is not None]
+    moments = [None if row.moments is None else row.moments.moments() for row in rows]
     positions = np.zeros((len(rows), max(len(row.sink_positions_N) for row in rows)), dtype=np.int64)
     for number, row in enumerate(rows):
         positions[number, : len(row.sink_positions_N)] = row.sink_positions_N
