@@ -54,7 +54,7 @@ TEXTS: dict[NoteKind, str] = {
         "other text may give another difference. Raise evaluate.validation_tokens."
     ),
 }
-KNOBS = {"learning_rate": "learning rate", "warmup": "warm-up", "gradient_clip": "largest gradient norm"}
+KNOBS = {"learning_rate": "learning rate", "warmup": "warm-up", "max_grad_norm": "largest gradient norm"}
 """Settings of training for people, by their name in the configuration."""
 
 
