@@ -33,10 +33,10 @@ def machine(f: Committed) -> str:
 
 def base(f: Committed) -> str:
     train, source, seeds = f.config.train, f.config.corpus.source, len(f.study.seeds)
-    tokens = train.steps * train.batch_sequences * train.sequence_tokens
+    tokens = train.steps * train.batch_size * train.max_seq_length
     text = "the embedded text" if source == "python_docs" else source
     return (
-        f"{seeds} seeds, {train.steps} steps of {train.batch_sequences} x {train.sequence_tokens} tokens "
+        f"{seeds} seeds, {train.steps} steps of {train.batch_size} x {train.max_seq_length} tokens "
         f"({tokens / 1e6:.2f} M) of {text}; {machine(f)}; `decondense study {f.name} --scale {f.scale}`, rows: "
         f"`benchmarks/results/studies/{f.name}-{f.scale}.jsonl.gz`"
     )

@@ -283,7 +283,7 @@ class Files:
         from decondense.training.hf import run_cell
 
         changes = {"sweep": None, "prepared": None, "model": {"architecture": "gpt2", "overrides": SMALL}}
-        train = {"steps": 8, "batch_sequences": 2, "sequence_tokens": 16, "log_every": 2, "checkpoint_every": 2}
+        train = {"steps": 8, "batch_size": 2, "max_seq_length": 16, "log_every": 2, "checkpoint_every": 2}
         self.study = load_study(write_study(self.whole, **changes, train=train))
         self.stopped = self.whole / "stopped"
         self.expected = run_study(self.study, self.stopped, workers=0)
@@ -428,8 +428,8 @@ def _study(folder: Path, model: Path, text: Path, **changes: Any) -> Path:
         **{"name": "s", "title": "s", "question": "q?", "baseline": "a", "seeds": [0]},
         "arms": [{"name": "a"}],
         "corpus": {"source": str(text), "tokenizer": str(model), "held_out": 0.2},
-        "model": {"start": str(model)},
-        "train": {"steps": 1, "batch_sequences": 2, "sequence_tokens": 16},
+        "model": {"pretrained": str(model)},
+        "train": {"steps": 1, "batch_size": 2, "max_seq_length": 16},
         "evaluate": {"validation_tokens": 100, "passages": 2, "passage_tokens": 8},
     }
     path = folder / "study.yaml"

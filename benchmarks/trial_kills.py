@@ -27,10 +27,10 @@ STUDY: dict[str, Any] = {
     **{"name": "trial", "title": "Trial", "question": "Are the rows equal?", "baseline": "cross-entropy"},
     "arms": [{"name": "cross-entropy", "learning_rate": 0.001}, {"name": "dispersion", "dispersion": {"weight": 1.0}}],
     "seeds": [0],
-    "model": {"start": "prepared:base"},
+    "model": {"pretrained": "prepared:base"},
     "prepared": {"base": {"model": {"architecture": "gpt2", "overrides": SIZE}, "train": {"steps": 20}}},
     "sweep": {"learning_rates": [0.001, 0.003]},
-    "train": {"steps": 40, "batch_sequences": 4, "sequence_tokens": 32, "log_every": 5, "checkpoint_every": 10},
+    "train": {"steps": 40, "batch_size": 4, "max_seq_length": 32, "log_every": 5, "checkpoint_every": 10},
     "evaluate": {"points": [0, 1], "validation_tokens": 512, "passages": 2, "passage_tokens": 16},
 }
 
@@ -41,7 +41,7 @@ def write_study(folder: Path, **changes: Any) -> Path:
     names = ["".join(words.choices("abcdefghij", k=words.randint(2, 7))) for _ in range(300)]
     lines = [json.dumps({"text": " ".join(words.choices(names, k=120))}) for _ in range(200)]
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
-    corpus = {"source": str(folder / "text.jsonl"), "vocabulary": 300, "held_out": 0.3}
+    corpus = {"source": str(folder / "text.jsonl"), "vocab_size": 300, "held_out": 0.3}
     path = folder / "study.yaml"
     path.write_text(json.dumps({**STUDY, "corpus": corpus, **changes}))  # JSON is YAML
     return path

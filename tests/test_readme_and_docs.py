@@ -7,9 +7,11 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from decondense.cli import main
 
@@ -21,13 +23,15 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def run_python(text: str, folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", text],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    """Run a block as a script of its own would run: in an empty namespace, in ``folder``."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng():
+            warnings.filterwarnings("error", category=DeprecationWarning, module="__main__")
+            exec(compile(text, "block", "exec"), {"__name__": "__main__"})
+    finally:
+        os.chdir(before)
 
 
 def run_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -423,20 +423,22 @@ def build_model(config: ModelConfig, vocabulary: int, positions: int, end_token:
         ConfigError: unknown architecture or field, a start that cannot be loaded or lacks tensors, too few positions,
             or a start whose vocabulary is not the tokenizer's.
     """
-    if config.start is not None:
+    if config.pretrained is not None:
         try:
-            model = load_network(config.start, revision=config.revision, head="causal", dtype=torch.float32, merge=True)
+            model = load_network(
+                config.pretrained, revision=config.revision, head="causal", dtype=torch.float32, merge=True
+            )
         except ModelError as error:
-            raise ConfigError(f"model.start {config.start!r} cannot be loaded: {error}") from error
+            raise ConfigError(f"model.pretrained {config.pretrained!r} cannot be loaded: {error}") from error
         longest = model_positions(model)
         if longest is not None and longest < positions:
             raise ConfigError(
-                f"model.start {config.start!r} has {longest} positions, less than train.sequence_tokens {positions}."
+                f"model.pretrained {config.pretrained!r} has {longest} positions, less than train.max_seq_length {positions}."
             )
         rows = vocabulary_size(model)
         if rows is not None and rows < vocabulary:
             raise ConfigError(
-                f"model.start {config.start!r} has a vocabulary of {rows}, the corpus one of "
+                f"model.pretrained {config.pretrained!r} has a vocabulary of {rows}, the corpus one of "
                 f"{vocabulary}: they do not belong together."
             )
     else:

@@ -66,7 +66,7 @@ VALID: dict[str, Any] = {
     "arms": [{"name": "a"}, {"name": "b", "dispersion": {"weight": 0.1, "schedule": {"kind": "linear"}}}],
     "seeds": [0, 1],
     "model": {"architecture": "gpt2", "overrides": {"n_layer": 2}},
-    "corpus": {"vocabulary": 1000},
+    "corpus": {"vocab_size": 1000},
     "train": {"steps": 20},
     "evaluate": {"points": [0.5]},
 }

@@ -176,7 +176,7 @@ def test_records_without_text_are_skipped_and_counted(suffix: str, tmp_path: Pat
 def test_a_corpus_says_how_many_records_it_skipped(tmp_path: Path) -> None:
     rows = [{"text": None if number % 5 == 0 else f"Document {number} of all of them."} for number in range(50)]
     (tmp_path / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = CorpusConfig(source=str(tmp_path / "rows.json"), vocabulary=300, held_out=0.3)
+    config = CorpusConfig(source=str(tmp_path / "rows.json"), vocab_size=300, held_out=0.3)
     with pytest.warns(TextWarning, match="10 records hold no text"):
         corpus = prepare(config, cache=tmp_path / "cache")
     assert (corpus.manifest["documents"], corpus.manifest["empty_documents"]) == (40, 10)

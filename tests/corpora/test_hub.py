@@ -81,7 +81,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     for number, text in enumerate(TEXTS):
         (folder / f"{number}.txt").write_text(text)
-    corpus = prepare(CorpusConfig(source=str(folder), vocabulary=400), cache=folder / "cache")
+    corpus = prepare(CorpusConfig(source=str(folder), vocab_size=400), cache=folder / "cache")
     return str(corpus.path / "tokenizer")
 
 
@@ -123,7 +123,7 @@ def test_splits_and_subsets_of_a_local_directory(subsets: Path, tmp_path: Path, 
 
 
 def test_streaming_gives_the_same_corpus_token_for_token(subsets: Path, tokenizer: str, tmp_path: Path) -> None:
-    for more in ({"tokenizer": tokenizer}, {"vocabulary": 400}):
+    for more in ({"tokenizer": tokenizer}, {"vocab_size": 400}):
         config = CorpusConfig(source=str(subsets), subset="main", held_out=0.1, **more)
         loaded = prepare(config, cache=tmp_path / f"loaded-{len(more)}")
         streamed = prepare(config.model_copy(update={"streaming": True}), cache=tmp_path / f"streamed-{len(more)}")
@@ -188,7 +188,7 @@ def test_half_a_surrogate_pair_does_not_stop_a_corpus(tmp_path: Path) -> None:
     assert documents(tmp_path, tmp_path / "text.jsonl") == ["a ? b", "plain"]
 
 
-# ---- most_characters -----------------------------------------------------------------------------------------------
+# ---- max_characters -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["hub", "stream", "text", "jsonl", "python_docs"])
@@ -207,8 +207,8 @@ def test_most_characters_takes_documents_in_order_and_cuts_the_last(kind: str, s
         source, more = "python_docs", {"documents": "standard_library"}
     whole = documents(tmp_path, source, **more)
     most = sum(map(len, whole[:20])) + 10
-    assert documents(tmp_path, source, most_characters=most, **more) == [*whole[:20], whole[20][:10]]
-    assert documents(tmp_path, source, most_characters=10**9, **more) == whole
+    assert documents(tmp_path, source, max_characters=most, **more) == [*whole[:20], whole[20][:10]]
+    assert documents(tmp_path, source, max_characters=10**9, **more) == whole
 
 
 def counted_stream(monkeypatch: pytest.MonkeyPatch, texts: list[str]) -> list[int]:
@@ -230,7 +230,7 @@ def counted_stream(monkeypatch: pytest.MonkeyPatch, texts: list[str]) -> list[in
 def test_a_stream_is_read_no_further_than_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     texts = [f"{text}\nwith a second line" for text in TEXTS] * 10
     read = counted_stream(monkeypatch, texts)
-    found = documents(tmp_path, "owner/name", streaming=True, most_characters=2000)
+    found = documents(tmp_path, "owner/name", streaming=True, max_characters=2000)
     assert sum(map(len, found)) == 2000
     assert max(read) < 200
 
@@ -247,7 +247,7 @@ def test_a_prepared_corpus_is_found_without_reading(
         patched.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the data set is read again"))
         assert prepare(config, cache=tmp_path).path == first.path
         assert prepare(config.model_copy(update={"streaming": True}), cache=tmp_path).path == first.path
-    for change in ({"subset": "other"}, {"most_characters": 20_000}, {"held_out": 0.2}):
+    for change in ({"subset": "other"}, {"max_characters": 20_000}, {"held_out": 0.2}):
         assert prepare(config.model_copy(update=change), cache=tmp_path).path != first.path
     copy = with_subsets(tmp_path / "copy")
     same = prepare(config.model_copy(update={"source": str(copy)}), cache=tmp_path)
@@ -312,7 +312,7 @@ features = datasets.Features({"text": datasets.Value("string")})
 datasets.load_dataset = lambda *_, **__: datasets.IterableDataset.from_generator(rows, features=features)
 hub.commit_of = lambda *_: ("c" * 40, None)
 tokenizer = None if sys.argv[2] == "none" else sys.argv[2]
-config = CorpusConfig(source="owner/name", streaming=True, tokenizer=tokenizer, vocabulary=300)
+config = CorpusConfig(source="owner/name", streaming=True, tokenizer=tokenizer, vocab_size=300)
 corpus = prepare(config, cache=Path(sys.argv[1]), progress=progress)
 early = max(peak for done, peak in peaks if done < len(peaks) * 64 / 5)
 print(corpus.content_hash, corpus.manifest["characters"] / 2**20, peaks[-1][1] - early)
@@ -354,7 +354,7 @@ def test_a_killed_preparation_leaves_a_usable_cache(
     os.utime(left, (0, 0))  # it has lain there for a while
     counted_stream(monkeypatch, TEXTS)
     config = CorpusConfig(
-        source="owner/name", streaming=True, tokenizer=None if learnt else tokenizer, vocabulary=300, held_out=0.1
+        source="owner/name", streaming=True, tokenizer=None if learnt else tokenizer, vocab_size=300, held_out=0.1
     )
     found = prepare(config, cache=tmp_path / "cache")
     assert found.content_hash == prepare(config, cache=tmp_path / "clean").content_hash
@@ -390,7 +390,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, tokenizer: str, monkeypa
 
 
 def test_progress_ends_at_its_total(subsets: Path, tokenizer: str, tmp_path: Path) -> None:
-    for number, more in enumerate(({}, {"streaming": True}, {"most_characters": 20_000}, {"tokenizer": None})):
+    for number, more in enumerate(({}, {"streaming": True}, {"max_characters": 20_000}, {"tokenizer": None})):
         told: dict[str, list[tuple[int, int]]] = {}
         config = {"source": str(subsets), "subset": "main", "tokenizer": tokenizer, "held_out": 0.2, **more}
         prepare(
@@ -468,7 +468,7 @@ from decondense.corpora.packed import prepare
 for request in json.loads(sys.argv[1]):
     begin, cache = time.monotonic(), Path(request.pop("cache"))
     try:
-        config = CorpusConfig(**{"source": "owner/name", "vocabulary": 400, "held_out": 0.1, **request})
+        config = CorpusConfig(**{"source": "owner/name", "vocab_size": 400, "held_out": 0.1, **request})
         corpus = prepare(config, cache=cache)
         said = {"path": corpus.path.name, "hash": corpus.content_hash, "revision": corpus.manifest["revision"]}
     except ValueError as error:
@@ -519,7 +519,7 @@ def test_a_hub_and_then_none(subsets: Path, tmp_path: Path) -> None:
     assert stream["hash"] == loaded["hash"] == again["hash"]
     assert stream["path"] == loaded["path"]
     local = prepare(
-        CorpusConfig(source=str(subsets), subset="main", vocabulary=400, held_out=0.1), cache=tmp_path / "l"
+        CorpusConfig(source=str(subsets), subset="main", vocab_size=400, held_out=0.1), cache=tmp_path / "l"
     )
     assert local.content_hash == stream["hash"]
     assert "no subset 'mian'. Did you mean 'main'? It has: main, other." in subset["error"]
@@ -572,12 +572,12 @@ def test_names_of_the_hub() -> None:
 @pytest.mark.skipif(bool(os.environ.get("HF_HUB_OFFLINE") == "1"), reason="needs HF_HUB_OFFLINE=0")
 @pytest.mark.parametrize("streaming", [False, True])
 def test_wikitext_from_the_hub(streaming: bool, tmp_path: Path) -> None:
-    more = {"subset": "wikitext-2-raw-v1", "streaming": streaming, "most_characters": 200_000}
+    more = {"subset": "wikitext-2-raw-v1", "streaming": streaming, "max_characters": 200_000}
     found = documents(tmp_path, "Salesforce/wikitext", **more)
     assert found[0].startswith("= Valkyria Chronicles III =")
     assert sum(map(len, found)) == 200_000
     assert all(re.match("= [^=]", text) for text in found)
-    corpus = prepare(CorpusConfig(source="Salesforce/wikitext", vocabulary=400, held_out=0.2, **more), cache=tmp_path)
+    corpus = prepare(CorpusConfig(source="Salesforce/wikitext", vocab_size=400, held_out=0.2, **more), cache=tmp_path)
     assert re.fullmatch("[0-9a-f]{40}", corpus.manifest["revision"])
 
 

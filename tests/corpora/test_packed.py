@@ -23,7 +23,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(source) -> CorpusConfig:
-    return CorpusConfig(source=str(source), vocabulary=400, held_out=0.3)
+    return CorpusConfig(source=str(source), vocab_size=400, held_out=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_the_split_is_by_content_and_disjoint(corpus, source, tmp_path_factory) 
     for path in source.iterdir():
         (other / path.name).write_text(path.read_text())
     (other / "new.txt").write_text(words(999, 120))
-    grown = prepare(CorpusConfig(source=str(other), vocabulary=400, held_out=0.3), cache=tmp_path_factory.mktemp("c"))
+    grown = prepare(CorpusConfig(source=str(other), vocab_size=400, held_out=0.3), cache=tmp_path_factory.mktemp("c"))
     assert expected <= set(grown.held_out_names)
 
 
@@ -118,7 +118,7 @@ def test_too_little_text_is_said(tmp_path, content, message) -> None:
     for name, text in content.items():
         (folder / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        prepare(CorpusConfig(source=str(folder), vocabulary=300), cache=tmp_path / "cache")
+        prepare(CorpusConfig(source=str(folder), vocab_size=300), cache=tmp_path / "cache")
 
 
 def test_a_missing_source_is_named(tmp_path) -> None:

@@ -322,7 +322,8 @@ def measured_study(
         list(starts), seeds, baseline=next(iter(starts)), title="Models that were never loaded", measure={"tokens": 512}
     )
     configuration["arms"] = [
-        {"name": name, "label": None, "untrained": True, "model": {"start": start}} for name, start in starts.items()
+        {"name": name, "label": None, "untrained": True, "model": {"pretrained": start}}
+        for name, start in starts.items()
     ]
     rows: list[Row] = []
     for place, (name, start) in enumerate(starts.items()):

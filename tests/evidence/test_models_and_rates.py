@@ -88,7 +88,9 @@ def test_an_untrained_arm_must_have_the_baselines_start() -> None:
 
     with pytest.raises(CompareError, match=r"none \(seed 0\) is not paired .* other initial weights"):
         compare(with_arms(study(effects, change=other), NONE))
-    assert compare(with_arms(study(effects, change=other), {"none": {"untrained": True, "model": {"start": "x/y"}}}))
+    assert compare(
+        with_arms(study(effects, change=other), {"none": {"untrained": True, "model": {"pretrained": "x/y"}}})
+    )
 
 
 def test_an_untrained_arm_has_no_cost_and_no_speed() -> None:
@@ -328,11 +330,11 @@ def test_one_size_has_no_trend() -> None:
 @pytest.mark.parametrize(
     ("entry", "family"),
     [
-        ({"model": {"start": "Qwen/Qwen3-0.6B-Base"}}, "Qwen3-Base"),
-        ({"model": {"start": "EleutherAI/pythia-70m-deduped"}}, "pythia-deduped"),
-        ({"model": {"start": "models/gpt2-xl/"}}, "gpt2"),
-        ({"model": {"start": "distilgpt2"}}, "distilgpt2"),
-        ({"model": {"start": "prepared:teacher"}}, "llama"),
+        ({"model": {"pretrained": "Qwen/Qwen3-0.6B-Base"}}, "Qwen3-Base"),
+        ({"model": {"pretrained": "EleutherAI/pythia-70m-deduped"}}, "pythia-deduped"),
+        ({"model": {"pretrained": "models/gpt2-xl/"}}, "gpt2"),
+        ({"model": {"pretrained": "distilgpt2"}}, "distilgpt2"),
+        ({"model": {"pretrained": "prepared:teacher"}}, "llama"),
         ({"model": {"architecture": "qwen3"}}, "qwen3"),
         ({"model": {"overrides": {"n_layer": 3}}}, "gpt2"),
         ({"model": {"overrides": {"n_layer": 3}}, "dispersion": {"weight": 0.1}}, "gpt2 + dispersion"),

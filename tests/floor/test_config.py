@@ -62,8 +62,8 @@ def test_configurations_are_frozen() -> None:
         ({"arms": [{"name": "ce"}, {"name": "ce"}]}, r"arm 'ce' appears twice"),
         ({"train": {"steps": "many"}}, r"train\.steps.*'many'"),
         ({"train": {"checkpoint_every": 15, "log_every": 10}}, r"multiple of log_every 10"),
-        ({"train": {"batch_sequences": 6, "micro_batch_sequences": 4}}, r"multiple of micro_batch_sequences"),
-        ({"evaluate": {"passage_tokens": 4096}}, r"passage_tokens 4096 exceeds train\.sequence_tokens 128"),
+        ({"train": {"batch_size": 6, "micro_batch_size": 4}}, r"multiple of micro_batch_size"),
+        ({"evaluate": {"passage_tokens": 4096}}, r"passage_tokens 4096 exceeds train\.max_seq_length 128"),
         ({"arms": [{"name": "../up"}]}, r"arms\.0\.name"),
     ],
 )

@@ -49,10 +49,10 @@ def test_an_absolute_folder_becomes_its_name(word: str, expected: str) -> None:
 
 
 def test_a_command_keeps_neither_folders_nor_secrets() -> None:
-    words = ["/usr/bin/decondense", "study", "--out=/home/me/runs/a", "--set", "model.start=/srv/m", "--hf-token"]
+    words = ["/usr/bin/decondense", "study", "--out=/home/me/runs/a", "--set", "model.pretrained=/srv/m", "--hf-token"]
     words += ["tok3n", "--text", "https://me:passw0rd@h/x?k=s3cret", "API_KEY=s3cret", "--seeds", "3"]
     assert publishable_words(words) == [
-        *("decondense", "study", "--out=a", "--set", "model.start=m", "--hf-token", "***"),
+        *("decondense", "study", "--out=a", "--set", "model.pretrained=m", "--hf-token", "***"),
         *("--text", "https://h/x", "API_KEY=***", "--seeds", "3"),
     ]
 
@@ -61,12 +61,12 @@ def test_rows_hold_neither() -> None:
     config = {
         "title": "/not/a folder",
         "corpus": {"source": "/home/me/secret-project/text.txt"},
-        "arms": [{"name": "a", "model": {"start": "/home/me/secret-project/m"}}],
+        "arms": [{"name": "a", "model": {"pretrained": "/home/me/secret-project/m"}}],
     }
     cell = {"study": "s", "study_fingerprint": "f", "arm": "a", "seed": 0}
     row = make_row("run", **cell, status="failed", config=config, error="https://me:passw0rd@h/x refused")
     assert "secret-project" not in json.dumps(row)
     assert "passw0rd" not in json.dumps(row)
     assert row["config"]["title"] == "/not/a folder"
-    assert row["config"]["arms"][0] == {"name": "a", "model": {"start": "m"}}
+    assert row["config"]["arms"][0] == {"name": "a", "model": {"pretrained": "m"}}
     assert publishable(row["config"]) == row["config"]

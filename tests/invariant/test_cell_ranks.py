@@ -23,8 +23,8 @@ STUDY = {
         "overrides": {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_inner": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
         | {"attn_pdrop": 0.0},
     },
-    "corpus": {"source": "python_docs", "documents": "standard_library", "vocabulary": 512, "held_out": 0.1},
-    "train": {"steps": 8, "batch_sequences": 4, "sequence_tokens": 32, "log_every": 2, "checkpoint_every": 4},
+    "corpus": {"source": "python_docs", "documents": "standard_library", "vocab_size": 512, "held_out": 0.1},
+    "train": {"steps": 8, "batch_size": 4, "max_seq_length": 32, "log_every": 2, "checkpoint_every": 4},
     "evaluate": {"points": [0, 0.5, 1], "validation_tokens": 1024, "passages": 4, "passage_tokens": 32},
 }
 

@@ -85,7 +85,7 @@ def test_a_start_a_teacher_and_a_saved_copy(pair: tuple[Path, Path], tmp_path: P
     from decondense.training.treatments.distillation import Teacher
 
     file, whole = pair
-    model = build_model(ModelConfig(start=str(file)), 288, 64, 0)
+    model = build_model(ModelConfig(pretrained=str(file)), 288, 64, 0)
     assert model.dtype == torch.float32
     ids = torch.arange(32).reshape(2, 16)
     before = model(input_ids=ids, labels=ids).loss

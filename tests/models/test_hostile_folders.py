@@ -45,7 +45,7 @@ def test_code_that_would_be_needed_is_refused(kind: str, tmp_path: Path) -> None
     with pytest.raises(ModelError, match=word):
         load_network(folder, head="causal")
     with pytest.raises(ConfigError, match=word):
-        build_model(ModelConfig(start=str(folder)), 64, 16, 0)
+        build_model(ModelConfig(pretrained=str(folder)), 64, 16, 0)
     with pytest.raises(ConfigError, match=word):
         Teacher(DistillationConfig(teacher=str(folder)), student)
     assert not marker.exists()
@@ -66,7 +66,7 @@ def test_code_that_is_not_needed_does_not_run(kind: str, tmp_path: Path) -> None
     told = [item for item in caught if "code of its own, which is not run" in str(item.message)]
     assert len(told) == (kind == "known architecture")
     warnings.simplefilter("ignore")
-    for other in (model, build_model(ModelConfig(start=str(folder)), 64, 16, 0), empty_model(load_config(folder))):
+    for other in (model, build_model(ModelConfig(pretrained=str(folder)), 64, 16, 0), empty_model(load_config(folder))):
         assert type(other) is type(plain)
     Teacher(DistillationConfig(teacher=str(folder)), tokenizer)
     for name, value in plain.state_dict().items():
@@ -130,8 +130,8 @@ def test_a_start_says_it_in_one_message(verb: str, tmp_path: Path, capsys: pytes
         **{"name": "s", "title": "s", "question": "q?", "baseline": "a", "seeds": [0]},
         "arms": [{"name": "a"}, {"name": "b", "dispersion": {}}],
         "corpus": {"source": str(write_text(tmp_path / "t.jsonl")), "tokenizer": str(folder), "held_out": 0.2},
-        "model": {"start": str(folder)},
-        "train": {"steps": 2, "batch_sequences": 2, "sequence_tokens": 32},
+        "model": {"pretrained": str(folder)},
+        "train": {"steps": 2, "batch_size": 2, "max_seq_length": 32},
         "evaluate": {"validation_tokens": 200, "passages": 2, "passage_tokens": 16},
     }
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(study))

@@ -45,7 +45,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_wherever_it_is_loaded(tmp_p
         with pytest.raises(ModelError, match=r"lack 1 of the tensors.*h\.1\.mlp\.c_fc\.bias"):
             load(folder)
     with pytest.raises(ConfigError, match=r"model\.start.*lack 1 of the tensors"):
-        build_model(ModelConfig(start=str(folder)), WORDS, 16, 0)
+        build_model(ModelConfig(pretrained=str(folder)), WORDS, 16, 0)
     with pytest.raises(ConfigError, match=r"distillation\.teacher.*lack 1 of the tensors"):
         Teacher(DistillationConfig(teacher=str(folder)), load_tokenizer(folder))
 
@@ -67,7 +67,7 @@ def test_a_head_may_be_missing_only_where_no_head_is_used(tmp_path: Path) -> Non
     with pytest.raises(ModelError, match=r"lm_head\.weight"):
         load_network(folder, head="causal")
     with pytest.raises(ConfigError, match=r"lm_head\.weight"):
-        build_model(ModelConfig(start=str(folder)), WORDS, 16, 0)
+        build_model(ModelConfig(pretrained=str(folder)), WORDS, 16, 0)
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def test_an_adapter_is_loaded_on_its_base(adapted: tuple[Path, Path]) -> None:
         before = torch.get_rng_state()
         model, tokenizer = load_model(folder)
         merged = load_network(folder, head="causal", merge=True)
-        start = build_model(ModelConfig(start=str(folder)), WORDS, 16, 0)
+        start = build_model(ModelConfig(pretrained=str(folder)), WORDS, 16, 0)
         assert torch.equal(torch.get_rng_state(), before)
         assert tokenizer is not None
         assert tokenizer("w5")["input_ids"] == [5]
@@ -254,10 +254,10 @@ def test_the_limit_is_what_the_model_itself_takes(
 def test_a_start_without_a_limit_takes_any_length_and_one_with_a_limit_does_not(tmp_path: Path) -> None:
     config = transformers.BloomConfig(vocab_size=WORDS, hidden_size=16, n_layer=1, n_head=2, seq_length=8)
     transformers.BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
-    build_model(ModelConfig(start=str(tmp_path / "bloom")), WORDS, 128, 0)
+    build_model(ModelConfig(pretrained=str(tmp_path / "bloom")), WORDS, 128, 0)
     save_model(tmp_path / "gpt2")
-    with pytest.raises(ConfigError, match=r"has 64 positions, less than train\.sequence_tokens 65"):
-        build_model(ModelConfig(start=str(tmp_path / "gpt2")), WORDS, 65, 0)
+    with pytest.raises(ConfigError, match=r"has 64 positions, less than train\.max_seq_length 65"):
+        build_model(ModelConfig(pretrained=str(tmp_path / "gpt2")), WORDS, 65, 0)
 
 
 # ---- vocabularies ----------------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def test_a_vocabulary_reaches_to_its_largest_id(ids: list[int], rows: int, tmp_p
     save_model(tmp_path / "small")
     if rows > WORDS:
         with pytest.raises(ConfigError, match=f"has a vocabulary of 64, the corpus one of {rows}"):
-            build_model(ModelConfig(start=str(tmp_path / "small")), vocabulary_of(tokenizer), 16, 0)
+            build_model(ModelConfig(pretrained=str(tmp_path / "small")), vocabulary_of(tokenizer), 16, 0)
 
 
 @pytest.mark.parametrize("value", ["two", -1, 7, [1], None, 1.5])

@@ -81,7 +81,7 @@ STARTS = {
     "question": "Does it help?",
     "baseline": "plain",
     "arms": [{"name": "plain"}, {"name": "spread", "dispersion": {}}],
-    "model": {"start": "own/model", "revision": "main", "parameters": 1e8},
+    "model": {"pretrained": "own/model", "revision": "main", "parameters": 1e8},
     "corpus": {"tokenizer": "own/model"},
     "train": {"steps": 20, "checkpoint_every": 10},
 }
@@ -119,7 +119,7 @@ def test_options_change_what_they_name(capsys, starts: Path) -> None:
 
 def test_another_start_brings_its_own_tokenizer_unless_one_is_named(capsys, starts: Path) -> None:
     changed = resolved(capsys, starts, "--start", "other/model")
-    assert (changed.model.start, changed.model.revision, changed.model.parameters) == ("other/model", None, None)
+    assert (changed.model.pretrained, changed.model.revision, changed.model.parameters) == ("other/model", None, None)
     assert changed.corpus.tokenizer == "other/model"
     assert resolved(capsys, starts, "--start", "a/b", "--tokenizer", "c/d").corpus.tokenizer == "c/d"
     status, _, err = run(capsys, "study", "demo", "--start", "a/b", "--dry-run")
@@ -130,7 +130,7 @@ def test_another_start_brings_its_own_tokenizer_unless_one_is_named(capsys, star
 def test_a_start_in_the_place_of_a_prepared_model_needs_no_preparing(capsys, tmp_path: Path) -> None:
     import yaml
 
-    data = {**STARTS, "model": {"start": "prepared:base"}, "corpus": {}, "prepared": {"base": {}, "teacher": {}}}
+    data = {**STARTS, "model": {"pretrained": "prepared:base"}, "corpus": {}, "prepared": {"base": {}, "teacher": {}}}
     data["arms"] = [{"name": "plain"}, {"name": "taught", "distillation": {"teacher": "prepared:teacher"}}]
     path = tmp_path / "prepared.yaml"
     path.write_text(yaml.safe_dump(data))
@@ -189,7 +189,7 @@ def built(config: ModelConfig, **more: object) -> Any:
 
 
 def planned_size(config: ModelConfig) -> estimate.Size:
-    study = load_study("demo", "quick", model=config.model_dump(), corpus={"vocabulary": VOCABULARY})
+    study = load_study("demo", "quick", model=config.model_dump(), corpus={"vocab_size": VOCABULARY})
     with fence():
         return estimate.Models(study).size(config, LENGTH)
 
@@ -299,19 +299,19 @@ EVERYTHING = {
         {"name": "none", "untrained": True},
     ],
     "seeds": [0, 1],
-    "corpus": {"vocabulary": VOCABULARY},
+    "corpus": {"vocab_size": VOCABULARY},
     "model": GPT2.model_dump(),
     "prepared": {
         "teacher": {
             "model": QWEN3.model_dump(),
-            "train": {"steps": 20, "checkpoint_every": 10, "sequence_tokens": LENGTH},
+            "train": {"steps": 20, "checkpoint_every": 10, "max_seq_length": LENGTH},
         }
     },
     "sweep": {"learning_rates": [0.001, 0.01], "steps": 5},
     "train": {
         "steps": 10,
-        "batch_sequences": 4,
-        "sequence_tokens": LENGTH,
+        "batch_size": 4,
+        "max_seq_length": LENGTH,
         "log_every": 5,
         "checkpoint_every": 5,
     },
@@ -379,7 +379,7 @@ def test_runs_are_described_by_what_differs() -> None:
     arms = [
         {"name": "plain"},
         {"name": "a", "label": "the deep half", "dispersion": {"weight": 1.0, "layers": "deep"}},
-        {"name": "f", "label": "as published", "model": {"start": "a/b"}, "untrained": True},
+        {"name": "f", "label": "as published", "model": {"pretrained": "a/b"}, "untrained": True},
     ]
     study = load_study("demo", "quick", arms=arms, baseline="plain")
     assert [estimate.describe(run, study) for run in estimate.runs_of(study)[: len(arms)]] == [
@@ -390,7 +390,7 @@ def test_runs_are_described_by_what_differs() -> None:
 
 
 def test_large_steps_are_estimated_and_unknown_models_are_said_to_be() -> None:
-    study = load_study("demo", laid_over=assigned(["train.batch_sequences=4096", "train.precision=bf16"]))
+    study = load_study("demo", laid_over=assigned(["train.batch_size=4096", "train.precision=bf16"]))
     plan = estimate.plan_of(study)
     assert [line.seconds for line in plan.lines] == [None, None]
     assert not plan.how
@@ -400,7 +400,7 @@ def test_large_steps_are_estimated_and_unknown_models_are_said_to_be() -> None:
     assert plan.lines[0].flops + plan.lines[1].flops == plan.flops_on_gpus
     assert estimate.gpu_hours(plan.flops, "A100") == pytest.approx(hours)
 
-    study = StudyConfig.parse({**STARTS, "model": {"start": "own/model"}}, where="test")
+    study = StudyConfig.parse({**STARTS, "model": {"pretrained": "own/model"}}, where="test")
     plan = estimate.plan_of(study)
     assert all(line.size.total is None for line in plan.lines)
     assert "own/model: not on this machine" in " ".join(estimate.totals(plan))
@@ -416,16 +416,16 @@ def test_a_start_in_a_directory_is_counted_from_its_config(tmp_path: Path) -> No
     model.config.save_pretrained(tmp_path)  # no weights needed
     data = {
         **STARTS,
-        "model": {"start": str(tmp_path)},
+        "model": {"pretrained": str(tmp_path)},
         "corpus": {"tokenizer": "no/where"},
-        "train": {**STARTS["train"], "sequence_tokens": LENGTH},
+        "train": {**STARTS["train"], "max_seq_length": LENGTH},
         "evaluate": {"passage_tokens": LENGTH},
     }
     study = StudyConfig.parse(data, where="test")
     (line, _) = estimate.plan_of(study).lines
     assert line.size.total == sum(p.numel() for p in model.parameters())
-    with pytest.raises(ConfigError, match=rf"has {LENGTH} positions, less than train\.sequence_tokens 64"):
-        estimate.plan_of(study.model_copy(update={"train": study.train.model_copy(update={"sequence_tokens": 64})}))
+    with pytest.raises(ConfigError, match=rf"has {LENGTH} positions, less than train\.max_seq_length 64"):
+        estimate.plan_of(study.model_copy(update={"train": study.train.model_copy(update={"max_seq_length": 64})}))
 
 
 def test_the_short_form_needs_no_torch_and_no_time() -> None:
@@ -577,8 +577,8 @@ TITAN = {
     ],
     "seeds": [0, 3],
     "model": {"architecture": "qwen3", "overrides": {"num_hidden_layers": 28, "hidden_size": 1024}},
-    "train": {"steps": 1000, "batch_sequences": 256, "sequence_tokens": 4096, "precision": "bf16"},
-    "evaluate": {"tasks": ["paper"], "shots": "qwen3", "limit": 200},
+    "train": {"steps": 1000, "batch_size": 256, "max_seq_length": 4096, "precision": "bf16"},
+    "evaluate": {"tasks": ["paper"], "num_fewshot": "qwen3", "limit": 200},
     "launch": "torchtitan",
 }
 
@@ -677,7 +677,7 @@ def test_every_field_of_a_dispersion_loss_reaches_torchtitan() -> None:
 
 
 def test_the_settings_of_an_arm_reach_torchtitan() -> None:
-    arms = [{"name": "cross-entropy"}, {"name": "own", "warmup": 0.25, "gradient_clip": 0.5}]
+    arms = [{"name": "cross-entropy"}, {"name": "own", "warmup": 0.25, "max_grad_norm": 0.5}]
     lines = launches(StudyConfig.parse({**TITAN, "arms": arms}, where="test"), [], Path("out"))[0].lines
     joined = "\n".join(lines).replace("\\\n", " ")
     runs = [shlex.split(line) for line in joined.splitlines() if line.startswith("torchrun")]
@@ -692,7 +692,7 @@ def test_the_settings_of_an_arm_reach_torchtitan() -> None:
     ("changes", "named"),
     [
         ({"train": {"weight_decay": 0.3}}, "train.weight_decay 0.3"),
-        ({"train": {"decay": "linear"}}, "train.decay linear"),
+        ({"train": {"lr_scheduler_type": "linear"}}, "train.lr_scheduler_type linear"),
         ({"model": {"architecture": "llama"}}, "model.architecture llama"),
         ({"model": {"architecture": "qwen3", "overrides": {"hidden_size": 64}}}, "model.overrides.hidden_size 64"),
         ({"corpus": {"source": "somebody/else"}}, "corpus.source somebody/else"),
@@ -708,8 +708,8 @@ def test_measured_studies_offer_measure_commands() -> None:
         **{key: STARTS[key] for key in ("name", "title", "question")},
         "baseline": "small",
         "arms": [
-            {"name": "small", "untrained": True, "model": {"start": "a/small", "revision": "step1000"}},
-            {"name": "large", "untrained": True, "model": {"start": "a/large", "parameters": 1e9}},
+            {"name": "small", "untrained": True, "model": {"pretrained": "a/small", "revision": "step1000"}},
+            {"name": "large", "untrained": True, "model": {"pretrained": "a/large", "parameters": 1e9}},
         ],
         "measure": {"dataset": "wikitext", "passages": 7, "metrics": ["all"], "passage_seed": 5, "resamples": 500},
     }
@@ -752,7 +752,7 @@ def test_every_setting_of_a_measured_study_is_in_the_commands_or_named(name: str
         "confidence": 0.9,
     }[name]
     data = {key: STARTS[key] for key in ("name", "title", "question")}
-    arms = [{"name": name, "untrained": True, "model": {"start": f"a/{name}"}} for name in ("small", "large")]
+    arms = [{"name": name, "untrained": True, "model": {"pretrained": f"a/{name}"}} for name in ("small", "large")]
     study = StudyConfig.parse({**data, "baseline": "small", "arms": arms, "measure": {name: value}}, where="test")
     text = "\n".join(next(item.lines for item in launches(study, [], Path("out")) if "model by model" in item.title))
     options = {"passage_words": "words", "passage_seed": "seed"}

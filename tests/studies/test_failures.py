@@ -53,7 +53,7 @@ def change(folder: Path, **tensors: float | None) -> None:
 def started(folder: Path) -> StudyConfig:
     """A study that goes on from a folder, with its tokenizer."""
     text = {key: value for key, value in SMALL["corpus"].items() if key != "vocabulary"}
-    return small_study(model={"start": str(folder)}, corpus={**text, "tokenizer": str(folder)})
+    return small_study(model={"pretrained": str(folder)}, corpus={**text, "tokenizer": str(folder)})
 
 
 def run(study: StudyConfig, corpus: PackedCorpus, folder: Path, **options: object) -> Row:
@@ -87,7 +87,7 @@ def test_a_model_that_cannot_be_measured_is_a_row_and_the_others_are_measured(
     change(places["gap"], **{TENSOR: None})
     change(places["wild"], **{TENSOR: float("nan")})
     study = small_study(
-        arms=[{"name": name, "untrained": True, "model": {"start": str(path)}} for name, path in places.items()],
+        arms=[{"name": name, "untrained": True, "model": {"pretrained": str(path)}} for name, path in places.items()],
         baseline="good",
         measure={"passages": 2, "tokens": 16, "passage_words": [20, 30], "histograms": ["pooled"]},
     )

@@ -26,7 +26,7 @@ from decondense.studies.directory import (
 from decondense.studies.plan import Setting, Task, settings_of, tasks, trial_folder
 from studies.conftest import SMALL, small_study
 
-GRID = {"learning_rates": [0.003, 0.001], "warmups": [0.5, 0.0], "gradient_clips": [1.0, 0.5], "seeds": [77, 78]}
+GRID = {"learning_rates": [0.003, 0.001], "warmups": [0.5, 0.0], "max_grad_norms": [1.0, 0.5], "seeds": [77, 78]}
 
 
 def ended(task: Task, loss: float | None) -> None:
@@ -47,7 +47,7 @@ def test_every_arm_gets_every_setting_on_every_seed_in_a_folder_of_its_own(tmp_p
     trials = [task for task in tasks(study, tmp_path) if task.kind == "trial"]
     expected = set(itertools.product((0.001, 0.003), (0.0, 0.5), (0.5, 1.0), (77, 78)))
     tried = [
-        (t.setting.learning_rate, t.setting.warmup, t.setting.gradient_clip, t.seed)
+        (t.setting.learning_rate, t.setting.warmup, t.setting.max_grad_norm, t.seed)
         for t in trials
         if t.arm == "cross-entropy" and t.setting
     ]
@@ -60,7 +60,7 @@ def test_every_arm_gets_every_setting_on_every_seed_in_a_folder_of_its_own(tmp_p
         (arm,) = trial.study.arms
         assert trial.setting is not None
         assert trial.study.train.learning_rate == arm.learning_rate == trial.setting.learning_rate
-        assert arm.gradient_clip == trial.setting.gradient_clip
+        assert arm.max_grad_norm == trial.setting.max_grad_norm
     cells = [task for task in tasks(study, tmp_path) if task.kind == "cell" and task.arm == "fixed"]
     assert set(cells[0].needs) == {t.folder for t in trials if t.arm == "fixed"}
 
@@ -97,7 +97,7 @@ def test_a_short_trial_has_the_warm_up_steps_of_the_run(steps: int | None, run: 
         ({"learning_rates": [0.1]}, "at least two settings"),
         ({"learning_rates": [0.1, 0.2], "warmups": [1.0]}, "below 1"),
         ({"learning_rates": [0.1, 0.2], "warmups": [0.1, 0.1]}, "warmups are different"),
-        ({"learning_rates": [0.1, 0.2], "gradient_clips": [0]}, "gradient_clips are different positive"),
+        ({"learning_rates": [0.1, 0.2], "max_grad_norms": [0]}, "max_grad_norms are different positive"),
         ({"learning_rates": [0.1, 0.2], "seeds": [5, 5]}, "different non-negative"),
         ({"learning_rates": [0.1, 0.2], "seeds": [5, 0]}, "one of the study's seeds"),
         ({"learning_rates": [0.1, 0.2], "steps": 3, "warmups": [0.4]}, r"warm-up of 3 steps .*sweep\.steps above 3"),
@@ -127,10 +127,10 @@ def test_the_setting_with_the_least_mean_is_chosen_marked_and_used(tmp_path) -> 
     best = min(means, key=lambda setting: means[setting])
     rows = [row for row in trial_rows(study, listed) if row["arm"] == "dispersion"]
     assert len(rows) == 16
-    chosen = {(row["learning_rate"], row["warmup"], row["gradient_clip"], row["seed"]) for row in rows if row["chosen"]}
-    assert chosen == {(best.learning_rate, best.warmup, best.gradient_clip, seed) for seed in (77, 78)}
+    chosen = {(row["learning_rate"], row["warmup"], row["max_grad_norm"], row["seed"]) for row in rows if row["chosen"]}
+    assert chosen == {(best.learning_rate, best.warmup, best.max_grad_norm, seed) for seed in (77, 78)}
     arm = resolved_arm(study, "dispersion", listed)
-    assert (arm.learning_rate, arm.warmup, arm.gradient_clip) == (best.learning_rate, best.warmup, best.gradient_clip)
+    assert (arm.learning_rate, arm.warmup, arm.max_grad_norm) == (best.learning_rate, best.warmup, best.max_grad_norm)
     assert arm.dispersion == study.arm("dispersion").dispersion
     assert [row for row in collect(study, tmp_path) if row["arm"] == "dispersion"] == rows
 
@@ -198,7 +198,7 @@ def documents(folder: Path, count: int = 40) -> Path:
 
 
 def local_study(text: Path, **changes: object) -> StudyConfig:
-    corpus = {"source": str(text), "vocabulary": 300, "held_out": 0.4}
+    corpus = {"source": str(text), "vocab_size": 300, "held_out": 0.4}
     return small_study(**{"corpus": corpus, **changes})
 
 
@@ -256,7 +256,7 @@ def test_a_wrong_first_command_does_not_keep_the_directory(tmp_path) -> None:
     "changes",
     [
         {"evaluate": {**SMALL["evaluate"], "data_dir": "s3://bucket/x?token=passw0rd"}},
-        {"arms": [{"name": "a", "model": {"start": "https://u:passw0rd@h/m"}}, {"name": "cross-entropy"}]},
+        {"arms": [{"name": "a", "model": {"pretrained": "https://u:passw0rd@h/m"}}, {"name": "cross-entropy"}]},
     ],
 )
 def test_credentials_are_refused_before_anything_is_written(changes: dict, tmp_path) -> None:

@@ -80,7 +80,7 @@ def test_the_logged_loss_is_the_plain_cross_entropy(tmp_path) -> None:
 
 def test_micro_batches_give_the_same_training(tmp_path, uninterrupted) -> None:
     base = small_study().train
-    study = small_study(train=base.model_copy(update={"micro_batch_sequences": 1}).model_dump())
+    study = small_study(train=base.model_copy(update={"micro_batch_size": 1}).model_dump())
     study = study.model_copy(
         update={"model": study.model.model_copy(update={"overrides": {**study.model.overrides, **NO_DROPOUT}})}
     )
@@ -437,7 +437,7 @@ def test_a_changed_text_is_noticed(tmp_path) -> None:
     for number in range(30):
         (text / f"{number}.txt").write_text(f"document {number}: " + " ".join(str(n * number) for n in range(200)))
     study = small_study(
-        corpus={"source": str(text), "vocabulary": 300, "held_out": 0.4},
+        corpus={"source": str(text), "vocab_size": 300, "held_out": 0.4},
         arms=[{"name": "cross-entropy"}],
         train={**SHORT, "steps": 2},
         evaluate={"points": [1], "validation_tokens": 200, "passages": 2, "passage_tokens": 16},
@@ -448,7 +448,7 @@ def test_a_changed_text_is_noticed(tmp_path) -> None:
         run_study(study, tmp_path / "out", workers=0)
 
 
-SHORT = {"batch_sequences": 2, "sequence_tokens": 16, "log_every": 1, "checkpoint_every": 2}
+SHORT = {"batch_size": 2, "max_seq_length": 16, "log_every": 1, "checkpoint_every": 2}
 
 
 def test_divergence_is_a_row_that_names_step_and_layer(tmp_path) -> None:
@@ -539,7 +539,7 @@ def test_mid_training_goes_on_from_a_checkpoint_with_its_tokenizer(tmp_path, uni
     out, rows = uninterrupted
     start = cell_folder(out, "cross-entropy", 0) / "final"
     corpus = {**SMALL["corpus"], "tokenizer": str(start)}
-    study = small_study(model={"start": str(start)}, corpus=corpus)
+    study = small_study(model={"pretrained": str(start)}, corpus=corpus)
     later = run_study(study, tmp_path / "mid", workers=0)
     ended = next(row for row in rows if row["arm"] == "cross-entropy" and row.get("status") == "finished")
     assert {row["init_hash"] for row in later if row.get("status") == "finished"} == {ended["final_hash"]}
@@ -553,13 +553,13 @@ def test_a_start_needs_its_tokenizer_its_positions_and_to_exist(tmp_path, uninte
     out, _ = uninterrupted
     start = str(cell_folder(out, "cross-entropy", 0) / "final")
     with pytest.raises(ConfigError, match=r"name it in corpus\.tokenizer"):
-        small_study(model={"start": start})
+        small_study(model={"pretrained": start})
     corpus = {**SMALL["corpus"], "tokenizer": start}
-    longer = {**small_study().train.model_dump(), "sequence_tokens": 64}
-    with pytest.raises(ConfigError, match=r"has 32 positions, less than train\.sequence_tokens 64"):
-        run_study(small_study(model={"start": start}, corpus=corpus, train=longer), tmp_path / "a", workers=0)
+    longer = {**small_study().train.model_dump(), "max_seq_length": 64}
+    with pytest.raises(ConfigError, match=r"has 32 positions, less than train\.max_seq_length 64"):
+        run_study(small_study(model={"pretrained": start}, corpus=corpus, train=longer), tmp_path / "a", workers=0)
     missing = str(tmp_path / "nobody")
     with pytest.raises(ConfigError, match=r"model\.start .*nobody.*cannot be loaded"):
-        run_study(small_study(model={"start": missing}, corpus=corpus), tmp_path / "b", workers=0)
+        run_study(small_study(model={"pretrained": missing}, corpus=corpus), tmp_path / "b", workers=0)
     with pytest.raises(ConfigError, match=r"corpus\.tokenizer .*nobody.*cannot be loaded"):
         run_study(small_study(corpus={**corpus, "tokenizer": missing}), tmp_path / "c", workers=0)

@@ -43,7 +43,7 @@ STAGED = {
         {"name": "taught", "distillation": {"teacher": "prepared:teacher"}, "learning_rate": 0.002},
     ],
     "prepared": {"base": BASE, "teacher": {**BASE, "seed": 6}},
-    "model": {"start": "prepared:base"},
+    "model": {"pretrained": "prepared:base"},
     "sweep": {"learning_rates": [0.03, 0.001], "seed": 77},
     "evaluate": {**SMALL["evaluate"], "validation_tokens": 4096},
 }
@@ -93,17 +93,17 @@ def test_a_sweep_chooses_each_arms_rate_on_a_seed_and_documents_of_its_own(stage
 
 
 def test_the_chosen_warm_up_and_clip_are_those_of_the_runs(tmp_path) -> None:
-    sweep = {"learning_rates": [0.01], "warmups": [0.0, 0.5], "gradient_clips": [0.1], "seed": 77, "steps": 6}
+    sweep = {"learning_rates": [0.01], "warmups": [0.0, 0.5], "max_grad_norms": [0.1], "seed": 77, "steps": 6}
     study = small_study(
         sweep=sweep, arms=[{"name": "cross-entropy"}], evaluate={**SMALL["evaluate"], "validation_tokens": 4096}
     )
     rows = run_study(study, tmp_path / "study", workers=0)
     trials = {row["warmup"]: row for row in rows if row["kind"] == "trial"}
-    assert {warmup: row["gradient_clip"] for warmup, row in trials.items()} == {0.0: 0.1, 0.5: 0.1}
+    assert {warmup: row["max_grad_norm"] for warmup, row in trials.items()} == {0.0: 0.1, 0.5: 0.1}
     (chosen,) = [row for row in trials.values() if row["chosen"]]
     assert chosen["value"] == min(row["value"] for row in trials.values())
     end = ends(rows)["cross-entropy", 0]
-    assert (end["learning_rate"], end["warmup"], end["gradient_clip"]) == (0.01, chosen["warmup"], 0.1)
+    assert (end["learning_rate"], end["warmup"], end["max_grad_norm"]) == (0.01, chosen["warmup"], 0.1)
     for warmup in trials:
         own = read_rows(trial_folder(tmp_path / "study", "cross-entropy", Setting(0.01, warmup, 0.1)) / "rows.jsonl")
         logged = {row["step"]: row["learning_rate"] for row in own if row["kind"] == "step"}
@@ -227,7 +227,7 @@ def test_adapters_train_alone_and_resume(tmp_path) -> None:
 
     study = small_study(
         prepared={"base": BASE},
-        model={"start": "prepared:base", "lora": {"rank": 2, "targets": ["c_attn"]}},
+        model={"pretrained": "prepared:base", "lora": {"rank": 2, "targets": ["c_attn"]}},
         arms=[{"name": "cross-entropy"}, {"name": "dispersion", "dispersion": {"weight": 0.5}}],
         train={**SMALL["train"], "learning_rate": 0.05},
     )
@@ -259,7 +259,7 @@ def test_adapters_train_alone_and_resume(tmp_path) -> None:
         )
     assert stable_rows(run_study(study, out, workers=0)) == stable_rows(rows)
 
-    wrong = {"start": "prepared:base", "lora": {"targets": ["nothing"]}}
+    wrong = {"pretrained": "prepared:base", "lora": {"targets": ["nothing"]}}
     missing = small_study(prepared={"base": BASE}, model=wrong)
     with pytest.raises(ConfigError, match=r"model\.lora\.targets \('nothing',\) cannot be used"):
         run_study(missing, tmp_path / "wrong", workers=0)
@@ -274,7 +274,7 @@ def test_measured_starts_are_measured_with_their_own_tokenizers(staged, tmp_path
     places = {name: str(prepared_folder(out, name) / "final") for name in ("base", "teacher")}
     settings = {"passages": 3, "tokens": 32, "passage_words": [60, 80], "histograms": ["pooled"]}
     study = small_study(
-        arms=[{"name": name, "untrained": True, "model": {"start": path}} for name, path in places.items()],
+        arms=[{"name": name, "untrained": True, "model": {"pretrained": path}} for name, path in places.items()],
         baseline="base",
         measure=settings,
         seeds=[0, 1],
@@ -298,12 +298,15 @@ def test_measured_starts_are_measured_with_their_own_tokenizers(staged, tmp_path
     [
         ({"sweep": {"learning_rates": [0.1, 0.1]}}, "different positive numbers"),
         ({"sweep": {"learning_rates": [0.1, 0.2], "seed": 0}}, "settings are chosen on a seed of their own"),
-        ({"model": {"start": "prepared:bass"}, "prepared": {"base": BASE}}, r"unknown prepared model 'bass'.*'base'"),
+        (
+            {"model": {"pretrained": "prepared:bass"}, "prepared": {"base": BASE}},
+            r"unknown prepared model 'bass'.*'base'",
+        ),
         ({"arms": [{"name": "a", "untrained": True, "learning_rate": 0.1}], "baseline": "a"}, "would have no effect"),
         ({"measure": {}}, "measures starts and trains nothing, but arm 'cross-entropy'"),
         ({"prepared": {"a/b": BASE}}, "'a/b' is not a valid name"),
         (
-            {"arms": [{"name": "x", "model": {"start": "m", "overrides": {"n_layer": 1}}}], "baseline": "x"},
+            {"arms": [{"name": "x", "model": {"pretrained": "m", "overrides": {"n_layer": 1}}}], "baseline": "x"},
             "brings its own architecture",
         ),
     ],

@@ -134,7 +134,7 @@ def test_distillation_is_the_papers_formula_however_the_batch_is_cut(tmp_path) -
     train = small_study().train.model_dump() | {"steps": 2, "log_every": 1, "checkpoint_every": 2}
     logged = {}
     for micro in (4, 1):
-        study = small_study(model=model, arms=arms, train={**train, "micro_batch_sequences": micro})
+        study = small_study(model=model, arms=arms, train={**train, "micro_batch_size": micro})
         rows = run_study(study, tmp_path / f"micro-{micro}", workers=0)
         logged[micro] = [row for row in rows if row["kind"] == "step" and row["arm"] == "taught"]
     for whole, cut in zip(logged[4], logged[1], strict=True):
@@ -166,7 +166,7 @@ def test_a_teacher_of_another_tokenizer_or_no_teacher_is_refused(tmp_path) -> No
 
     run_study(small_study(arms=[{"name": "cross-entropy"}]), tmp_path / "teacher", workers=0)
     teacher = str(tmp_path / "teacher" / "cells" / "cross-entropy" / "seed-0" / "final")
-    corpus = small_study().corpus.model_dump() | {"vocabulary": 600}
+    corpus = small_study().corpus.model_dump() | {"vocab_size": 600}
     arms = [{"name": "cross-entropy"}, {"name": "taught", "distillation": {"teacher": teacher}}]
     with pytest.raises(ConfigError, match=r"another tokenizer than the student \(vocabularies of 512 and 600"):
         run_study(small_study(arms=arms, corpus=corpus), tmp_path / "other", workers=0)
@@ -192,7 +192,7 @@ def test_the_model_that_a_treatment_needs_is_prepared_and_paid_for() -> None:
         steps, tokens = 10, 1000
 
         def forward(self, model: ModelConfig | None = None) -> float:
-            return 1.0 if model is None else 7.0 * (model.start == "prepared:big") * (model.revision == "main")
+            return 1.0 if model is None else 7.0 * (model.pretrained == "prepared:big") * (model.revision == "main")
 
     taught = ArmConfig(name="a", distillation={"teacher": "prepared:big", "revision": "main"}, dispersion={})
     assert [name for entry in taught.treatments.values() for name in entry.prepared_models] == ["big"]
@@ -226,7 +226,7 @@ def test_a_loss_that_a_treatment_adds_is_weighted_and_logged_as_the_mean_of_the_
         def extra_loss(self, input_ids_BT, outputs):
             return outputs.logits.sum() * 0.0 + float(len(input_ids_BT))
 
-    train = small_study().train.model_copy(update={"micro_batch_sequences": micro})
+    train = small_study().train.model_copy(update={"micro_batch_size": micro})
     trainer = StudyTrainer(model=model, args=training_arguments(train, tmp_path, 0), processing_class=None)
     trainer.treatments["constant"] = Constant()
     ids = torch.arange(8).repeat(micro, 1)

@@ -84,7 +84,7 @@ def evaluate_command(
         found = evaluate(
             model,
             tasks,
-            shots=defaults.shots if shots is None else shots,
+            shots=defaults.num_fewshot if shots is None else shots,
             limit=limit,
             data_dir=data_dir,
             out=folder,

@@ -53,17 +53,17 @@ class StudyOptions:
         evaluate: dict[str, Any] = {}
         laid_over: dict[str, Any] = {"model": model, "corpus": corpus, "evaluate": evaluate}
         if self.start is not None:
-            old = base.model.start
+            old = base.model.pretrained
             if old is None:
                 raise ConfigError(
                     f"--start {self.start!r}: the study {base.name!r} (scale {base.scale}) starts from scratch and has "
-                    "no model.start to replace. To start from a model: --set model.start=... with --tokenizer."
+                    "no model.pretrained to replace. To start from a model: --set model.pretrained=... with --tokenizer."
                 )
             # revision and size belong to the model that is replaced
-            model.update({"start": self.start, "revision": None, "parameters": None})
+            model.update({"pretrained": self.start, "revision": None, "parameters": None})
             if base.corpus.tokenizer in (None, old):
                 corpus["tokenizer"] = self.start
-            named = {base.model_of(arm).prepared for arm in base.arms if arm.model and arm.model.start}
+            named = {base.model_of(arm).prepared for arm in base.arms if arm.model and arm.model.pretrained}
             named |= {name for arm in base.arms for entry in arm.treatments.values() for name in entry.prepared_models}
             if base.model.prepared is not None and base.model.prepared not in named:
                 replaced["prepared"] = {

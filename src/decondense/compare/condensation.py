@@ -146,9 +146,9 @@ def _origin(config: StudyConfig, entry: ArmConfig) -> str:
     model = config.model_of(entry)
     if model.prepared is not None:
         return config.prepared[model.prepared].model.architecture
-    if model.start is None:
+    if model.pretrained is None:
         return model.architecture
-    words = model.start.rstrip("/").rsplit("/", 1)[-1].split("-")
+    words = model.pretrained.rstrip("/").rsplit("/", 1)[-1].split("-")
     # the last "base" of a name says that a model was not tuned, not how large it is
     kept = [w for i, w in enumerate(words) if not _SIZE_WORDS.fullmatch(w) or (w.lower() == "base" and i > 1)]
     return "-".join(kept) or "-".join(words)

@@ -17,7 +17,7 @@ def sweeps(context: Context) -> list[Sweep]:
         rows: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
         for row in context.study.trials:
             if row["arm"] == arm:
-                setting = (float(row["learning_rate"]), row.get("warmup"), row.get("gradient_clip"))
+                setting = (float(row["learning_rate"]), row.get("warmup"), row.get("max_grad_norm"))
                 rows.setdefault(setting, {})[int(row["seed"])] = row
         if rows:
             ordered = sorted(rows.items(), key=lambda entry: [value or 0.0 for value in entry[0]])
@@ -33,7 +33,7 @@ def _trial(setting: tuple[Any, ...], rows: Sequence[dict[str, Any]]) -> Trial:
     return Trial(
         learning_rate=setting[0],
         warmup=setting[1],
-        gradient_clip=setting[2],
+        max_grad_norm=setting[2],
         steps=int(rows[0]["steps"]),
         seeds=tuple(int(row["seed"]) for row in rows),
         value=float(sum(values) / len(values)) if whole else None,

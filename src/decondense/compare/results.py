@@ -215,7 +215,7 @@ class Trial:
     learning_rate: float
     warmup: float | None
     """As a fraction of the run's steps; None: not swept."""
-    gradient_clip: float | None
+    max_grad_norm: float | None
     steps: int
     seeds: tuple[int, ...]
     value: float | None
@@ -251,7 +251,7 @@ class Sweep:
         A value that failed bounds the grid too, and below a warm-up of 0 there is nothing.
         """
         found: dict[str, Edge] = {}
-        for knob in ("learning_rate", "warmup", "gradient_clip"):
+        for knob in ("learning_rate", "warmup", "max_grad_norm"):
             values = sorted({v for trial in self.trials if (v := getattr(trial, knob)) is not None})
             value = getattr(self.chosen, knob, None)
             if len(values) < 2 or value is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError, model_validator
 
 C = TypeVar("C", bound="Config")
 
@@ -95,6 +95,14 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: not valid YAML ({error}).") from error
 
 
+def formerly(old: str, new: str) -> dict[str, Any]:
+    """For ``Field(**formerly("old", "new"))``: a key with another name before; files and rows that have that are read.
+
+    The fingerprint keeps the old name, so that rows written before still belong to their study.
+    """
+    return {"validation_alias": AliasChoices(new, old), "serialization_alias": old}
+
+
 class Config(BaseModel):
     """Base of all configurations: frozen, keyword-only, no unknown keys."""
 
@@ -108,8 +116,11 @@ class Config(BaseModel):
     def _name_unknown_keys(cls, data: Any) -> Any:
         # pydantic's own message for an extra key does not say which key may have been meant
         if isinstance(data, dict):
+            old = {field.serialization_alias: name for name, field in cls.model_fields.items()}
             for key in data:
-                if key not in cls.model_fields:
+                if key in old and old[key] in data:
+                    raise ValueError(f"{key} is the former name of {old[key]}; give one of them.")
+                if key not in cls.model_fields and key not in old:
                     raise ValueError(
                         f"unknown key {key!r} in {cls.__name__}.{suggest(key, cls.model_fields)} "
                         f"Known: {', '.join(cls.model_fields)}."
@@ -118,7 +129,7 @@ class Config(BaseModel):
 
     def fingerprint(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of the canonical JSON of this configuration."""
-        data = self.model_dump(mode="json", exclude=set(self.not_identity))
+        data = self.model_dump(mode="json", exclude=set(self.not_identity), by_alias=True)
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

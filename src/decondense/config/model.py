@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from decondense.config.base import Config
+from decondense.config.base import Config, formerly
 
 PREPARED = "prepared:"
 """Prefix of a model that the study trains for itself first: ``prepared:NAME``, NAME a key of ``prepared``."""
@@ -32,8 +32,8 @@ class ModelConfig(Config):
     """A Hugging Face ``model_type`` with a causal language model head, initialised from scratch."""
     overrides: Overrides = Field(default_factory=dict)
     """Fields of the architecture's configuration. The vocabulary size always follows the tokenizer."""
-    start: str | None = None
-    """Directory or hub id of a pretrained model to go on from (mid-training) instead of ``architecture``, or
+    pretrained: str | None = Field(default=None, **formerly("start", "pretrained"))
+    """Directory or hub id of a pretrained model to train further (mid-training) instead of ``architecture``, or
     ``prepared:NAME``."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
@@ -44,7 +44,7 @@ class ModelConfig(Config):
     @property
     def prepared(self) -> str | None:
         """NAME when the start is ``prepared:NAME``."""
-        return prepared_name(self.start)
+        return prepared_name(self.pretrained)
 
 
 class ArmModelConfig(Config):
@@ -56,24 +56,26 @@ class ArmModelConfig(Config):
     architecture: str | None = None
     overrides: Overrides = Field(default_factory=dict)
     """Laid over the study's overrides, or instead of them when the arm names an architecture."""
-    start: str | None = None
+    pretrained: str | None = Field(default=None, **formerly("start", "pretrained"))
     revision: str | None = None
     lora: LoraConfig | None = None
     parameters: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _one_origin(self) -> ArmModelConfig:
-        if self.start is not None and (self.architecture is not None or self.overrides):
+        if self.pretrained is not None and (self.architecture is not None or self.overrides):
             raise ValueError(
-                f"start {self.start!r} brings its own architecture; leave architecture and overrides away."
+                f"pretrained {self.pretrained!r} brings its own architecture; omit architecture and overrides."
             )
         return self
 
     def over(self, base: ModelConfig) -> ModelConfig:
         """The arm's whole model."""
         lora = base.lora if self.lora is None else self.lora
-        if self.start is not None:
-            return ModelConfig(start=self.start, revision=self.revision, lora=lora, parameters=self.parameters)
+        if self.pretrained is not None:
+            return ModelConfig(
+                pretrained=self.pretrained, revision=self.revision, lora=lora, parameters=self.parameters
+            )
         if self.architecture is not None:
             return ModelConfig(architecture=self.architecture, overrides=self.overrides, lora=lora)
         overrides = {**base.overrides, **self.overrides}

@@ -10,13 +10,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from decondense.config.base import Config, one_of
+from decondense.config.base import Config, formerly, one_of
 from decondense.config.measure import MeasureConfig
 from decondense.config.model import ArmModelConfig, ModelConfig
 from decondense.config.train import CorpusConfig, EvaluateConfig, TrainConfig
 from decondense.config.treatments import TREATMENTS, Treatments
 
-SETTINGS = ("learning_rate", "warmup", "gradient_clip")
+SETTINGS = ("learning_rate", "warmup", "max_grad_norm")
 """Fields of :class:`TrainConfig` that an arm may have of its own, and that a sweep chooses."""
 
 
@@ -36,7 +36,7 @@ class ArmConfig(Treatments, ArmIdentity):
     its own takes no part in the sweep."""
     warmup: float | None = Field(default=None, ge=0, lt=1)
     """Fraction of the steps over which this arm's rate rises; None: the one that the sweep chooses, or the study's."""
-    gradient_clip: float | None = Field(default=None, gt=0)
+    max_grad_norm: float | None = Field(default=None, gt=0, **formerly("max_grad_norm", "max_grad_norm"))
     """Largest global L2 norm of this arm's gradient; None: the one that the sweep chooses, or the study's."""
     model: ArmModelConfig | None = None
     untrained: bool = False
@@ -80,8 +80,8 @@ class SweepConfig(Config):
     learning_rates: tuple[float, ...] = Field(min_length=1)
     warmups: tuple[float, ...] = ()
     """Warm-ups to try, as fractions of the run's steps; empty: the study's ``train.warmup`` alone."""
-    gradient_clips: tuple[float, ...] = ()
-    """Largest gradient norms to try; empty: the study's ``train.gradient_clip`` alone."""
+    max_grad_norms: tuple[float, ...] = Field(default=(), **formerly("max_grad_norms", "max_grad_norms"))
+    """Largest gradient norms to try; empty: the study's ``train.max_grad_norm`` alone."""
     seed: int = Field(default=1000, ge=0)
     """Seed of the trials."""
     seeds: tuple[int, ...] = ()
@@ -94,7 +94,7 @@ class SweepConfig(Config):
     the trial's own steps, so that the trial is a scaled-down run. The rate that is best with a short warm-up need not
     be the best one with a long warm-up."""
 
-    @field_validator("learning_rates", "gradient_clips")
+    @field_validator("learning_rates", "max_grad_norms")
     @classmethod
     def _positive(cls, values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
         if any(not 0 < value < math.inf for value in values) or len(set(values)) != len(values):
@@ -117,7 +117,7 @@ class SweepConfig(Config):
 
     @model_validator(mode="after")
     def _choice(self) -> SweepConfig:
-        if len(self.learning_rates) * max(1, len(self.warmups)) * max(1, len(self.gradient_clips)) < 2:
+        if len(self.learning_rates) * max(1, len(self.warmups)) * max(1, len(self.max_grad_norms)) < 2:
             raise ValueError("a sweep has at least two settings to choose from; add learning_rates or warmups.")
         return self
 
@@ -185,17 +185,17 @@ class StudyConfig(Config):
                 raise ValueError(f"prepared: {name!r} is not a valid name; use letters, digits, '.', '_' and '-'.")
         for arm in self.arms:
             model = self.model_of(arm)
-            if arm.model is not None and arm.model.overrides and self.model.start is not None and model.start:
+            if arm.model is not None and arm.model.overrides and self.model.pretrained is not None and model.pretrained:
                 raise ValueError(
-                    f"arm {arm.name!r}: model.overrides have no effect on the start {model.start!r}; name an "
+                    f"arm {arm.name!r}: model.overrides have no effect on the start {model.pretrained!r}; name an "
                     "architecture."
                 )
             for wanted in self.prepared_of(arm):
                 one_of("prepared model", wanted, self.prepared)
-            if self.measure is not None and not (arm.untrained and model.start):
+            if self.measure is not None and not (arm.untrained and model.pretrained):
                 raise ValueError(
                     f"the study measures starts and trains nothing, but arm {arm.name!r} is not untrained: true with a "
-                    "model.start."
+                    "model.pretrained."
                 )
         for name, entry in self.prepared.items():
             if entry.model.prepared is not None:
@@ -204,16 +204,16 @@ class StudyConfig(Config):
             raise ValueError(f"the baseline {self.baseline!r} has a model of its own; give it as the study's model.")
         if self.sweep is not None:
             self._check_sweep(self.sweep)
-        start = self.model.start if self.model.prepared is None else None
+        start = self.model.pretrained if self.model.prepared is None else None
         if start is not None and self.corpus.tokenizer is None and self.measure is None:
             raise ValueError(
-                f"model.start {self.model.start!r} was trained with a tokenizer of its own; name it in "
+                f"model.pretrained {self.model.pretrained!r} was trained with a tokenizer of its own; name it in "
                 "corpus.tokenizer (usually the same directory or hub id)."
             )
-        if self.evaluate.passage_tokens > self.train.sequence_tokens and self.measure is None:
+        if self.evaluate.passage_tokens > self.train.max_seq_length and self.measure is None:
             raise ValueError(
-                f"evaluate.passage_tokens {self.evaluate.passage_tokens} exceeds train.sequence_tokens "
-                f"{self.train.sequence_tokens}, the length that the model is trained on."
+                f"evaluate.passage_tokens {self.evaluate.passage_tokens} exceeds train.max_seq_length "
+                f"{self.train.max_seq_length}, the length that the model is trained on."
             )
         return self
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from decondense.config.base import Config
+from decondense.config.base import Config, formerly
 from decondense.privacy import without_credentials
 
 
@@ -24,14 +24,14 @@ class CorpusConfig(Config):
     """Field that holds the text; None: ``text``, or the only field of strings that names no record (id, URL, date)."""
     streaming: bool = False
     """Hub only: read the rows one by one over the network instead of downloading the data set first."""
-    most_characters: int | None = Field(default=None, ge=1)
+    max_characters: int | None = Field(default=None, ge=1, **formerly("max_characters", "max_characters"))
     """Characters of text at most, taken in the order of the source; None: all of it."""
     documents: Literal["standard_library", "scientific", "all"] = "all"
     """``python_docs`` only: the documentation of the standard library alone, with numpy, scipy and matplotlib, or of
     every dependency too."""
     tokenizer: str | None = None
     """Directory or hub id of a tokenizer to use; None: a byte-level BPE is trained on the training split."""
-    vocabulary: int = Field(default=4096, ge=300, le=65_536)
+    vocab_size: int = Field(default=4096, ge=300, le=65_536, **formerly("vocabulary", "vocab_size"))
     """Entries of the BPE that is trained; not used when ``tokenizer`` is given."""
     held_out: float = Field(default=0.05, gt=0, lt=0.5)
     """Share of the documents held out, chosen by the hash of their text."""
@@ -47,20 +47,24 @@ class TrainConfig(Config):
     """One training run. Defaults are the embedded study's; the paper's values are named where they differ."""
 
     steps: int = Field(default=300, ge=1)
-    batch_sequences: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=16, ge=1, **formerly("batch_size", "batch_size"))
     """Sequences of one optimizer step (over all ranks and accumulation steps)."""
-    micro_batch_sequences: int | None = Field(default=None, ge=1)
+    micro_batch_size: int | None = Field(default=None, ge=1, **formerly("micro_batch_size", "micro_batch_size"))
     """Sequences of one forward pass on one rank; None: as many as the step has."""
-    sequence_tokens: int = Field(default=128, ge=2)
+    max_seq_length: int = Field(default=128, ge=2, **formerly("max_seq_length", "max_seq_length"))
+    """Tokens of a training sequence."""
     learning_rate: float = Field(default=3e-3, gt=0)
     """Peak learning rate of AdamW. Paper: 5e-5 in mid-training."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.1, ge=0)
-    gradient_clip: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0, **formerly("max_grad_norm", "max_grad_norm"))
     """Largest global L2 norm of the gradient."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
     """Fraction of the steps over which the learning rate rises linearly. Paper: 0.2."""
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", **formerly("decay", "lr_scheduler_type")
+    )
+    """How the learning rate falls after the warm-up."""
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
     fsdp: bool = False
@@ -80,10 +84,9 @@ class TrainConfig(Config):
             raise ValueError(
                 f"checkpoint_every {self.checkpoint_every} must be a multiple of log_every {self.log_every}."
             )
-        if self.micro_batch_sequences is not None and self.batch_sequences % self.micro_batch_sequences:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"batch_sequences {self.batch_sequences} must be a multiple of micro_batch_sequences "
-                f"{self.micro_batch_sequences}."
+                f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}."
             )
         return self
 
@@ -106,7 +109,7 @@ class EvaluateConfig(Config):
     """Which held-out documents are scored: the first ones, or others at the end, on which learning rates are chosen."""
     tasks: tuple[str, ...] = ()
     """Benchmarks of the final checkpoint (:func:`decondense.evaluate.evaluate`): ``paper``, ``ten``, harness tasks."""
-    shots: Literal["gpt2", "qwen3"] | int = "gpt2"
+    num_fewshot: Literal["gpt2", "qwen3"] | int = Field(default="gpt2", **formerly("shots", "num_fewshot"))
     """Examples in the prompts: the paper's for GPT2 or Qwen3, or one number for every task that takes some."""
     limit: int | None = Field(default=None, ge=1)
     """Items of each benchmark at most; None: all. Paper: 500 (GPT2), 200 (Qwen3)."""

@@ -109,7 +109,7 @@ class PackedCorpus:
         if available < 1:
             raise ValueError(
                 f"the training text holds {len(self.train_tokens)} tokens, less than one sequence of {length}; "
-                "give more text or a smaller train.sequence_tokens."
+                "give more text or a smaller train.max_seq_length."
             )
         epochs = range(-(-count // available))
         generators = (np.random.default_rng(derive(seed, "data order", epoch)) for epoch in epochs)
@@ -196,7 +196,7 @@ def prepare(config: CorpusConfig, *, cache: Path | None = None, progress: Progre
     cache = cache or cache_directory()
     source = find_source(config, cache=cache, progress=progress)
     ready = None if config.tokenizer is None else _load_tokenizer(config.tokenizer)
-    vocabulary = config.vocabulary if ready is None else ready.backend_tokenizer.to_str()
+    vocabulary = config.vocab_size if ready is None else ready.backend_tokenizer.to_str()
     key = hashlib.sha256(f"recipe {_RECIPE} {vocabulary} {config.held_out}".encode())
     for part in source.key:
         key.update(part.encode())
@@ -275,7 +275,7 @@ def _build(
                 raise _too_few(config, 0, count)
             report = progress or (lambda what, done, total: None)
             report("learning the vocabulary", 0, 1)
-            ready = _train_tokenizer(sample, config.vocabulary)
+            ready = _train_tokenizer(sample, config.vocab_size)
             report("learning the vocabulary", 1, 1)
             documents = _unspooled(spool, count, report)
         ready.save_pretrained(folder / "tokenizer")
@@ -326,7 +326,7 @@ def _too_few(config: CorpusConfig, train: int, held_out: int) -> ValueError:
     return ValueError(
         f"the text of {config.source!r} has {train + held_out} documents, too few to hold {config.held_out:.0%} "
         f"of them out ({train} to train on, {held_out} held out). Give more documents: one file each, or "
-        f"separated by a line {END}{'' if config.most_characters is None else ', or raise corpus.most_characters'}."
+        f"separated by a line {END}{'' if config.max_characters is None else ', or raise corpus.max_characters'}."
     )
 
 

@@ -90,16 +90,16 @@ class Dropped:
 def documents_of(
     source: Source, config: CorpusConfig, what: str, progress: Progress | None, dropped: Dropped | None = None
 ) -> Iterator[Document]:
-    """The documents of a source in its order: without empty and repeated ones, ``most_characters`` in total.
+    """The documents of a source in its order: without empty and repeated ones, ``max_characters`` in total.
 
-    The document in which ``most_characters`` is reached is cut there and is the last. ``dropped`` counts the omitted
+    The document in which ``max_characters`` is reached is cut there and is the last. ``dropped`` counts the omitted
     documents.
     """
     dropped = dropped or Dropped()
     try:
         documents, position, unit = source.read()
         seen: set[int] = set()
-        left = most = config.most_characters
+        left = most = config.max_characters
         for number, document in enumerate(documents):
             if progress is not None and number % _PROGRESS_EVERY == 0:
                 if most is not None and left is not None:
@@ -156,7 +156,7 @@ def _no_hub_options(config: CorpusConfig) -> None:
 
 
 def _request(config: CorpusConfig, kind: str, *names: str) -> tuple[str, ...]:
-    chosen = {name: getattr(config, name) for name in ("text_field", "most_characters", *names)}
+    chosen = {name: getattr(config, name) for name in ("text_field", "max_characters", *names)}
     return (json.dumps({"reader": _READER[kind], "kind": kind, **chosen}, sort_keys=True),)
 
 

@@ -56,7 +56,7 @@ def evaluate(
     model: str | Path,
     tasks: str | Iterable[str] = "paper",
     *,
-    shots: str | int = _D.shots,
+    shots: str | int = _D.num_fewshot,
     limit: int | None = _D.limit,
     data_dir: str | Path | None = _D.data_dir,
     out: str | Path | None = None,
@@ -178,7 +178,7 @@ def check_benchmarks(settings: EvaluateConfig) -> None:
         EvaluationError: the harness is not installed, files are missing, an unknown number of examples.
     """
     if settings.tasks:
-        _plan(settings.tasks, settings.shots, settings.data_dir)
+        _plan(settings.tasks, settings.num_fewshot, settings.data_dir)
 
 
 def benchmark_rows(
@@ -205,7 +205,7 @@ def benchmark_rows(
     evaluation = evaluate(
         model,
         settings.tasks,
-        shots=settings.shots,
+        shots=settings.num_fewshot,
         limit=settings.limit,
         data_dir=settings.data_dir,
         out=out,

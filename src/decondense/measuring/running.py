@@ -154,9 +154,7 @@ def assembled(
         norm_sd=np.stack([row.norm_sd_P for row in rows]),
         norm_max=np.stack([row.norm_max_P for row in rows]),
         metrics={name: np.stack([row.metric_P[name] for row in rows]) for name in rows[0].metric_P},
-        sides=Sides.collected(
-            metrics, [None if row.moments is None else row.moments.moments() for row in rows], between
-        ),
+        sides=Sides.collected(metrics, moments, between),
         pooled=np.stack([c for c in pooled if c is not None]) if pooled and pooled[0] is not None else None,
         summed=np.stack([s for s in summed if s is not None]) if summed and summed[0] is not None else None,
         no_averaged=no_averaged,

@@ -62,7 +62,7 @@ class RunRow(_CellRow):
     """Peak learning rate of the run: the study's, the arm's, or the one that the sweep chose."""
     warmup: float | None = None
     """Fraction of the run's steps over which the learning rate rises, likewise; None in rows of earlier releases."""
-    gradient_clip: float | None = None
+    max_grad_norm: float | None = None
     """Largest norm of the gradient, likewise."""
     error: str | None = None
     timing: dict[str, Any] = {}
@@ -81,7 +81,7 @@ class TrialRow(_CellRow):
     """Loss on the held-out documents that are set aside for this choice, in nats a token."""
     warmup: float | None = None
     """Warm-up as a fraction of the *run's* steps (the trial has that number of steps); None: not swept."""
-    gradient_clip: float | None = None
+    max_grad_norm: float | None = None
     """Largest norm of the gradient; None: not swept."""
     chosen: bool = False
     """Whether the arm's runs take this setting: the least mean loss over the trial seeds."""

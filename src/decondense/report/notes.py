@@ -69,7 +69,7 @@ TEXTS: dict[NoteKind, str] = {
         "{run}. A rate that is best after the short warm-up need not be the best one after the long one."
     ),
 }
-KNOBS = {"learning_rate": "learning rate", "warmup": "warm-up", "gradient_clip": "largest gradient norm"}
+KNOBS = {"learning_rate": "learning rate", "warmup": "warm-up", "max_grad_norm": "largest gradient norm"}
 """Settings of training for people, by their name in the configuration."""
 
 

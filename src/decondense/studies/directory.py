@@ -342,7 +342,7 @@ class Sweep:
 
 
 def _order(setting: Setting) -> tuple[float, float, float]:
-    return (setting.learning_rate, setting.warmup or 0.0, setting.gradient_clip or 0.0)
+    return (setting.learning_rate, setting.warmup or 0.0, setting.max_grad_norm or 0.0)
 
 
 def sweep_of(listed: Iterable[Task], arm: str) -> Sweep:
@@ -385,7 +385,7 @@ def trial_rows(study: StudyConfig, listed: Iterable[Task]) -> list[Row]:
                     status=trial.end["status"],
                     learning_rate=setting.learning_rate,
                     warmup=setting.warmup,
-                    gradient_clip=setting.gradient_clip,
+                    max_grad_norm=setting.max_grad_norm,
                     steps=trial.end["steps"],
                     value=trial.loss,
                     chosen=setting == chosen,

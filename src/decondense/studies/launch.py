@@ -68,7 +68,7 @@ def _torchrun(study: StudyConfig, words: list[str], out: Path) -> Iterator[Launc
     if not trained:
         return
     arm = next((arm for arm in trained if arm.name != study.baseline), trained[0])
-    batch = study.train.batch_sequences
+    batch = study.train.batch_size
     cell = ["train", *words, "--arm", arm.name, "--seed", str(study.seeds[0]), "--out", str(out)]
     processes = max((number for number in (8, 4, 2) if _shared(study, number)), default=1)
     needs = []
@@ -103,8 +103,8 @@ def _unquoted(lines: list[str]) -> list[str]:
 
 def _shared(study: StudyConfig, processes: int) -> bool:
     """Whether a batch can be divided among so many processes."""
-    each, rest = divmod(study.train.batch_sequences, processes)
-    micro = min(study.train.micro_batch_sequences or each, each)
+    each, rest = divmod(study.train.batch_size, processes)
+    micro = min(study.train.micro_batch_size or each, each)
     return not rest and each > 0 and not each % micro
 
 
@@ -142,10 +142,10 @@ def measuring(study: StudyConfig, out: Path) -> list[str]:
         lines.append(f"# decondense measure has no option for the study's {', '.join(unlike)}: it takes the default")
     for arm in study.arms:
         model = study.model_of(arm)
-        if model.start is None or model.prepared is not None:
+        if model.pretrained is None or model.prepared is not None:
             lines.append(f"# {arm.name} is omitted: the study trains its model")
             continue
-        source = model.start if model.revision is None else f"{model.start}@{model.revision}"
+        source = model.pretrained if model.revision is None else f"{model.pretrained}@{model.revision}"
         for seed in study.seeds:
             words = ["decondense", "measure", source, "--dataset", settings.dataset]
             words += ["--passages", str(settings.passages), "--tokens", str(settings.tokens)]
@@ -220,7 +220,7 @@ _TITAN_TRAIN = {
     "learning_rate": 3e-4,
     "betas": (0.9, 0.95),
     "weight_decay": 0.1,
-    "decay": "cosine",
+    "lr_scheduler_type": "cosine",
     "precision": "bf16",
 }
 _TITAN_MODEL = {
@@ -243,7 +243,7 @@ def _not_passed(study: StudyConfig) -> list[str]:
     model = study.model
     if model.architecture != "qwen3":
         found.append(f"model.architecture {model.architecture}")
-    found += [f"model.{name} {value}" for name in ("start", "lora") if (value := getattr(model, name)) is not None]
+    found += [f"model.{name} {value}" for name in ("pretrained", "lora") if (value := getattr(model, name)) is not None]
     found += [
         f"model.overrides.{name} {value}" for name, value in model.overrides.items() if _TITAN_MODEL.get(name) != value
     ]
@@ -259,11 +259,11 @@ def _titan_run(study: StudyConfig, arm: ArmConfig) -> list[str]:
     words += ["--module", "decondense.training.titan", "--config", config]
     if arm.dispersion is not None:
         words += Dispersion.of(arm.dispersion).words()
-    words += ["--training.steps", str(train.steps), "--training.seq-len", str(train.sequence_tokens)]
-    words += ["--training.global-batch-size", str(train.batch_sequences)]
-    if train.micro_batch_sequences is not None:
-        words += ["--training.local-batch-size", str(train.micro_batch_sequences)]
-    words += ["--training.max-norm", str(train.gradient_clip)]
+    words += ["--training.steps", str(train.steps), "--training.seq-len", str(train.max_seq_length)]
+    words += ["--training.global-batch-size", str(train.batch_size)]
+    if train.micro_batch_size is not None:
+        words += ["--training.local-batch-size", str(train.micro_batch_size)]
+    words += ["--training.max-norm", str(train.max_grad_norm)]
     words += ["--lr-scheduler.warmup-steps", str(round(train.warmup * train.steps))]
     words += ["--dataloader.dataset", "c4", "--hf-assets-path", _ASSETS]
     return [*words, "--debug.seed", "SEED", "--dump-folder", "FOLDER"]
@@ -272,7 +272,7 @@ def _titan_run(study: StudyConfig, arm: ArmConfig) -> list[str]:
 def _evaluation(study: StudyConfig) -> list[str]:
     settings = study.evaluate
     words = ["decondense", "evaluate", "FOLDER/final", "--tasks", ",".join(settings.tasks or ("paper",))]
-    words += ["--shots", str(settings.shots)]
+    words += ["--shots", str(settings.num_fewshot)]
     if settings.limit is not None:
         words += ["--limit", str(settings.limit)]
     if settings.data_dir is not None:

@@ -108,10 +108,10 @@ def _measured(
 
     settings, start = study.measure, study.model_of(arm)
     assert settings is not None
-    assert start.start is not None
-    model, tokenizer = load_model(start.start, revision=start.revision)
+    assert start.pretrained is not None
+    model, tokenizer = load_model(start.pretrained, revision=start.revision)
     if tokenizer is None:
-        raise ModelError(f"{start.start} comes without a tokenizer; save the right one into its directory.")
+        raise ModelError(f"{start.pretrained} comes without a tokenizer; save the right one into its directory.")
     if torch.cuda.is_available():
         model.to("cuda")
     profile = measure(

@@ -19,7 +19,7 @@ class Setting:
 
     learning_rate: float
     warmup: float | None = None
-    gradient_clip: float | None = None
+    max_grad_norm: float | None = None
 
     def of(self, arm: ArmConfig) -> ArmConfig:
         """The arm with this setting."""
@@ -30,8 +30,8 @@ class Setting:
         words = [f"rate {self.learning_rate!r}"]
         if self.warmup is not None:
             words.append(f"warm-up {self.warmup!r}")
-        if self.gradient_clip is not None:
-            words.append(f"clip {self.gradient_clip!r}")
+        if self.max_grad_norm is not None:
+            words.append(f"clip {self.max_grad_norm!r}")
         return ", ".join(words)
 
 
@@ -81,8 +81,8 @@ def trial_folder(out: Path, arm: str, setting: Setting | float, seed: int | None
     words = [repr(setting.learning_rate)]
     if setting.warmup is not None:
         words.append(f"warmup-{setting.warmup!r}")
-    if setting.gradient_clip is not None:
-        words.append(f"clip-{setting.gradient_clip!r}")
+    if setting.max_grad_norm is not None:
+        words.append(f"clip-{setting.max_grad_norm!r}")
     if seed is not None:
         words.append(f"seed-{seed}")
     return out / "sweep" / arm / "_".join(words)
@@ -98,7 +98,7 @@ def settings_of(study: StudyConfig, arm: ArmConfig) -> list[Setting]:
     if study.sweep is None or not study.swept(arm):
         return []
     warmups = study.sweep.warmups if study.sweep.warmups and arm.warmup is None else (None,)
-    clips = study.sweep.gradient_clips if study.sweep.gradient_clips and arm.gradient_clip is None else (None,)
+    clips = study.sweep.max_grad_norms if study.sweep.max_grad_norms and arm.max_grad_norm is None else (None,)
     return [
         Setting(float(rate), warmup, clip)
         for rate in study.sweep.learning_rates

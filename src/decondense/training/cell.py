@@ -40,10 +40,10 @@ class Cell:
         self.arm = arm.located(prepared)
         self.model = study.model_of(arm)
         if (name := self.model.prepared) is not None:
-            self.model = self.model.model_copy(update={"start": str(prepared[name])})
+            self.model = self.model.model_copy(update={"pretrained": str(prepared[name])})
         self.train = study.train_of(arm)
         self.setting = {name: getattr(self.train, name) for name in SETTINGS}
-        self.tokens_per_step = self.train.batch_sequences * self.train.sequence_tokens
+        self.tokens_per_step = self.train.batch_size * self.train.max_seq_length
         self.steps = 0 if arm.untrained else self.train.steps
         self.identity: dict[str, Any] = {
             "study": study.name,
@@ -85,7 +85,7 @@ class Cell:
         documents = self.corpus.held_out_documents(settings.validation_tokens, part=settings.held_out_part)
         try:
             profile = self._profile(model)
-            scores = held_out_loss(model, documents, window=self.train.sequence_tokens)
+            scores = held_out_loss(model, documents, window=self.train.max_seq_length)
         except NotFiniteError as error:
             raise Diverged(f"step {step}: {error}") from error
         rows = [

@@ -127,12 +127,12 @@ def _train(cell: Cell, rows: list[Row]) -> Row:
     study, folder, train = cell.study, cell.folder, cell.train
     tokenizer = cell.corpus.tokenizer()
     seed_everything(cell.seed, "initial weights")
-    model = build_model(cell.model, vocabulary_of(tokenizer), train.sequence_tokens, tokenizer.eos_token_id)
+    model = build_model(cell.model, vocabulary_of(tokenizer), train.max_seq_length, tokenizer.eos_token_id)
     init_hash = hash_parameters(model)
     if cell.arm.untrained:
         return _as_it_is(cell, model, tokenizer, init_hash)
-    order = cell.corpus.order(cell.seed, train.steps * train.batch_sequences, train.sequence_tokens)
-    order_hash = cell.corpus.order_hash(order, train.sequence_tokens)
+    order = cell.corpus.order(cell.seed, train.steps * train.batch_size, train.max_seq_length)
+    order_hash = cell.corpus.order_hash(order, train.max_seq_length)
     described: dict[str, Any] = {
         **cell.identity,
         "config": study.model_dump(mode="json"),
@@ -152,7 +152,7 @@ def _train(cell: Cell, rows: list[Row]) -> Row:
     trainer = StudyTrainer(
         model=model,
         args=training_arguments(train, folder, cell.seed),
-        train_dataset=OrderedSequences(cell.corpus, order, train.sequence_tokens),
+        train_dataset=OrderedSequences(cell.corpus, order, train.max_seq_length),
         processing_class=None,
     )
     for callback in list(trainer.callback_handler.callbacks):

@@ -115,12 +115,12 @@ def training_arguments(train: TrainConfig, folder: Path, seed: int) -> TrainingA
         ConfigError: the batch cannot be shared by the processes of this run.
     """
     world = world_size()
-    per_rank, rest = divmod(train.batch_sequences, world)
-    micro = min(train.micro_batch_sequences or per_rank, per_rank)
+    per_rank, rest = divmod(train.batch_size, world)
+    micro = min(train.micro_batch_size or per_rank, per_rank)
     if rest or micro < 1 or per_rank % micro:
         raise ConfigError(
-            f"train.batch_sequences {train.batch_sequences} cannot be shared by {world} processes in micro-batches of "
-            f"{train.micro_batch_sequences or per_rank}."
+            f"train.batch_size {train.batch_size} cannot be shared by {world} processes in micro-batches of "
+            f"{train.micro_batch_size or per_rank}."
         )
     return TrainingArguments(
         output_dir=str(folder),
@@ -131,8 +131,8 @@ def training_arguments(train: TrainConfig, folder: Path, seed: int) -> TrainingA
         adam_beta1=train.betas[0],
         adam_beta2=train.betas[1],
         weight_decay=train.weight_decay,
-        max_grad_norm=train.gradient_clip,
-        lr_scheduler_type=train.decay,
+        max_grad_norm=train.max_grad_norm,
+        lr_scheduler_type=train.lr_scheduler_type,
         warmup_steps=round(train.warmup * train.steps),
         logging_strategy="steps",
         logging_steps=train.log_every,

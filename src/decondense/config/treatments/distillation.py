@@ -45,4 +45,4 @@ class DistillationConfig(Treatment):
 
     def extra_flops(self, run: RunCost) -> float:
         """The teacher's forward passes."""
-        return run.forward(ModelConfig(start=self.teacher, revision=self.revision))
+        return run.forward(ModelConfig(pretrained=self.teacher, revision=self.revision))

@@ -174,16 +174,16 @@ class _Cost:
         return self.run.tokens
 
     def forward(self, model: ModelConfig | None = None) -> float:
-        length = own = self.run.train.sequence_tokens
+        length = own = self.run.train.max_seq_length
         model = self.run.model if model is None else model
         if model.prepared is not None:
-            own = self.study.prepared[model.prepared].train.sequence_tokens
+            own = self.study.prepared[model.prepared].train.max_seq_length
         return forward_flops(self.models.size(model, own), self.run.tokens, length)
 
 
 def _line(study: StudyConfig, models: Models, timer: Timer, runs: list[Run]) -> Line:
     run = runs[0]
-    length = run.train.sequence_tokens
+    length = run.train.max_seq_length
     size = models.size(run.model, length)
     what = describe(run, study)
     if run.kind == "measured":
@@ -200,8 +200,8 @@ def _line(study: StudyConfig, models: Models, timer: Timer, runs: list[Run]) -> 
         plain += sum(treatment.extra_flops(cost) for treatment in arm.treatments.values())
     if arm is not None and arm.dispersion is not None and run.steps:
         share = share_of_steps(arm.dispersion, run.steps)
-        sequences = run.steps * run.train.batch_sequences
-        together = run.train.micro_batch_sequences or run.train.batch_sequences
+        sequences = run.steps * run.train.batch_size
+        together = run.train.micro_batch_size or run.train.batch_size
         extra = share * dispersion_flops(arm.dispersion, size, sequences, length, together)
     seconds = timer.seconds(run, size, plain, extra, share)
     return Line(
@@ -224,7 +224,7 @@ def describe(run: Run, study: StudyConfig) -> str:
         words.append("trained first")
     elif run.kind == "trial" and study.sweep is not None:
         sweep = study.sweep
-        settings = len(sweep.learning_rates) * max(1, len(sweep.warmups)) * max(1, len(sweep.gradient_clips))
+        settings = len(sweep.learning_rates) * max(1, len(sweep.warmups)) * max(1, len(sweep.max_grad_norms))
         words.append(f"trials of {plural(settings, 'setting')}")
     elif run.kind == "cell" and arm is not None and arm.untrained:
         words.append("start as it is")

@@ -31,7 +31,7 @@ class Run:
     @property
     def tokens(self) -> int:
         """Tokens that are trained on."""
-        return self.steps * self.train.batch_sequences * self.train.sequence_tokens
+        return self.steps * self.train.batch_size * self.train.max_seq_length
 
 
 def runs_of(study: StudyConfig) -> list[Run]:

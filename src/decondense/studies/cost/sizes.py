@@ -136,16 +136,16 @@ class Models:
             longest = model_positions(built)
             if self.study.measure is None and longest is not None and longest < positions:
                 raise ConfigError(
-                    f"model.start {model.start!r} has {longest} positions, less than train.sequence_tokens {positions}."
+                    f"model.pretrained {model.pretrained!r} has {longest} positions, less than train.max_seq_length {positions}."
                 )
             return size_of_module(built, model)
         if model.parameters is not None:
             note = (
-                f"{model.start}: parameters as the study says; attention and the pairs of the dispersion loss are not "
+                f"{model.pretrained}: parameters as the study says; attention and the pairs of the dispersion loss are not "
                 "counted"
             )
             return Size(model.parameters, None, model.parameters, note=note)
-        return Size(None, None, None, note=f"{model.start}: not on this machine, size and cost unknown")
+        return Size(None, None, None, note=f"{model.pretrained}: not on this machine, size and cost unknown")
 
     def build(self, model: ModelConfig, positions: int) -> nn.Module | None:
         """The model with random weights on the current default device; None: nothing here says what it looks like."""
@@ -153,24 +153,24 @@ class Models:
 
         from decondense.models import build_model, empty_model, load_config
 
-        if model.start is None:
+        if model.pretrained is None:
             vocabulary = self.vocabulary
             if vocabulary is None:
                 try:
                     vocabulary = int(AutoConfig.for_model(model.architecture).get_text_config().vocab_size)
                 except ValueError:
-                    vocabulary = self.study.corpus.vocabulary  # build_model explains what is wrong with the name
+                    vocabulary = self.study.corpus.vocab_size  # build_model explains what is wrong with the name
             return build_model(model.model_copy(update={"lora": None}), vocabulary, positions, 0)
         try:
-            return empty_model(load_config(model.start, revision=model.revision, local_files_only=True))
+            return empty_model(load_config(model.pretrained, revision=model.revision, local_files_only=True))
         except (OSError, ValueError, KeyError, ImportError, AttributeError):
             return None
 
     def _vocabulary(self) -> int | None:
         name = self.study.corpus.tokenizer
         if name is None:
-            return self.study.corpus.vocabulary
-        if all(self.resolved(run.model).start is not None for run in runs_of(self.study)):
+            return self.study.corpus.vocab_size
+        if all(self.resolved(run.model).pretrained is not None for run in runs_of(self.study)):
             return None  # nobody asks
         from decondense.tokenizers import read_tokenizer, vocabulary_of
 

@@ -33,7 +33,7 @@ class Timer:
     def seconds(self, run: Run, size: Size, plain: float, extra: float, share: float) -> float | None:
         """Seconds of one run; None: its steps are too large to be timed here, or its model is unknown."""
         train = run.train
-        step = training_flops(size, train.batch_sequences * train.sequence_tokens, train.sequence_tokens)
+        step = training_flops(size, train.batch_size * train.max_seq_length, train.max_seq_length)
         if math.isnan(plain) or step >= SMALL_STEP or size.note:
             return None
         alone = self._step(run, size, step, None)
@@ -73,7 +73,7 @@ class Timer:
             [
                 model.model_dump_json(exclude={"lora", "parameters"}),
                 run.train.model_dump_json(
-                    include={"batch_sequences", "micro_batch_sequences", "sequence_tokens", "precision", "threads"}
+                    include={"batch_size", "micro_batch_size", "max_seq_length", "precision", "threads"}
                 ),
                 str(plain),
             ]
@@ -101,16 +101,16 @@ class Timer:
         train = run.train
         cuda = torch.cuda.is_available()
         device = torch.device("cuda" if cuda else "cpu")
-        micro = min(train.micro_batch_sequences or train.batch_sequences, train.batch_sequences)
+        micro = min(train.micro_batch_size or train.batch_size, train.batch_size)
         most = _TIMED_PASS * (100 if cuda else 1)
-        sequences = max(1, min(micro, int(most * train.batch_sequences / flops)))
+        sequences = max(1, min(micro, int(most * train.batch_size / flops)))
         self.parts |= sequences < micro
         threads = torch.get_num_threads()
         if train.threads is not None and not cuda:
             torch.set_num_threads(train.threads)
         try:
             with device:
-                model: Any = self.models.build(self.models.resolved(run.model), train.sequence_tokens)
+                model: Any = self.models.build(self.models.resolved(run.model), train.max_seq_length)
             if model is None:
                 return None
             model = model.to(torch.float32)
@@ -122,7 +122,7 @@ class Timer:
                 attach(model, config=dispersion.model_copy(update={"schedule": WeightSchedule()}))
             optimizer = torch.optim.AdamW(model.parameters())
             vocabulary = int(model.config.get_text_config().vocab_size)
-            shape = (sequences, train.sequence_tokens)
+            shape = (sequences, train.max_seq_length)
             ids = torch.randint(vocabulary, shape, generator=generator(0, "estimate")).to(device)
             passes: list[float] = []
             updates: list[float] = []
@@ -141,7 +141,7 @@ class Timer:
         finally:
             torch.set_num_threads(threads)
         warm = min(2, len(passes) - 1)
-        return median(passes[warm:]) * train.batch_sequences / sequences + median(updates[warm:])
+        return median(passes[warm:]) * train.batch_size / sequences + median(updates[warm:])
 
 
 def _clock(cuda: bool) -> float:
