@@ -57,7 +57,8 @@ class StudyOptions:
             if old is None:
                 raise ConfigError(
                     f"--start {self.start!r}: the study {base.name!r} (scale {base.scale}) starts from scratch and has "
-                    "no model.pretrained to replace. To start from a model: --set model.pretrained=... with --tokenizer."
+                    "no model.pretrained to replace. To start from a model: --set model.pretrained=... and "
+                    "--tokenizer."
                 )
             # revision and size belong to the model that is replaced
             model.update({"pretrained": self.start, "revision": None, "parameters": None})
