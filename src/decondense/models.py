@@ -433,7 +433,8 @@ def build_model(config: ModelConfig, vocabulary: int, positions: int, end_token:
         longest = model_positions(model)
         if longest is not None and longest < positions:
             raise ConfigError(
-                f"model.pretrained {config.pretrained!r} has {longest} positions, less than train.max_seq_length {positions}."
+                f"model.pretrained {config.pretrained!r} has {longest} positions, less than "
+                f"train.max_seq_length {positions}."
             )
         rows = vocabulary_size(model)
         if rows is not None and rows < vocabulary:

@@ -136,13 +136,14 @@ class Models:
             longest = model_positions(built)
             if self.study.measure is None and longest is not None and longest < positions:
                 raise ConfigError(
-                    f"model.pretrained {model.pretrained!r} has {longest} positions, less than train.max_seq_length {positions}."
+                    f"model.pretrained {model.pretrained!r} has {longest} positions, less than "
+                    f"train.max_seq_length {positions}."
                 )
             return size_of_module(built, model)
         if model.parameters is not None:
             note = (
-                f"{model.pretrained}: parameters as the study says; attention and the pairs of the dispersion loss are not "
-                "counted"
+                f"{model.pretrained}: parameters as the study says; attention and the pairs of the dispersion loss "
+                "are not counted"
             )
             return Size(model.parameters, None, model.parameters, note=note)
         return Size(None, None, None, note=f"{model.pretrained}: not on this machine, size and cost unknown")
