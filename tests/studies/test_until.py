@@ -209,19 +209,19 @@ def test_a_study_is_extended_and_resumed(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("at_once", "law"), [(1, "normal"), (4, "normal"), (1, "heavy")])
 def test_the_rule_errs_in_five_per_cent_at_most(at_once: int, law: str) -> None:
-    """400 studies of three arms and one baseline without any difference, looked at until decided or 20 seeds."""
+    """400 studies of three arms and one baseline without any difference, looked at until decided or 16 seeds."""
     rng = np.random.default_rng([at_once, len(law)])
     wrong = equivalent = 0
     for _ in range(400):
-        loss_AN = rng.normal(size=(4, 20)) if law == "normal" else rng.standard_t(3, size=(4, 20))
+        loss_AN = rng.normal(size=(4, 16)) if law == "normal" else rng.standard_t(3, size=(4, 16))
         n = 3
         while True:
             ds = [
                 paired_difference(loss_AN[0, :n], own[:n], arm=str(k), margin=2.0) for k, own in enumerate(loss_AN[1:])
             ]
-            if not open_arms(ds, 3) or n >= 20:
+            if not open_arms(ds, 3) or n >= 16:
                 break
-            n = min(20, n + at_once)
+            n = min(16, n + at_once)
         shown = [anytime(d, 3) for d in ds]
         wrong += any(d.detected for d in shown)
         equivalent += all(d.outcome == "equivalent" for d in shown)
