@@ -1,4 +1,8 @@
-"""Kills at random moments of a tiny study that sweeps, trains a start first and resumes; part of ``trial.py``."""
+"""Kills at random moments of a tiny study that sweeps, trains a start first and resumes; part of ``trial.py``.
+
+A moment is a share of the time that a start takes, or a number of rows that have been written: how fast the machine is
+changes nothing but the duration. Only :data:`ENDS_WITHIN` is a time that is promised.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from decondense.records import RecordError, Row, read_rows, stable
 
 ENDS_WITHIN = 5.0
 """Seconds that workers have after the end of their runner."""
-STUCK_AFTER = 300.0
+STUCK_AFTER = 600.0
 MOMENTS = (
     *((("runner", name)) for name in ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1")),
     *((("worker", name)) for name in ("SIGKILL", "SIGTERM", "SIGUSR1")),
@@ -94,6 +98,12 @@ def end_all() -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def _receptive() -> None:
+    """Whoever started the trial in the background may ignore signals, and that would be inherited."""
+    for name in ("SIGINT", "SIGHUP", "SIGTERM", "SIGUSR1"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
 class Series:
     """One study directory: the same command is started and killed until the study is whole."""
 
@@ -116,6 +126,7 @@ class Series:
                 stderr=printed,
                 env={**os.environ, "DECONDENSE_CACHE": str(self.cache)},
                 start_new_session=True,
+                preexec_fn=_receptive,
             )
         _SESSIONS.append(process.pid)
         return process
@@ -149,10 +160,10 @@ def resumed(out: Path) -> int:
 
 
 def told(series: Series, status: int, number: int) -> bool:
-    """Whether a signalled runner ended with 128 + signal and a sentence, or had not begun."""
-    if status == -number:
-        return not series.out.exists()
+    """Whether a signalled runner ended with 128 + signal and a sentence, or had not begun: it prints its plan first."""
     text = series.printed.read_text(errors="replace")
+    if status == -number:
+        return not text.strip()
     return status == 128 + number and ("goes on" in text or "resume" in text)
 
 
@@ -169,46 +180,63 @@ def run(count: int, seed: int, folder: Path, say: Any = print) -> dict[str, Any]
         if not first and whole.rows():
             first = time.monotonic() - began
         time.sleep(0.05)
+    if process.returncode != 0:
+        raise RuntimeError(f"the undisturbed study ended with status {process.returncode}: {whole.text()[-2000:]}")
     lasted, expected, lines = time.monotonic() - began, whole.result(), whole.rows()
     say(f"undisturbed: {lasted:.0f} s, {len(expected)} rows")
     found: dict[str, Any] = dict.fromkeys(("tried", "survived", "tracebacks", "silent", "left_running", "resumed"), 0)
     problems: list[str] = []
     order = list(MOMENTS)
     chance.shuffle(order)
-    series, number = None, 0
+    series, starts = None, 0
     while found["tried"] < count:
+        if (starts := starts + 1) > 4 * count + 8:
+            raise RuntimeError(f"{starts} starts for {found['tried']} kills: {'; '.join(problems)}")
         if series is None:
-            number += 1
-            series = Series(study, folder / f"series-{number}")
+            series = Series(study, folder / f"series-{starts}")
             series.folder.mkdir()
         target, name = order[found["tried"] % len(order)]
-        left = max(0.1, 1 - series.rows() / lines)
-        moment = chance.uniform(0, first + (lasted - first) * left)
-        if _killed(series, target, name, moment, found, problems):
+        there = series.rows()
+        # every third kill while the start is young, where there are no new rows yet
+        moment = (
+            (0, chance.uniform(0, first))
+            if found["tried"] % 3 == 0
+            else (chance.randint(there, max(there, lines - 1)), chance.uniform(0, 1))
+        )
+        killed = _killed(series, target, name, moment, found, problems)
+        if killed:
             found["tried"] += 1
             series.kills += 1
-            say(f"{found['tried']:3d} {name} to the {target} after {moment:.1f} s")
-        if series.kills >= 4 or found["tried"] == count or _whole(series):
+            say(f"{found['tried']:3d} {name} to the {target} at {moment[0]} of {lines} rows and {moment[1]:.1f} s")
+        if not killed or series.kills >= 5 or found["tried"] == count:
             _finish(series, expected, found, problems)
+            say(f"    whole after {series.kills} kills; {found['survived']} survived")
             series = None
     return {**found, "problems": problems, "seconds": round(time.monotonic() - began, 1)}
 
 
-def _whole(series: Series) -> bool:
-    path = series.out / "rows.jsonl"
-    if not path.exists():
-        return False
-    ends = [row for row in read_rows(path) if row["kind"] == "run" and row["status"] == "finished"]
-    return len(ends) == len(STUDY["arms"]) * len(STUDY["seeds"])
-
-
-def _killed(series: Series, target: str, name: str, moment: float, found: dict[str, Any], problems: list[str]) -> bool:
-    """Start, wait, kill; False when the study was whole before."""
+def _killed(
+    series: Series,
+    target: str,
+    name: str,
+    moment: tuple[int, float],
+    found: dict[str, Any],
+    problems: list[str],
+) -> bool:
+    """Start, wait for so many rows and then so long, kill; False when the command ended before."""
     number = getattr(signal, name)
     process = series.start()
-    limit = time.monotonic() + moment
-    while process.poll() is None and (time.monotonic() < limit or (target == "worker" and not workers(process.pid))):
-        time.sleep(0.01)
+    count, pause = moment
+
+    def early() -> bool:
+        nonlocal pause
+        if series.rows() < count or (target == "worker" and not workers(process.pid)):
+            return True
+        pause -= 0.05
+        return pause > 0
+
+    while process.poll() is None and early():
+        time.sleep(0.05)
     if process.poll() is not None:
         if process.returncode != 0:
             problems.append(f"a start after {series.kills} kills ended with status {process.returncode}")
@@ -219,9 +247,10 @@ def _killed(series: Series, target: str, name: str, moment: float, found: dict[s
     else:
         there = workers(process.pid) if target == "worker" else [process.pid]
         if not there:
+            process.wait(STUCK_AFTER)
             return False
         os.kill(there[0], number)
-    what = f"{name} to the {target} after {moment:.1f} s"
+    what = f"{name} to the {target} at {moment}"
     try:
         status = process.wait(STUCK_AFTER)
     except subprocess.TimeoutExpired:

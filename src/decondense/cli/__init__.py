@@ -50,15 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     ``DECONDENSE_DEBUG=1`` shows the traceback instead.
     """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    with stop_on_signals(save_first=False):  # a run that has something to save takes SIGUSR1 over
+        return _run(words)
+
+
+def _run(words: list[str]) -> int:
     debug = os.environ.get("DECONDENSE_DEBUG", "") not in ("", "0")
     try:
-        with stop_on_signals(save_first=False):  # a run that has something to save takes SIGUSR1 over
-            result = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        result = app(args=words, standalone_mode=False)
         status = int(result) if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except Stopped as stopped:
-        _complain(f"{stopped.signal.name}: {_interrupted(sys.argv[1:] if arguments is None else arguments)}")
+        _complain(f"{stopped.signal.name}: {_interrupted(words)}")
         return int(stopped.code or 0)
     except BrokenPipeError:  # `decondense ... | head`
         sys.stderr.close()
@@ -74,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if isinstance(error, RuntimeError) else 2
     # of Ctrl-C some releases of typer make an exit status, others an exception
     if status == 130:
-        _complain(_interrupted(sys.argv[1:] if arguments is None else arguments))
+        _complain(_interrupted(words))
     return status
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,7 +41,8 @@ def compare(
 
     from decondense import compare as comparing
 
-    comparison = comparing.compare(_rows(where), baseline=baseline, incomplete="omit" if omit else "refuse")
+    with _named(where):
+        comparison = comparing.compare(_rows(where), baseline=baseline, incomplete="omit" if omit else "refuse")
     if tables is not None:
         from decondense.report import write_tables
 
@@ -64,7 +67,8 @@ def report(
 
     rows = _rows(where)
     folder = out or (where if where.is_dir() else where.parent)
-    present(rows, folder, Console(), baseline=baseline, source=_rows_file(where))
+    with _named(where):
+        present(rows, folder, Console(), baseline=baseline, source=_rows_file(where))
 
 
 def env() -> None:
@@ -120,6 +124,17 @@ def _rows_file(where: Path) -> Path:
         return where
     plain, packed = where / "rows.jsonl", where / "rows.jsonl.gz"
     return packed if packed.exists() and not plain.exists() else plain
+
+
+@contextlib.contextmanager
+def _named(where: Path) -> Iterator[None]:
+    """Let what is wrong with rows be told with the file that they come from: a cut file looks like missing runs."""
+    from decondense.compare import CompareError
+
+    try:
+        yield
+    except CompareError as error:
+        raise CompareError(f"{_rows_file(where)}: {error.reason}", error.faults, error.remedy) from error
 
 
 def _rows(where: Path) -> list[Row]:

@@ -21,7 +21,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,6 +33,7 @@ from decondense.config import EvaluateConfig
 from decondense.evaluate.catalogue import EvaluationError, resolve_shots, resolve_tasks
 from decondense.evaluate.local import LocalTask, find_tasks
 from decondense.evaluate.results import Evaluation, TaskResult
+from decondense.lifeline import Lifeline
 from decondense.records import RecordError, Row, atomic_write, read_rows, write_rows
 
 _D = EvaluateConfig()
@@ -141,7 +141,6 @@ def evaluate(
                 {"name": name, "key": keys[name], "local": local[name].to_json() if name in local else None}
                 for name in todo
             ],
-            "parent": os.getpid(),
         }
         failures = _work(folder, request, lock, report, threads) if todo else []
         results = tuple(result for name in names if (result := finished(folder, name, keys[name])) is not None)
@@ -354,13 +353,14 @@ def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress,
     events, log = folder / ".events.jsonl", folder / "evaluate.log"
     events.write_bytes(b"")
     atomic_write(folder / ".request.json", json.dumps(request))
+    lifeline = Lifeline()
     with log.open("ab") as handle:
         process = subprocess.Popen(
-            [sys.executable, "-m", "decondense.evaluate.worker", str(folder)],
+            lifeline.command("decondense.evaluate.worker.__main__", str(folder)),
             stdin=subprocess.DEVNULL,
             stdout=handle,
             stderr=handle,
-            pass_fds=(lock,),
+            pass_fds=(lock, *lifeline.pass_fds),
             env=_environment(threads),
         )
     failures: list[str] = []
@@ -387,6 +387,7 @@ def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress,
         if process.poll() is None:
             process.terminate()
         process.wait()
+        lifeline.close()
         for path in (events, folder / ".request.json"):
             path.unlink(missing_ok=True)
     if not ended:

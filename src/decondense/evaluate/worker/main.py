@@ -26,7 +26,7 @@ from decondense.records import atomic_write, provenance
 def main(folder: Path) -> int:
     """Do what ``folder/.request.json`` asks for."""
     request = json.loads((folder / ".request.json").read_text(encoding="utf-8"))
-    events = Events(folder / ".events.jsonl", request["parent"])
+    events = Events(folder / ".events.jsonl")
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING)
     # of the harness's warnings only what a reader of the log can use
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
