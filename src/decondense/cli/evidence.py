@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,7 +88,7 @@ def env() -> None:
 
 
 def present(
-    rows: list[Row], out: Path, console: Console, *, baseline: str | None = None, source: Path | None = None
+    rows: Iterable[Row], out: Path, console: Console, *, baseline: str | None = None, source: Path | None = None
 ) -> None:
     """Print the comparison, write the report, and say where everything lies; ``source`` is the file of the rows."""
     from decondense.compare import Study
@@ -137,17 +137,18 @@ def _named(where: Path) -> Iterator[None]:
         raise CompareError(f"{_rows_file(where)}: {error.reason}", error.faults, error.remedy) from error
 
 
-def _rows(where: Path) -> list[Row]:
+def _rows(where: Path) -> Iterator[Row]:
     from decondense.config import ConfigError
-    from decondense.records import read_rows
+    from decondense.records import iter_rows
 
-    path = _rows_file(where)
+    path, there = _rows_file(where), False
     if not path.exists():
         raise ConfigError(f"{where}: there is no rows.jsonl; give a study's directory or its file of rows.")
-    rows = read_rows(path)
-    if not rows:
+    for row in iter_rows(path):
+        there = True
+        yield row
+    if not there:
         raise ConfigError(f"{path} holds no rows; has any run of the study ended?")
-    return rows
 
 
 def _print_comparison(comparison: Comparison, console: Console) -> None:

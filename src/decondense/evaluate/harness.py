@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from decondense.checkpoints import ModelError, adapter_of, check_folder
-from decondense.config import EvaluateConfig
-from decondense.evaluate.catalogue import EvaluationError, resolve_shots, resolve_tasks
+from decondense.config import EvaluateConfig, suggest
+from decondense.evaluate.catalogue import SETS, TASKS, EvaluationError, resolve_shots, resolve_tasks
 from decondense.evaluate.local import LocalTask, find_tasks
 from decondense.evaluate.results import Evaluation, TaskResult
 from decondense.lifeline import Lifeline
@@ -177,10 +177,29 @@ def check_benchmarks(settings: EvaluateConfig) -> None:
     """Refuse a study's benchmarks before anything is trained for them.
 
     Raises:
-        EvaluationError: the harness is not installed, files are missing, an unknown number of examples.
+        EvaluationError: the harness is not installed, an unknown task, files are missing, an unknown number of
+            examples.
     """
     if settings.tasks:
-        _plan(settings.tasks, settings.shots, settings.data_dir)
+        _refuse_unknown(_plan(settings.tasks, settings.shots, settings.data_dir)[0])
+
+
+def _refuse_unknown(names: Iterable[str]) -> None:
+    """Refuse a task that no definition of the harness names; without importing the harness, which takes long."""
+    unknown = {name for name in names if name not in TASKS}
+    spec = importlib.util.find_spec("lm_eval") if unknown else None
+    if spec is None or spec.origin is None:
+        return
+    for path in (Path(spec.origin).parent / "tasks").rglob("*.yaml"):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        # as the value of a key or an item of a list
+        unknown -= {
+            n for n in unknown if n in text and re.search(rf"[:-]\s+[\"']?{re.escape(n)}[\"']?\s*(#|$)", text, re.M)
+        }
+        if not unknown:
+            return
+    name = min(unknown)
+    raise EvaluationError(f"the harness has no task {name!r}.{suggest(name, [*TASKS, *SETS])}")
 
 
 def benchmark_rows(

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from decondense.records.schema import SCHEMA_VERSION, SHARED, RecordError, Row, check_row
+from pydantic_core import from_json
+
+from decondense.records.schema import SCHEMA_VERSION, RecordError, Row, check_row
 from decondense.records.writing import LONGEST_LINE
 
 
 class _NotJson(RecordError):
     """A line that is not JSON: at the end of a file, what a kill left of a row."""
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 _SHARED_CONFIGURATIONS: dict[str, dict[str, Any]] = {}
@@ -47,7 +41,6 @@ class _Parser:
         self.line = 0
         self.configs: dict[str, dict[str, Any]] = {}
         self._inline: dict[str, Any] = {}
-        self._words: dict[str, str] = {}
 
     def __call__(self, line: bytes) -> Row | None:
         """The row of the next line; None: the line holds no row. Errors name the file and the line."""
@@ -56,10 +49,10 @@ class _Parser:
             return None
         where = f"{self.path}, line {self.line}"
         try:
-            row = _DECODER.decode(line.decode())
+            row = from_json(line, allow_inf_nan=False)
             if not isinstance(row, dict):
                 raise ValueError("a row is a JSON object")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise _NotJson(f"{where}: not a valid row ({error}).") from error
         if row.get("kind") == "configuration":
             self._configuration(row, where)
@@ -79,10 +72,7 @@ class _Parser:
                 **check_row({**row, "config": {} if isinstance(config, dict) else config}, where=where),
                 "config": config,
             }
-        row = check_row(row, where=where)
-        if row["kind"] in SHARED:  # equal strings of many rows are one string
-            return {key: self._words.setdefault(v, v) if type(v) is str else v for key, v in row.items()}
-        return row
+        return check_row(row, where=where)
 
     def _configuration(self, row: dict[str, Any], where: str) -> None:
         name, config, version = row.get("hash"), row.get("config"), row.get("schema_version")
