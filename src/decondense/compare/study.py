@@ -169,7 +169,7 @@ class Study:
             kind = row.get("kind")
             if kind not in _KINDS:
                 continue
-            studies[str(row["study"]), str(row["study_fingerprint"])] += 1
+            studies[row["study"], row["study_fingerprint"]] += 1
             if kind == "trial":  # its seed is none of the study's, so trials never become cells
                 trials.append(row)
                 continue

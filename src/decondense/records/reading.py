@@ -42,45 +42,49 @@ class _Parser:
         self.configs: dict[str, dict[str, Any]] = {}
         self._inline: dict[str, Any] = {}
 
+    def __str__(self) -> str:
+        """The place of the line, for errors."""
+        return f"{self.path}, line {self.line}"
+
     def __call__(self, line: bytes) -> Row | None:
         """The row of the next line; None: the line holds no row. Errors name the file and the line."""
         self.line += 1
-        if not line.strip():
-            return None
-        where = f"{self.path}, line {self.line}"
         try:
             row = from_json(line, allow_inf_nan=False)
-            if not isinstance(row, dict):
-                raise ValueError("a row is a JSON object")
         except ValueError as error:
-            raise _NotJson(f"{where}: not a valid row ({error}).") from error
-        if row.get("kind") == "configuration":
-            self._configuration(row, where)
+            if not line.strip():
+                return None
+            raise _NotJson(f"{self}: not a valid row ({error}).") from error
+        if not isinstance(row, dict):
+            raise _NotJson(f"{self}: not a valid row (a row is a JSON object).")
+        kind = row.get("kind")
+        if kind == "configuration":
+            self._configuration(row)
             return None
-        if row.get("kind") == "run":
+        if kind == "run":
             config = row.get("config")
             if isinstance(config, str):
                 if config not in self.configs:
                     raise RecordError(
-                        f"{where}: names the configuration {config!r}, which no earlier line of the file holds; the "
+                        f"{self}: names the configuration {config!r}, which no earlier line of the file holds; the "
                         "file was cut or edited."
                     )
                 config = self.configs[config]
             elif isinstance(config, dict):
                 self._inline = config = self._inline if config == self._inline else config
             return {
-                **check_row({**row, "config": {} if isinstance(config, dict) else config}, where=where),
+                **check_row({**row, "config": {} if isinstance(config, dict) else config}, where=self),
                 "config": config,
             }
-        return check_row(row, where=where)
+        return check_row(row, where=self)
 
-    def _configuration(self, row: dict[str, Any], where: str) -> None:
+    def _configuration(self, row: dict[str, Any]) -> None:
         name, config, version = row.get("hash"), row.get("config"), row.get("schema_version")
         if not isinstance(name, str) or not isinstance(config, dict) or not isinstance(version, int):
-            raise RecordError(f"{where}: a configuration has a hash, a mapping and a schema_version.")
+            raise RecordError(f"{self}: a configuration has a hash, a mapping and a schema_version.")
         if version > SCHEMA_VERSION:
             raise RecordError(
-                f"{where}: written by a newer decondense (schema {version}, this one reads up to {SCHEMA_VERSION})."
+                f"{self}: written by a newer decondense (schema {version}, this one reads up to {SCHEMA_VERSION})."
             )
         self.configs[name] = _shared(name, config)
 

@@ -251,12 +251,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def check_row(row: Mapping[str, Any], *, where: str = "row") -> Row:
+def check_row(row: Mapping[str, Any], *, where: object = "row") -> Row:
     """Validate a row that was read; the message names ``where``."""
     shape = (*row, *map(type, row.values())) if row.get("kind") == "eval_item" else None
     if shape in _SEEN and row["schema_version"] <= SCHEMA_VERSION:
-        numbers = (row["value"], row["weight"], row.get("bits_per_byte") or 0.0, row.get("margin_bits") or 0.0)
-        if math.isfinite(sum(numbers)):
+        other = (row.get("bits_per_byte") or 0.0) + (row.get("margin_bits") or 0.0)
+        if math.isfinite(row["value"] + row["weight"] + other):
             return {**row, **_SEEN[shape]}
     try:
         valid = _validated(row.get("kind"), row)
@@ -264,7 +264,11 @@ def check_row(row: Mapping[str, Any], *, where: str = "row") -> Row:
         raise RecordError(f"{where}: {error}") from error
     except RecursionError as error:
         raise RecordError(f"{where}: nested too deeply to be a row.") from error
-    if shape is not None and "weight" in row and all(type(valid[name]) is type(row[name]) for name in row):
+    if (
+        shape is not None
+        and row.keys() >= {"schema_version", "weight"}
+        and all(type(valid[name]) is type(row[name]) for name in row)
+    ):
         _SEEN[shape] = {name: value for name, value in valid.items() if name not in row}
     return valid
 
