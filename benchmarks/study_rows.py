@@ -6,7 +6,7 @@ Rows lie in ``results/studies/NAME-SCALE.jsonl.gz``, as ``decondense study NAME 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +29,7 @@ class Committed:
     scale: str
     study: Study
     comparison: Comparison
+    _against: dict[str, Comparison] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def config(self) -> StudyConfig:
@@ -36,7 +37,9 @@ class Committed:
         return self.study.config
 
     def against(self, baseline: str) -> Comparison:
-        return compare(self.study, baseline, incomplete="omit")
+        if baseline not in self._against:
+            self._against[baseline] = compare(self.study, baseline, incomplete="omit")
+        return self._against[baseline]
 
     def cells(self, arm: str) -> list[Cell]:
         return self.study.of_arm(arm)

@@ -20,6 +20,9 @@ from decondense.figures.comparison import overview
 from decondense.figures.style import export
 from decondense.records import Row, read_rows
 from decondense.report import sentences
+from geometry import TABLES as GEOMETRY_TABLES
+from geometry_field import TABLES as FIELD_TABLES
+from geometry_figure import dose_figure
 from loss_tables import TABLES as LOSS_TABLES
 from measure_tables import TABLES as MEASURE_TABLES
 from sections import TABLES as RESULT_TABLES
@@ -60,6 +63,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **ATTACH_TABLES,
     **MEASURE_TABLES,
     **RESULT_TABLES,
+    **GEOMETRY_TABLES,
+    **FIELD_TABLES,
     **TRIAL_TABLES,
 }
 
@@ -99,6 +104,7 @@ def main() -> int:
     if not check:
         (ROOT / "docs" / "images" / "results").mkdir(exist_ok=True)
         result_figures(ROOT / "docs" / "images" / "results")
+        export(dose_figure(), ROOT / "docs" / "images" / "results" / "geometry", ("png",), dpi=160)
     for path in stale:
         print(f"{'out of date' if check else 'written'}: {path}")
     return 1 if check and stale else 0
