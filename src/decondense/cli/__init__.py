@@ -10,6 +10,7 @@ import typer
 
 import decondense
 from decondense.cli import evaluate, evidence, measure, run
+from decondense.privacy import without_credentials
 from decondense.stopping import Stopped, stop_on_signals
 
 app = typer.Typer(
@@ -119,7 +120,8 @@ def _say(error: Exception) -> str:
 def _complain(message: str) -> None:
     from rich.console import Console
 
-    Console(stderr=True).print(f"[bold red]error:[/] {_escape(message)}", highlight=False, soft_wrap=True)
+    shown = _escape(without_credentials(message))  # a refused argument may hold some
+    Console(stderr=True).print(f"[bold red]error:[/] {shown}", highlight=False, soft_wrap=True)
 
 
 def _escape(text: str) -> str:

@@ -46,11 +46,16 @@ def load_study(
 
 
 def refuse_credentials(study: StudyConfig) -> None:
-    """Refuse a study that holds a credential, before it is written or printed.
+    """Refuse a study that holds a credential, or a URL for its text, before it is written or printed.
 
     Raises:
         ConfigError: the key that does, with the credential removed.
     """
+    if "://" in study.corpus.source:  # its credentials are gone, but not those of the command that would be printed
+        raise ConfigError(
+            f"corpus.source {study.corpus.source!r} is a URL, and only local files are read; download it and give its "
+            "path."
+        )
     for place, text in strings(study.model_dump(mode="json")):
         if has_credentials(text):
             raise ConfigError(
