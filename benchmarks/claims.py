@@ -137,7 +137,7 @@ def over_training(title: str, of: Callable[[Cell, int], float]) -> Callable[[Com
     def made(f: Committed) -> list[Contrast]:
         ends = [(of(cell, 0), of(cell, cell.final_step or 0)) for cell in f.cells(f.comparison.baseline)]
         context = f"{number(mean([a for a, _ in ends]), 2)} to {number(mean([b for _, b in ends]), 2)}"
-        return [Contrast(f"{title}, end less start", estimate([b - a for a, b in ends]), context)]
+        return [Contrast(f"{title}, end less start", estimate([b - a for a, b in ends], of=f), context)]
 
     return made
 
@@ -153,7 +153,7 @@ def _last_at(cell: Cell, step: int) -> float:
 def at_start(f: Committed) -> list[Contrast]:
     cells = f.cells(f.comparison.baseline)
     cosine = number(mean([_last_at(cell, 0) for cell in cells]), 2)
-    d = estimate([_depth_at(cell, 0) for cell in cells])
+    d = estimate([_depth_at(cell, 0) for cell in cells], of=f)
     return [Contrast("Spearman with depth at the start", d, f"the mean cosine of the last layer is {cosine} there")]
 
 
@@ -165,7 +165,7 @@ def kept(arm: str, of: Callable[[Cell], float], bound: float) -> Callable[[Commi
         ratios = [of(cell) / base[cell.seed] - 1 for cell in f.cells(arm) if cell.seed in base]
         context = f"a change of {number(100 * mean(ratios), 0, sign=True)} %"
         label = f"relative change of the mean cosine with {f.label(arm)}, less {number(bound, 2, sign=True)}"
-        return [Contrast(label, estimate(ratios, null=bound), context)]
+        return [Contrast(label, estimate(ratios, of=f, null=bound), context)]
 
     return made
 
@@ -175,7 +175,7 @@ def kept_in_training(bound: float) -> Callable[[Committed], list[Contrast]]:
         ends = [(_last_at(cell, 0), last(cell)) for cell in f.cells(f.comparison.baseline)]
         context = f"{number(mean([a for a, _ in ends]), 2)} to {number(mean([b for _, b in ends]), 2)}"
         label = f"relative change of the mean cosine of the last layer, less {number(bound, 2, sign=True)}"
-        return [Contrast(label, estimate([b / a - 1 for a, b in ends], null=bound), context)]
+        return [Contrast(label, estimate([b / a - 1 for a, b in ends], of=f, null=bound), context)]
 
     return made
 

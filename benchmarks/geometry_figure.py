@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from decondense.figures.style import GREY, INK, PAGE, Looks, figure_style, grid
+from decondense.figures.style import GREY, INK, PAGE, ArmStyle, figure_style, grid
 from geometry import Doses, all_doses
 
 _COLUMNS = 2
@@ -40,7 +40,7 @@ def _spread(wanted: list[float]) -> list[float]:
 
 def _panel(axes: Axes, f: Doses) -> None:
     base = f.arms.index(f.baseline)
-    looks = Looks(f.arms, f.baseline, f.rows.study.labels, f.rows.study.dispersed)
+    looks = ArmStyle(f.arms, f.baseline, f.rows.study.labels, f.rows.study.dispersed)
     dx, dy = (values - values[:, base : base + 1] for values in (f.cosine, f.loss))
     axes.axhline(0, color=GREY, linewidth=0.6, zorder=1)
     axes.axvline(0, color=GREY, linewidth=0.6, zorder=1)

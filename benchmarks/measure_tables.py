@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from pipes import pipe_table
 
+from decondense.config import METRIC_NAMES
+from decondense.metrics import CORPUS, find_metric
 from decondense.records import Row, read_rows
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -14,35 +16,48 @@ def measure() -> str:
     """Time and memory of each variant for each width; the newest row of a variant counts."""
     path = RESULTS / "measure.jsonl"
     rows = [row for row in read_rows(path) if row["name"] == "measure"] if path.exists() else []
-    newest: dict[tuple[int, str], Row] = {(row["params"]["width"], row["variant"]): row for row in rows}
+    newest: dict[tuple[int, str, str], Row] = {
+        (row["params"].get("model", ""), row["params"]["width"], row["variant"]): row for row in rows
+    }
     if not newest:
         return ""
-    head = ["width", "variant", "time / forward", "peak memory above forward, MB", "growth for 4 x the passages, MB"]
-    lines = []
-    watches = []
-    for (width, variant), row in sorted(newest.items(), key=lambda item: item[0][0]):
-        metrics = row["metrics"]
+    head = ["model", "variant", "time / forward", "peak memory above forward, MB", "growth for 4 x the passages, MB"]
+    lines, watches, passages = [], [], []
+    for (model, width, variant), row in sorted(newest.items(), key=lambda item: item[0][:2]):
+        metrics, label = row["metrics"], model or f"width {width}"
         if variant == "watch":
-            watches.append(f"{100 * metrics['share_of_step']:.2f} % (width {width})")
+            watches.append(f"{100 * metrics['share_of_step']:.2f} % ({label})")
             continue
+        if variant == "forward":
+            passages.append(f"{row['params']['passages']} passages ({label})")
         above, growth = (
             f"{metrics[key] / 1e6:+.0f}" if key in metrics else "" for key in ("above_forward_bytes", "growth_bytes")
         )
-        lines.append([str(width), variant, f"{metrics['ratio_to_forward']:.2f}", above, growth])
+        lines.append([label, variant, f"{metrics['ratio_to_forward']:.2f}", above, growth])
     timed = next(row for row in rows if row["variant"] == "forward")
     params, made = timed["params"], timed["provenance"]
-    passages = ", ".join(
-        f"{row['params']['passages']} passages (width {width})"
-        for (width, variant), row in sorted(newest.items())
-        if variant == "forward"
-    )
     note = (
-        f"12 layers, {params['tokens']} tokens, {passages}, {params['threads']} threads; medians "
+        f"12 layers where a width is named, {params['tokens']} tokens, {', '.join(passages)}, {params['threads']} "
+        "threads; medians "
         f"over {params['rounds']} rounds of one run; {made['cpu']}; torch {made['versions']['torch']}."
     )
     if watches:
         note += f" Watching every training step (`CondensationWatch`) takes {', '.join(watches)} of it."
-    return pipe_table(head, lines, (0, 2, 3, 4)) + f"\n\n{note} Rows: `benchmarks/results/measure.jsonl`.\n"
+    return pipe_table(head, lines, (2, 3, 4)) + f"\n\n{note} Rows: `benchmarks/results/measure.jsonl`.\n"
 
 
-TABLES = {"measure": measure}
+def metrics() -> str:
+    """What each side metric is; a metric of the corpus that also exists of a passage is named in its line."""
+    body = []
+    for name in METRIC_NAMES:
+        metric = find_metric(name)
+        twin = CORPUS + name
+        if name.removeprefix(CORPUS) in METRIC_NAMES and name.startswith(CORPUS):
+            continue
+        names = f"`{name}`" + (f", `{twin}`" if twin in METRIC_NAMES else "")
+        equation = f"${metric.equation}$".replace("|", r"\vert ")
+        body.append([names, equation, metric.source, metric.sensitive, metric.undefined, metric.cost])
+    return pipe_table(["metric", "definition", "source", "what moves it", "where it is not defined", "cost"], body)
+
+
+TABLES = {"measure": measure, "metrics": metrics}

@@ -11,11 +11,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from claims import CLAIMS, judged
-from decondense.compare import VALIDATION, Cell, Difference, Study
+from decondense.compare import VALIDATION, Cell, Difference, NoteKind, Study
 from decondense.figures import comparison as draw
 from decondense.figures.style import export
 from decondense.records import read_rows
 from decondense.report import interval, number, probability, words
+from decondense.report.notes import in_words
+from real_tables import real
 from study_rows import FOLDER, Committed, blocks, committed, deep_half, last, loss_difference, paired, shown
 
 NOT_RUN = "not run"
@@ -41,37 +43,42 @@ def base(f: Committed) -> str:
 
 
 def losses(f: Committed, arms: Sequence[str] | None = None) -> str:
-    """Held-out loss and condensation of every arm, and its difference to the baseline."""
+    """Held-out loss of every arm, at equal tokens and at equal time, tokens to the same loss, and condensation."""
     compared = f.comparison
     assert compared.validation is not None
+    speeds = {speed.arm: speed for speed in compared.speed}
     lines = []
     for arm in arms or compared.arms:
         values, d = compared.validation.of(arm), compared.validation.difference(arm)
         assert values is not None
-        cosine = [blocks(cell) for cell in f.cells(arm)]
+        equal = compared.equal_time.difference(arm) if compared.equal_time else None
+        speed = speeds.get(arm)
+        cosine = [number(float(np.mean([of(cell) for cell in f.cells(arm)]))) for of in (blocks, last)]
         lines.append(
             [
                 f.label(arm),
                 f"{number(values.mean)} ± {number(values.sd)}",
-                "" if d is None else number(d.mean, sign=True),
-                "" if d is None else interval(d.interval),
-                "" if d is None else probability(d.p_holm),
-                "baseline" if d is None else words.outcome(d),
-                number(float(np.mean(cosine))),
-                number(float(np.mean([last(cell) for cell in f.cells(arm)]))),
+                "" if d is None else f"{number(d.mean, sign=True)} {interval(d.interval)}",
+                "baseline" if d is None else f"{words.outcome(d)}, p {probability(d.p_holm)}",
+                "" if equal is None else f"{number(equal.mean, sign=True)} {interval(equal.interval)}",
+                "" if speed is None else _share(speed.in_tokens),
+                ", ".join(cosine),
             ]
         )
+    clock = words.CLOCKS[compared.equal_time.clock] if compared.equal_time else "time"
     header = (
         "arm",
         "held-out loss",
-        "difference",
-        "95 % interval",
-        "p (Holm)",
+        "less the baseline's",
         "in words",
-        "mean cosine, blocks",
-        "last layer",
+        f"the same at equal {clock}",
+        "same-loss tokens",
+        "mean cosine: blocks, last layer",
     )
-    return pipe_table(header, lines, right=(1, 2, 3, 4, 6, 7))
+    # what the rows of a study do not give for any arm has no column
+    kept = [place for place in range(len(header)) if any(line[place] for line in lines)]
+    right = [new for new, place in enumerate(kept) if place in (1, 2, 4, 5, 6)]
+    return pipe_table([header[place] for place in kept], [[line[p] for p in kept] for line in lines], right=right)
 
 
 def overview() -> str:
@@ -338,8 +345,12 @@ def rates() -> str:
     header = ("arm", *(f"{trial.learning_rate:g}" for trial in f.comparison.trials[0].trials), "the choice is")
     return pipe_table(header, lines) + (
         f"\n\nLoss on the tuning documents after {f.comparison.trials[0].trials[0].steps} steps, seed "
-        f"{f.comparison.trials[0].trials[0].seed}; the chosen rate is bold."
+        f"{f.comparison.trials[0].trials[0].seed}; the chosen rate is bold.{_noted(f, 'scaled-down trials')}"
     )
+
+
+def _noted(f: Committed, kind: NoteKind) -> str:
+    return "".join(f" {in_words(note, f.comparison)}" for note in f.comparison.notes if note.kind == kind)
 
 
 def end_point() -> str:
@@ -437,6 +448,7 @@ def pretrained() -> str:
         )
     )
     parts.append("\n".join(f"- {note}." for note in f.comparison.task_notes))
+    parts.append(_noted(f, "hardly decides").strip())
     limit = f.config.evaluate.limit
     assert limit is not None
     parts.append(
@@ -460,6 +472,7 @@ TABLES: dict[str, Callable[[], str]] = {
         f"results-{name}": section(name)
         for name in ("fig4", "fig5", "fig7", "table2", "table3", "table5", "pairs", "schedule")
     },
+    "results-real": real,
     "results-table4": lambda: table4_grid("tiny"),
     "results-table4-small": lambda: table4_grid("quick"),
     "results-best-weight": best_weight,

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from decondense.compare import Cell, Comparison, Difference, Study, compare, paired_difference, profiles
+from decondense.compare.sequential import anytime
 from decondense.config import StudyConfig
 from decondense.records import read_rows
 from decondense.report import interval, number
@@ -116,16 +117,22 @@ def mean(values: Sequence[float]) -> float:
 # ---- estimates -------------------------------------------------------------------------------------------------------
 
 
-def estimate(values: Sequence[float], *, null: float = 0.0) -> Difference:
-    """Mean and Student interval of one value per seed, less ``null``."""
-    return paired_difference([null] * len(values), list(values))
+def estimate(values: Sequence[float], *, null: float = 0.0, of: Committed | None = None) -> Difference:
+    """Mean and interval of one value per seed, less ``null``; ``of``: the study whose seeds they are."""
+    return at_every_look(of, paired_difference([null] * len(values), list(values)))
+
+
+def at_every_look(f: Committed | None, d: Difference) -> Difference:
+    """The difference with Student's interval, or the sequence where the study added seeds until it was decided."""
+    return d if f is None or f.study.until is None else anytime(d)
 
 
 def paired(f: Committed, arm: str, baseline: str, of: Callable[[Cell], float]) -> Difference:
     """The paired difference of a number of the runs."""
     take = {(name, cell.seed): of(cell) for name in (arm, baseline) for cell in f.cells(name)}
     seeds = [seed for seed in f.study.seeds if (arm, seed) in take and (baseline, seed) in take]
-    return paired_difference([take[baseline, seed] for seed in seeds], [take[arm, seed] for seed in seeds], arm=arm)
+    values = [[take[name, seed] for seed in seeds] for name in (baseline, arm)]
+    return at_every_look(f, paired_difference(*values, arm=arm))
 
 
 def loss_difference(f: Committed, arm: str, baseline: str | None = None) -> Difference:
@@ -145,7 +152,7 @@ def slope(f: Committed, arms: Sequence[str], of: Callable[[Cell], float]) -> Dif
         if all(cell.status == "finished" for cell in cells):
             sizes = [np.log2(cell.run["parameters"]) for cell in cells]
             values.append(float(np.polyfit(sizes, [of(cell) for cell in cells], 1)[0]))
-    return estimate(values) if values else None
+    return estimate(values, of=f) if values else None
 
 
 def shown(d: Difference, digits: int = 3, *, sign: bool = True) -> str:

@@ -53,7 +53,7 @@ def test_the_wheel_holds_the_package_and_all_of_it(wheel: zipfile.ZipFile) -> No
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert {name for name in names if name.startswith("decondense/")} == ours
-    assert {Path(name).suffix for name in ours} <= {".py", ".yaml", ".html", ".css", ".typed"}
+    assert {Path(name).suffix for name in ours} <= {".py", ".yaml", ".html", ".css", ".js", ".jsonl", ".typed"}
     assert {"decondense/py.typed", "decondense/studies/shipped/demo.yaml", "decondense/templates/report.html"} <= ours
 
 

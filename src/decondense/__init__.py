@@ -19,8 +19,12 @@ _PUBLIC = {
     "attach_trainer": "decondense.integrations.huggingface",
     "DispersionCallback": "decondense.integrations.huggingface",
     "measure": "decondense.measuring",
+    "measure_states": "decondense.measuring",
     "Profile": "decondense.measuring",
     "CondensationCallback": "decondense.measuring",
+    "Metric": "decondense.metrics",
+    "register_metric": "decondense.metrics",
+    "metric_names": "decondense.metrics",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -34,6 +38,10 @@ if TYPE_CHECKING:
     from decondense.measuring import CondensationCallback as CondensationCallback
     from decondense.measuring import Profile as Profile
     from decondense.measuring import measure as measure
+    from decondense.measuring import measure_states as measure_states
+    from decondense.metrics import Metric as Metric
+    from decondense.metrics import metric_names as metric_names
+    from decondense.metrics import register_metric as register_metric
 
 
 def __getattr__(name: str) -> Any:

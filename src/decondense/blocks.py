@@ -231,7 +231,11 @@ def _refuse_containers(path: str, members: list[nn.Module]) -> None:
     if not any(_is_container(member) for member in members):
         return
     kind = next(type(member).__name__ for member in members if _is_container(member))
-    inner = [(f"{path}.{place}", _members(member)) for place, member in enumerate(members)]
+    inner = []
+    for place, member in enumerate(members):
+        names = {id(module): f"{path}.{place}.{name}" for name, module in member.named_modules()}
+        lists = [(names[id(holder)], found) for holder, found in _outermost_lists(member)]
+        inner += lists if not _members(member) else [(f"{path}.{place}", _members(member))]
     serving = [(name, len(found)) for name, found in inner if _is_uniform(found)]
     if serving:
         listed = ", ".join(f"{name!r} ({length} modules)" for name, length in serving)

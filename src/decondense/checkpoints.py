@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from decondense.config import ConfigError
+from decondense.gguf_files import fault, hub_parts, is_gguf, only_gguf
 
 ADAPTER = "adapter_config.json"
 """The file that makes a directory an adapter of PEFT (LoRA and its relatives)."""
@@ -37,18 +38,36 @@ class Adapter:
 
 
 def locate(source: str | Path, revision: str | None = None) -> tuple[str, str | None]:
-    """The directory or hub id that ``source`` names, and its revision (``ID@REVISION`` is one too).
+    """The directory, GGUF file or hub id that ``source`` names, and its revision (``ID@REVISION`` is one too).
+
+    A directory whose weights are one GGUF file is that file. ``ID:FILE.gguf`` is a file on the hub.
 
     Raises:
-        ModelError: no such directory, no model or adapter in it, weights in pickles only, no form of a hub id.
+        ModelError: no such directory, no model or adapter in it, weights in pickles only, a file that is not GGUF, no
+            form of a hub id.
     """
     name = str(source)
     path = Path(name).expanduser()
     if path.is_dir():
-        check_folder(path)
-        return str(path), revision
+        files = [] if (path / ADAPTER).is_file() else only_gguf(path)
+        if len(files) > 1:
+            raise ModelError(
+                f"{path} holds {len(files)} GGUF files; name one of them: {', '.join(file.name for file in files[:5])}."
+            )
+        if not files:
+            check_folder(path)
+            return str(path), revision
+        path = files[0]
     if path.is_file():
-        raise ModelError(f"{name} is a file; give the directory that holds config.json and the weights.")
+        if not is_gguf(path):
+            raise ModelError(f"{name} is a file; give the directory that holds config.json and the weights.")
+        if (wrong := fault(path)) is not None:
+            raise ModelError(wrong)
+        return str(path), None
+    if (parts := hub_parts(name)) is not None:
+        return f"{parts[0]}:{parts[2]}", parts[1] or revision
+    if is_gguf(name):
+        raise ModelError(f"there is no file {name}; on the hub a GGUF file is OWNER/NAME:FILE.gguf.")
     if "@" in name and revision is None:
         name, _, revision = name.partition("@")
     if not _HUB_ID.fullmatch(name) or name.startswith("."):

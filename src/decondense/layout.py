@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from decondense.blocks import Blocks, base_model
+from decondense.formatting import plural
 from decondense.seeding import undisturbed
 from decondense.sequences import SequenceReader, SequencesError, argument_names, bind, is_batch_first
 
@@ -70,10 +71,15 @@ class StateReader:
         self._inputs: bool | None = None  # whether the model takes [tokens, batch]
         names = argument_names(blocks.root, core)
         self._root, self._root_names = blocks.root, names
-        # transformers' models take every token for real that no mask says to be padding
-        self._padding_id = None if _of_transformers(blocks, core) else _padding_id(core)
-        self.sequences = SequenceReader(decoder=_reads_decoder(blocks, core, names))
-        self._tell_padding(names)
+        # transformers' models take every token as real that no mask marks as padding
+        self.sequences = SequenceReader(
+            decoder=_reads_decoder(blocks, core, names),
+            padding_id=None if _of_transformers(blocks, core) else _padding_id(core),
+            embeds_segments=any(
+                isinstance(module, nn.Embedding) and ("seg" in name or "type" in name)
+                for name, module in core.named_modules()
+            ),
+        )
 
     # ---- a call ----------------------------------------------------------------------------------------------------
 
@@ -82,7 +88,6 @@ class StateReader:
         names = self._root_names
         if module is not self._root:
             names = argument_names(module, self._core)
-            self._tell_padding(names)
         arguments = bind(names, args, kwargs)
         call = self._call(arguments, names)
         if not torch.compiler.is_compiling() and self._needs_probe(call):
@@ -102,9 +107,6 @@ class StateReader:
             if self._inputs is None:
                 raise SequencesError(self._unsettled(call))
         return bool(call.tokens_first if call.tokens_first is not None else self._inputs)
-
-    def _tell_padding(self, names: Sequence[str]) -> None:
-        self.sequences.padding_id = None if any("mask" in name for name in names) else self._padding_id
 
     def _call(self, arguments: dict[str, Any], names: Sequence[str]) -> Call:
         tokens = self.sequences.tokens(arguments, names)
@@ -139,13 +141,14 @@ class StateReader:
         if len(shape) == 2 and call.tokens is not None and shape[0] == call.positions and call.rows == 1:
             return state[None]  # torchtitan folds the batch into one row [T, D]
         if len(shape) != 3:
-            raise SequencesError(f"{what} returns states of shape {shape}; {_why_not_three(len(shape))}")
+            raise SequencesError(f"{what} has states of shape {shape}; {why_not_three(len(shape))}")
         if call.tokens is None:
-            given = ", ".join(name for name, value in call.arguments.items() if isinstance(value, Tensor)) or "none"
+            tensors = [(name, value) for name, value in call.arguments.items() if isinstance(value, Tensor)]
+            given = ", ".join(f"{name} of shape {tuple(value.shape)}" for name, value in tensors) or "no tensor"
             raise SequencesError(
-                f"{what} returns states of shape {shape}, and the call has no argument that holds its tokens (tensors "
-                f"given: {given}): expected input_ids or inputs_embeds, or token ids [batch, tokens] as the first "
-                "argument of the model."
+                f"{what} has states of shape {shape}, and the call has no argument that holds its tokens: expected "
+                "input_ids [batch, tokens], inputs_embeds [batch, tokens, width], or token ids [batch, tokens] as the "
+                f"first argument of the model; got {given}."
             )
         first = self._settle(call, shape[:2], place)
         wanted = (call.positions, call.rows) if first else (call.rows, call.positions)
@@ -218,26 +221,14 @@ class StateReader:
             )
         rows, positions = (shape[1], shape[0]) if first else shape[:2]
         name = call.tokens[0] if call.tokens is not None else "the input"
-        message = (
-            f"{what} returns states of shape {shape} for {call.rows} rows of {call.positions} tokens in {name!r}: "
-        )
-        prompt = _prompt_tuning(self._root)
+        message = f"{what} has states of shape {shape} for {call.rows} rows of {call.positions} tokens in {name!r}: "
         if shape[:2] == ((call.rows, call.positions) if first else (call.positions, call.rows)):
             axes = "[batch, tokens, width]" if first else "[tokens, batch, width]"
             return f"{message}they are {axes}, not what was settled or stated. Attach with tokens_first={not first}."
-        if rows == call.rows and positions > call.positions:
-            cause = f"the model adds {positions - call.positions} positions to each sequence inside ("
-            cause += f"{prompt} does" if prompt else "prompt tuning, class or image tokens, padding to a multiple"
-            cause += ")"
-        elif rows == call.rows:
-            cause = "the model drops or merges positions inside (pooling, patches, image tokens)"
-        elif shape[0] * shape[1] == call.rows * call.positions:
-            cause = "the model folds or cuts the batch in another way inside"
-        else:
-            cause = "the model changes the number of sequences inside (padding removed, several choices or views)"
-        return (
-            f"{message}{cause}, so that they are not the states of the tokens given. That is not supported: name "
-            "blocks that see the tokens themselves (blocks='dotted.path'), or give the model inputs that it keeps."
+        cause = why_other_tokens((rows, positions), (call.rows, call.positions), self._root)
+        remedy = "name blocks that see the tokens themselves (blocks='dotted.path'), or give the model inputs it keeps"
+        return f"{message}{cause}, so these are not the states of the given tokens. This is not supported" + (
+            "." if _prompt_tuning(self._root) else f": {remedy}."
         )
 
     # ---- the probe -------------------------------------------------------------------------------------------------
@@ -350,14 +341,28 @@ def _prompt_tuning(root: nn.Module) -> str | None:
     return type(active).__name__ if getattr(active, "is_prompt_learning", False) else None
 
 
-def _why_not_three(dimensions: int) -> str:
+def why_other_tokens(given: tuple[int, int], expected: tuple[int, int], root: nn.Module) -> str:
+    """What makes states of other tokens than (rows, positions) those of the input."""
+    (rows, positions), (wanted, length) = given, expected
+    if rows == wanted and positions > length:
+        cause = _prompt_tuning(root) or "prompt tuning, class or image tokens, padding to a multiple"
+        return f"the model adds {plural(positions - length, 'position')} to each sequence ({cause})"
+    if rows == wanted:
+        return "the model drops or merges positions (pooling, patches, image tokens)"
+    if rows * positions == wanted * length:
+        return "the model folds or cuts the batch in another way"
+    return "the model changes the number of sequences (padding removed, several choices or views)"
+
+
+def why_not_three(dimensions: int) -> str:
+    """Why states of another number of dimensions are refused."""
     wanted = "dispersion needs [batch, tokens, width]. "
     if dimensions == 2:
         return wanted + "One vector for each sequence, or a folded batch whose sequences are not told, has no pairs."
     if dimensions == 4:
         return wanted + (
-            "Four dimensions are image maps, or several residual streams (hyper-connections): there is no one state of "
-            "a token. Name other blocks: blocks='dotted.path'."
+            "Four dimensions are image maps, or several residual streams (hyper-connections): a token has no single "
+            "state. Name other blocks: blocks='dotted.path'."
         )
     return wanted + "Name other blocks: blocks='dotted.path'."
 

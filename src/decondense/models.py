@@ -2,7 +2,7 @@
 
 What it guarantees for all of them: code that comes with a model never runs unless the caller says so, and nobody is
 asked; weights are safetensors, never pickles; a checkpoint that lacks tensors is refused instead of being filled with
-random ones; a directory of adapters is loaded through PEFT on its base model.
+random ones; a directory of adapters is loaded through PEFT on its base model; a GGUF file is dequantised.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch import nn
 from decondense.checkpoints import ADAPTER, ADAPTER_WEIGHTS, Adapter, ModelError, adapter_of, locate, reason_of
 from decondense.config import ConfigError, LoraConfig, ModelConfig, one_of, suggest
 from decondense.corpora.hub import commit_of, offline
+from decondense.gguf_files import hub_parts, is_gguf, remedy
+from decondense.gguf_loading import as_if_never_quantised, dequantised, files_of
 from decondense.limits import model_positions, vocabulary_size
 from decondense.seeding import fence
 from decondense.tokenizers import has_tokenizer, load_tokenizer
@@ -71,7 +73,7 @@ def load_model(
 
     Args:
         source: Directory with ``config.json`` and weights, or with an adapter of PEFT, or a hub id;
-            ``ID@REVISION`` is a revision too.
+            ``ID@REVISION`` is a revision too. Or a GGUF file, a directory with one, ``ID:FILE.gguf`` on the hub.
         revision: Branch, tag or commit of a hub model.
         tokenizer: Where the tokenizer is, when not with the model (or with the adapter's base).
         trust_remote_code: Run code that comes with the model and the tokenizer.
@@ -132,6 +134,8 @@ def _load(
         Path(offload_folder).mkdir(parents=True, exist_ok=True)
         options["offload_folder"] = str(offload_folder)
     if eight_bit:
+        if is_gguf(name):
+            raise ModelError(f"{name} is dequantised; leave --8bit out, or give --dtype bfloat16 to save memory.")
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ModelError("8-bit weights need bitsandbytes: pip install bitsandbytes, or leave --8bit out.")
         import transformers
@@ -143,7 +147,7 @@ def _load(
         try:
             return _whole(name, revision, head, options), None
         except ModelError:
-            adapter = _adapter_on_the_hub(name, revision)
+            adapter = None if is_gguf(name) else _adapter_on_the_hub(name, revision)
             if adapter is None:
                 raise
     base, at = locate(adapter.base, adapter.revision)
@@ -170,9 +174,10 @@ def load_config(
     if (adapter := adapter_of(name)) is not None:
         name, revision = locate(adapter.base, adapter.revision)
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            name, revision=revision, local_files_only=local_files_only, trust_remote_code=trust_remote_code
-        )
+        with files_of(name, revision, local_files_only) as files:
+            config = transformers.AutoConfig.from_pretrained(
+                **files, local_files_only=local_files_only, trust_remote_code=trust_remote_code
+            )
     except Exception as error:  # a broken file shows as whatever the first thing that trips over it raises
         raise ModelError(why_not(name, revision, error)) from error
     if not trust_remote_code:
@@ -193,19 +198,27 @@ def empty_model(config: Any, *, dtype: torch.dtype | None = None) -> PreTrainedM
 
 
 def _whole(name: str, revision: str | None, head: Head, options: dict[str, Any]) -> PreTrainedModel:
+    import transformers
+
     config = load_config(name, revision=revision, trust_remote_code=options["trust_remote_code"])
     if getattr(config, "auto_map", None) and not options["trust_remote_code"]:
         warnings.warn(
             f"{name} comes with code of its own, which is not run: transformers' own {type(config).__name__} is used.",
             stacklevel=2,
         )
+    if is_gguf(name):
+        options = {**options, **dequantised()}
+        head = "causal" if type(config) in transformers.AutoModelForCausalLM._model_mapping else head
     try:
-        model, report = _loader(config, head).from_pretrained(
-            name, revision=revision, config=config, use_safetensors=True, output_loading_info=True, **options
-        )
+        with files_of(name, revision) as files:
+            model, report = _loader(config, head).from_pretrained(
+                **files, config=config, use_safetensors=True, output_loading_info=True, **options
+            )
     except Exception as error:
         raise ModelError(why_not(name, revision, error)) from error
-    check_complete(name, model, report["missing_keys"], head=head != "any")
+    if is_gguf(name):
+        as_if_never_quantised(model, name)
+    check_complete(name, model, report["missing_keys"], head=head != "any", unexpected=report["unexpected_keys"])
     model.eval()
     return model  # type: ignore[no-any-return]
 
@@ -249,12 +262,15 @@ def _asked_once(*names: str | Path | None) -> Iterator[None]:
     The libraries try for half a minute, for every file anew.
     """
     remote = [str(name) for name in names if name is not None and not Path(name).expanduser().exists()]
+    remote = [name if (parts := hub_parts(name)) is None else parts[0] for name in remote]
     away = any(commit_of(name, "model")[1] is not None for name in remote)
     with offline() if away else nullcontext():
         yield
 
 
-def check_complete(name: str, model: Any, missing: Iterable[str], *, head: bool = False) -> None:
+def check_complete(
+    name: str, model: Any, missing: Iterable[str], *, head: bool = False, unexpected: Iterable[str] = ()
+) -> None:
     """Refuse weights that lack a part of what is used: transformers draws it at random, with a warning only.
 
     Poolers, which come and go between tasks, are never used, and heads are not when states are measured.
@@ -264,6 +280,7 @@ def check_complete(name: str, model: Any, missing: Iterable[str], *, head: bool 
         model: a transformers model.
         missing: names of its parameters that were not in the weights.
         head: the head is used too.
+        unexpected: names in the weights that no parameter has.
 
     Raises:
         ModelError: parameters that are used are missing.
@@ -271,10 +288,17 @@ def check_complete(name: str, model: Any, missing: Iterable[str], *, head: bool 
     inside = "" if head or model.base_model is model else f"{model.base_model_prefix}."
     lacking = sorted(key for key in missing if key.startswith(inside) and "pooler" not in key.split("."))
     if lacking:
+        wrapper = next(
+            (part for part in ("_orig_mod.", "module.") if any(key.startswith(part) for key in unexpected)), ""
+        )
         raise ModelError(
             f"the model in {name} cannot be used: its weights lack {len(lacking):,} of the tensors that its "
-            f"config.json asks for ({_some(lacking)}). They would be random: give config.json and weights that belong "
-            "together."
+            f"config.json asks for ({_some(lacking)}). They would be random: "
+            + (
+                f"the names of the weights begin with {wrapper!r}, so save the model inside of torch.compile or DDP."
+                if wrapper
+                else "give config.json and weights that belong together."
+            )
         )
 
 
@@ -286,6 +310,8 @@ def why_not(name: str, revision: str | None, error: Exception) -> str:
     """What to tell a user whose model, a directory or a hub id, could not be loaded because of ``error``."""
     at = f" (revision {revision})" if revision else ""
     reason = reason_of(error)
+    if is_gguf(name) and Path(name).is_file():
+        return f"the model in {name} cannot be loaded: {remedy(Path(name), error)}"
     # an answer about code or about safetensors comes from files that were there
     if Path(name).is_dir() or "trust_remote_code" in str(error):
         return f"the model in {name} cannot be loaded: {reason}."

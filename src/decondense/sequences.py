@@ -10,7 +10,7 @@ Shapes: B rows, T positions. ``mask_BT`` is True at real tokens; ``segments_BT``
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,13 +28,29 @@ _DECODER_REAL = ("decoder_attention_mask",)
 # True = padding (torch.nn.Transformer, fairseq); a float mask is added to the scores
 _PADDING = ("key_padding_mask", "src_key_padding_mask", "encoder_padding_mask")
 _DECODER_PADDING = ("tgt_key_padding_mask", "decoder_padding_mask")
-# used with both meanings: settled once by what the masked places hold
-_EITHER = ("padding_mask", "pad_mask", "mask", "src_mask", "attn_mask", "input_mask", "token_mask", "valid_mask")
-# the document of each token
-_DOCUMENTS = ("seq_idx", "document_ids", "doc_ids")
+# used with both meanings: settled once by what the masked places hold; any other name with "pad" in it is read alike
+_EITHER = ("mask", "src_mask", "attn_mask", "input_mask", "token_mask", "valid_mask", "block_mask")
+_PAD_IN_NAME = ("pad", "padding", "padded")
+# tokens of each row, or of each document of one packed row
+_LENGTHS = (
+    *(
+        "lengths",
+        "src_lengths",
+        "input_lengths",
+        "seq_lengths",
+        "sequence_lengths",
+        "seq_lens",
+        "seqlens",
+        "valid_lens",
+    ),
+)
+# the document of each token; negative: padding
+_DOCUMENTS = ("seq_idx", "document_ids", "document_id", "doc_ids", "doc_idx", "sequence_ids", "sequence_id")
+# documents of a packed row, or sentences of a pair
+_EITHER_SEGMENTS = ("segment_ids", "segment_id")
 # where the documents of one packed row begin and end (variable-length attention kernels)
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens")
-_POSITIONS = ("position_ids", "positions")
+_POSITIONS = ("position_ids", "positions", "input_pos", "pos_ids")
 # an added mask is 0 at real tokens and -inf, or the least number of its type, at the others
 _ADDED_AT_LEAST = -1e4
 
@@ -63,35 +79,31 @@ class SequenceReader:
 
     Args:
         decoder: Read the decoder's inputs of an encoder-decoder.
-        padding_id: Id that the model itself takes for padding (``nn.Embedding(padding_idx=...)``), where its
-            ``forward`` takes no mask.
+        padding_id: Id that the model itself takes for padding (``nn.Embedding(padding_idx=...)``); used where no
+            argument tells the real tokens.
+        embeds_segments: The model embeds ``segment_ids``: they are the sentences of a pair, not documents.
     """
 
-    def __init__(self, *, decoder: bool = False, padding_id: int | None = None) -> None:
+    def __init__(self, *, decoder: bool = False, padding_id: int | None = None, embeds_segments: bool = False) -> None:
         self.decoder = decoder
         self.padding_id = padding_id
+        self.embeds_segments = embeds_segments
         self.looks_once: bool | None = None
         """Whether integer masks are looked at once only; None: away from the CPU, where a look waits for the device."""
         self._numbered: bool | None = None  # whether integer masks number documents
-        self._overlooked: Tensor | None = None
-        self._meaning: dict[str, str] = {}  # "real", "padding" or "added", of the masks that do not say it by name
+        self._overlooked: dict[str, Tensor] = {}  # what was not looked at -> whether it was not as assumed
+        self._meaning: dict[str, str] = {}  # "real", "padding" or "pattern", of the masks that do not say it by name
 
     # ---- the tokens ------------------------------------------------------------------------------------------------
 
     def tokens(self, arguments: Mapping[str, Any], names: Sequence[str] = ()) -> tuple[str, Tensor] | None:
         """Name and value of the argument that holds the tokens: ids, or embedded tokens."""
-        if self.decoder:
-            for name in _DECODER_TOKENS:
-                if isinstance(arguments.get(name), Tensor):
-                    return name, arguments[name]
-            # transformers shifts the labels into the decoder's inputs
-            labels = arguments.get("labels")
-            return ("labels", labels) if isinstance(labels, Tensor) else None
-        for name in _TOKENS:
-            if isinstance(arguments.get(name), Tensor):
-                return name, arguments[name]
-        first = arguments.get(names[0]) if names else None
-        return (names[0], first) if isinstance(first, Tensor) else None
+        # transformers shifts the labels into the decoder's inputs
+        for name in (*_DECODER_TOKENS, "labels") if self.decoder else (*_TOKENS, *names[:1]):
+            value = arguments.get(name)
+            if isinstance(value, Tensor):
+                return name, value
+        return None
 
     # ---- real tokens, documents ------------------------------------------------------------------------------------
 
@@ -107,13 +119,16 @@ class SequenceReader:
     ) -> tuple[Tensor | None, Tensor | None]:
         """``(mask_BT, segments_BT)`` of a call; ``None`` stands for "all are real" and "one document per row".
 
-        Real tokens: ``attention_mask`` (1 = real; with documents numbered 1, 2, ... as Axolotl and LLaMA-Factory do),
-        torch's ``*key_padding_mask`` (True = padding), ``padding_mask``, ``mask`` and the like, whose meaning is
-        settled once by the ids at the masked places (padding is one repeated id), ``lengths``.
+        Real tokens: ``attention_mask`` (1 = real; with documents numbered 1, 2, ... as Axolotl and LLaMA-Factory do; of
+        a float mask without a positive number, 0 = real), torch's ``*key_padding_mask`` (True = padding),
+        ``padding_mask``, ``mask`` and the like, whose meaning is settled once by the ids at the masked places (padding
+        is one repeated id at the ends of the rows), ``lengths`` and the like, else the embedding's ``padding_idx``. A
+        ``mask`` of who attends to whom tells nothing if it depends on distance alone, and is refused otherwise where
+        nothing else tells the real tokens or the documents.
 
-        Documents: ``seq_idx`` or ``document_ids``, else ``cu_seq_lens_q``, else ``position_ids`` (or ``positions``)
-        that start again at 0 with each document; of ``[4, B, T]`` (Qwen2.5-VL) the first row counts, of ``[3, B, T]``
-        the places where all three are 0.
+        Documents: ``seq_idx``, ``document_ids`` and the like, else ``cu_seq_lens_q``, else lengths that are more than
+        the rows, else ``position_ids`` (or ``positions``, ``input_pos``) that start again; of ``[4, B, T]``
+        (Qwen2.5-VL) the first row counts, of ``[3, B, T]`` the places where all three are 0.
 
         Args:
             arguments: Arguments of ``forward`` by name.
@@ -128,8 +143,9 @@ class SequenceReader:
                 cannot be told.
         """
         fit = _Fit(rows, positions, device, tokens_first)
-        mask, numbered = self._real(arguments, tokens, fit)
+        mask, numbered, unread = self._real(arguments, tokens, fit)
         segments, inside = self._segments(arguments, fit)
+        told = segments is not None and not isinstance(arguments.get(unread or ""), Tensor)
         if inside is not None:
             mask = inside if mask is None else mask & inside
         if numbered is not None:
@@ -138,66 +154,107 @@ class SequenceReader:
         # the GPU the look would wait for the device, and in a compiled graph it would break the graph.
         if segments is not None and fit.looking_is_free and not bool(segments.any()):
             segments = None
+        if unread is not None and mask is None and segments is None and not told:
+            raise SequencesError(
+                f"the {unread} is an attention pattern that may hold padding or documents, and no other argument tells "
+                "them. Pass attention_mask (1 = real) or key_padding_mask (True = padding) as well; for packed rows "
+                "document_ids, or position_ids that start again with each document."
+            )
         return mask, segments
 
     def check(self) -> None:
-        """Verify what was assumed without looking; waits for the device.
+        """Verify what was assumed without looking; waits for the device. Raises where masks of two kinds were mixed."""
+        overlooked, self._overlooked = self._overlooked, {}
+        for what, flag in overlooked.items():
+            if bool(flag):
+                raise SequencesError(
+                    f"{what}, so pairs were formed across documents or with padding since the last log. Pass masks of "
+                    "one kind, or position_ids."
+                )
 
-        Raises:
-            SequencesError: masks of two kinds were mixed.
-        """
-        overlooked, self._overlooked = self._overlooked, None
-        if overlooked is not None and bool(overlooked):
-            raise SequencesError(
-                "some attention masks number the documents of packed rows and the first one did not, so pairs were "
-                "formed across documents since the last log. Pass masks of one kind, or position_ids."
-            )
+    def _overlook(self, what: str, flag: Tensor) -> None:
+        before = self._overlooked.get(what)
+        self._overlooked[what] = flag if before is None else before | flag
 
     def _real(
         self, arguments: Mapping[str, Any], tokens: tuple[str, Tensor] | None, fit: _Fit
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(real tokens, numbers of the documents where an integer mask numbers them)."""
+    ) -> tuple[Tensor | None, Tensor | None, str | None]:
+        """(real tokens, numbers of the documents where an integer mask numbers them, name of a mask not understood)."""
         real: Tensor | None = None
         numbered: Tensor | None = None
-        for name in _DECODER_REAL if self.decoder else _REAL:
+        unread: str | None = None
+        decoder_only = not self.decoder and tokens is not None and tokens[0] in _DECODER_TOKENS
+        encoder, decoder = not self.decoder, self.decoder or decoder_only
+        for name in _REAL * encoder + _DECODER_REAL * decoder:
             mask = arguments.get(name)
             if mask is None:
                 continue
             if not isinstance(mask, Tensor):
                 raise SequencesError(
-                    f"the {name} is a {type(mask).__name__}; dispersion needs the two-dimensional mask of real tokens "
-                    "(1 = real), which transformers models also take."
+                    f"the {name} is a {type(mask).__name__}; pass the two-dimensional mask of real tokens (1 = real)."
                 )
             mask = fit.mask(name, mask)
-            if mask.is_floating_point() and self._told(name, mask, tokens, fit, real=True) == "added":
-                real = mask > _ADDED_AT_LEAST
+            if mask.is_floating_point():  # added to the scores where nothing in it is positive
+                real = torch.where(mask.amax() > 0, mask > 0, _unpadded(mask))
                 continue
             if mask.dtype in (torch.int64, torch.int32) and not self._is_plain(mask):
                 numbered = (mask - 1).clamp(min=0).long()
             real = mask != 0
-        for name in _DECODER_PADDING if self.decoder else _PADDING:
+        for name in _PADDING * encoder + _DECODER_PADDING * decoder:
             mask = arguments.get(name)
             if isinstance(mask, Tensor):
-                mask = fit.mask(name, mask, batch_first=name.endswith("key_padding_mask"))
-                here = mask > _ADDED_AT_LEAST if mask.is_floating_point() else mask == 0
+                here = _unpadded(fit.mask(name, mask, batch_first=name.endswith("key_padding_mask")))
                 real = here if real is None else real & here
-        if real is not None or self.decoder:
-            if real is None and tokens is not None and tokens[0] == "labels":
-                real = fit.mask("labels", tokens[1]) != -100
-            return real, numbered
-        for name in _EITHER:
-            mask = arguments.get(name)
-            if isinstance(mask, Tensor) and not fit.is_attention_pattern(mask):
+        if real is not None:
+            return real, numbered, None
+        for name in self._either(arguments, decoder_only):
+            mask = arguments[name]
+            if not isinstance(mask, Tensor):
+                unread = name
+            elif fit.is_attention_pattern(mask):
+                unread = unread if self._is_plain_pattern(name, mask, fit) else name
+            else:
                 mask = fit.mask(name, mask)
-                meaning = self._told(name, mask, tokens, fit)
-                return (mask > _ADDED_AT_LEAST if meaning == "added" else (mask != 0) == (meaning == "real")), None
-        lengths = arguments.get("lengths")
-        if isinstance(lengths, Tensor) and tuple(lengths.shape) == (fit.rows,):
-            return torch.arange(fit.positions, device=fit.device) < lengths.to(fit.device)[:, None], None
-        ids = tokens[1] if tokens is not None else None
-        if self.padding_id is not None and ids is not None and not ids.is_floating_point():
-            return fit.mask("tokens", ids) != self.padding_id, None
-        return None, None
+                here = _unpadded(mask) if self._told(name, mask, tokens, fit) == "padding" else mask != 0
+                real = here if real is None else real & here
+        if real is None and self.decoder and tokens is not None and tokens[0] == "labels":
+            real = fit.mask("labels", tokens[1]) != -100
+        if real is not None or self.decoder:
+            return real, None, unread
+        for name in _LENGTHS:
+            lengths = fit.numbers(arguments.get(name))
+            if lengths is not None and (fit.rows > 1 or len(lengths) == 1):  # else of the documents of a packed row
+                return fit.up_to(name, lengths), None, unread
+        if self.padding_id is not None and tokens is not None and not tokens[1].is_floating_point():
+            real = fit.mask("tokens", tokens[1]) != self.padding_id
+        return real, None, unread
+
+    def _either(self, arguments: Mapping[str, Any], decoder_only: bool) -> Iterator[str]:
+        """Names of the masks whose meaning the name does not tell."""
+        for name, value in arguments.items():
+            plain = name.removeprefix("tgt_").removeprefix("decoder_")
+            if ((plain != name) != self.decoder and not decoder_only) or name in (*_PADDING, *_DECODER_PADDING):
+                continue
+            parts = plain.split("_")
+            tells = plain in _EITHER or ("memory" not in parts and any(part in _PAD_IN_NAME for part in parts))
+            single = isinstance(value, (bool, int, float, str)) or getattr(value, "ndim", 1) == 0
+            if tells and value is not None and not single:
+                yield name
+
+    def _is_plain_pattern(self, name: str, mask: Tensor, fit: _Fit) -> bool:
+        """Whether an attention pattern depends on distance alone (all, causal, a window): no padding, no documents."""
+        if mask.ndim == 2 and fit.rows > 1:
+            return True  # one pattern for all rows
+        if torch.compiler.is_compiling():
+            return self._meaning.get(name) == "pattern"
+        plain = (mask[..., 1:, 1:] == mask[..., :-1, :-1]).all()
+        if fit.looking_is_free or self._meaning.get(name) != "pattern":
+            if not bool(plain):
+                return False
+            self._meaning[name] = "pattern"
+        else:
+            self._overlook(f"some {name}s hold padding or documents and the first one did not", ~plain)
+        return True
 
     def _is_plain(self, mask: Tensor) -> bool:
         """Away from the CPU: take an integer mask for a plain one if the first was, and verify that in :meth:`check`.
@@ -214,30 +271,20 @@ class SequenceReader:
             self._numbered = bool(numbers)
             if self._numbered:
                 return False
-        self._overlooked = numbers if self._overlooked is None else self._overlooked | numbers
+        self._overlook("some attention masks number the documents of packed rows and the first one did not", numbers)
         return True
 
-    def _told(
-        self, name: str, mask: Tensor, tokens: tuple[str, Tensor] | None, fit: _Fit, *, real: bool = False
-    ) -> str:
-        """What a mask says that does not tell by its name: settled by the first batch."""
+    def _told(self, name: str, mask: Tensor, tokens: tuple[str, Tensor] | None, fit: _Fit) -> str:
+        """What a mask marks that does not tell by its name, "real" or "padding": settled by the first batch."""
         meaning = self._meaning.get(name)
         if meaning is None:
             if torch.compiler.is_compiling():
-                if real:
-                    return "real"
                 raise SequencesError(
-                    f"whether {name} is True at real tokens or at padding is settled by the first batch, which cannot "
-                    "be looked at inside a compiled graph. Pass attention_mask (1 = real) or key_padding_mask (True = "
-                    "padding), or call the model once before compiling it."
+                    f"whether {name} is True at real tokens or at padding is settled by the first batch, but not in a "
+                    "compiled graph. Pass attention_mask (1 = real), or call the model once before compiling it."
                 )
-            if mask.is_floating_point() and bool((mask < 0).any()):
-                meaning = "added"
-            elif real:
-                meaning = "real"
-            else:
-                meaning = _meaning(name, mask != 0, fit.tokens(tokens))
-            self._meaning[name] = meaning
+            added = mask.is_floating_point() and bool((mask < 0).any())
+            meaning = self._meaning[name] = "padding" if added else _meaning(name, mask != 0, fit.tokens(tokens))
         return meaning
 
     def _segments(self, arguments: Mapping[str, Any], fit: _Fit) -> tuple[Tensor | None, Tensor | None]:
@@ -248,11 +295,22 @@ class SequenceReader:
             numbered = arguments.get(name)
             if isinstance(numbered, Tensor):
                 numbers = fit.documents(name, numbered)
-                return _refine(numbers, numbers), None  # any numbers will do, also those of a whole corpus
+                inside = None if fit.looking_is_free and not bool((numbers < 0).any()) else numbers >= 0
+                return _refine(numbers, numbers), inside
+        for name in () if self.embeds_segments else _EITHER_SEGMENTS:
+            if isinstance(arguments.get(name), Tensor):
+                raise SequencesError(
+                    f"{name} are the documents of a packed row in some models and the sentences of a pair in others. "
+                    "Name the argument document_ids (negative = padding) or token_type_ids."
+                )
         for name in _BOUNDARIES:
-            boundaries = arguments.get(name)
-            if isinstance(boundaries, Tensor):
+            boundaries = fit.numbers(arguments.get(name))
+            if boundaries is not None:
                 return fit.between(name, boundaries)
+        for name in _LENGTHS:
+            lengths = fit.numbers(arguments.get(name))
+            if lengths is not None and fit.rows == 1 and len(lengths) > 1:
+                return fit.between(name, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
         for name in _POSITIONS:
             position_ids = arguments.get(name)
             if isinstance(position_ids, Tensor):
@@ -312,7 +370,25 @@ class _Fit:
     def looking_is_free(self) -> bool:
         return self.device.type == "cpu" and not torch.compiler.is_compiling()
 
+    def numbers(self, value: Any) -> Tensor | None:
+        """A list of integers, or a tensor of them, as a flat tensor; None for anything else."""
+        if isinstance(value, (list, tuple)) and value and all(isinstance(number, int) for number in value):
+            value = torch.tensor(value)
+        if not isinstance(value, Tensor) or value.is_floating_point():
+            return None
+        return value.to(self.device).flatten()
+
+    def up_to(self, name: str, lengths: Tensor) -> Tensor:
+        if len(lengths) != self.rows or (self.looking_is_free and int(lengths.max()) > self.positions):
+            raise SequencesError(
+                f"{name} holds {len(lengths)} lengths, up to {int(lengths.max())}, for {self.rows} rows of "
+                f"{self.positions} tokens, so the real tokens cannot be told."
+            )
+        return torch.arange(self.positions, device=self.device) < lengths[:, None]
+
     def mask(self, name: str, mask: Tensor, *, batch_first: bool = False) -> Tensor:
+        if mask.ndim > 2 and all(size == 1 for size in mask.shape[1:-1]):
+            mask = mask.flatten(0, -2)  # [B, 1, 1, T], to be broadcast over heads and queries
         shape, wanted = tuple(mask.shape), (self.rows, self.positions)
         if len(shape) == 1 and self.rows == 1:
             mask, shape = mask[None], (1, *shape)
@@ -362,18 +438,18 @@ class _Fit:
         return values.expand(self.rows, self.positions).long()
 
     def restarts(self, name: str, values: Tensor) -> Tensor:
-        if values.ndim != 3:
-            starts = self.documents(name, values) == 0
-        elif values.shape[0] == 4:  # positions in the text, then (time, height, width)
-            starts = self.documents(name, values[0]) == 0
-        else:
+        if values.ndim == 3 and values.shape[0] != 4:
             starts = self.documents(name, values.abs().amax(0)) == 0
-        return (starts.cumsum(-1) - 1).clamp(min=0)
+        else:  # of four, positions in the text come before (time, height, width)
+            places = self.documents(name, values[0] if values.ndim == 3 else values)
+            starts = places == places.amin(-1, keepdim=True)  # 0; RoBERTa counts from 2
+            starts[:, 1:] |= places.diff(dim=-1) < 0
+        starts[:, 0] = False  # a row may begin within a document
+        return starts.cumsum(-1)
 
     def between(self, name: str, boundaries: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.rows != 1:
             raise SequencesError(f"{name} describes one packed row; the batch has {self.rows}.")
-        boundaries = boundaries.to(self.device).flatten()
         inside: Tensor | None = None
         places = torch.arange(self.positions, device=self.device)
         if self.looking_is_free:
@@ -389,22 +465,32 @@ class _Fit:
         return torch.bucketize(places, boundaries[1:-1], right=True)[None], inside
 
 
+def _unpadded(mask: Tensor) -> Tensor:
+    """Real tokens by a mask that is True, or added to the scores, at padding."""
+    return (mask <= 0) & (mask > _ADDED_AT_LEAST) if mask.is_floating_point() else mask == 0
+
+
 def _meaning(name: str, mask_BT: Tensor, tokens: Tensor | None) -> str:
-    """Which of the two places of a mask is the padding: the one that holds a single id, over and over."""
+    """Which of the two places of a mask is the padding: the ends of the rows, where they hold a single id."""
     if bool(mask_BT.all()):
         return "real"
     if not bool(mask_BT.any()):
         return "padding"
     if tokens is not None:
-        flat = tokens.flatten(0, 1)
-        marked = mask_BT.flatten().to(flat.device)
-        one = [len(torch.unique(flat[places], dim=0)) == 1 for places in (marked, ~marked)]
-        if one[0] != one[1]:
-            return "padding" if one[0] else "real"
+        padding = [
+            _may_be_padding(places, tokens) for places in (mask_BT.to(tokens.device), ~mask_BT.to(tokens.device))
+        ]
+        if padding[0] != padding[1]:
+            return "padding" if padding[0] else "real"
     raise SequencesError(
         f"whether {name} is True at real tokens or at padding cannot be told from the batch. Pass attention_mask (1 = "
         "real) or key_padding_mask (True = padding) instead."
     )
+
+
+def _may_be_padding(places_BT: Tensor, tokens: Tensor) -> bool:
+    runs_of_others = torch.nn.functional.pad(~places_BT, (1, 0)).int().diff(dim=-1).clamp(min=0).sum(-1)
+    return bool(runs_of_others.max() <= 1) and len(torch.unique(tokens[places_BT], dim=0)) == 1
 
 
 def _refine(first_BT: Tensor, second_BT: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape as html_escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from decondense.formatting import MINUS, NONE, Interval
 from decondense.records import atomic_write
@@ -41,6 +41,8 @@ class Table:
     """How many columns from the left hold words; the others hold numbers."""
     notes: tuple[str, ...] = ()
     """Lines below the table that qualify its numbers."""
+    sortable: bool = False
+    """Whether a page may let its readers sort the rows."""
 
     def __post_init__(self) -> None:
         assert all(len(row) == len(self.columns) for row in self.rows), self.name
@@ -86,12 +88,12 @@ class Table:
     def to_markdown(self) -> str:
         """A pipe table with its caption above and its notes below."""
         mark = [":---" if i < self.words else "---:" for i in range(len(self.columns))]
-        head = f"{_markdown(self.caption)}\n\n" if self.caption else ""
+        head = f"{markdown(self.caption)}\n\n" if self.caption else ""
         lines = [self.columns, mark, *self.text()]
         body = "".join(
-            "| " + " | ".join(cell if line is mark else _markdown(cell) for cell in line) + " |\n" for line in lines
+            "| " + " | ".join(cell if line is mark else markdown(cell) for cell in line) + " |\n" for line in lines
         )
-        notes = "".join(f"- {_markdown(note)}\n" for note in self.notes)
+        notes = "".join(f"- {markdown(note)}\n" for note in self.notes)
         return head + body + (f"\n{notes}" if notes else "")
 
     def to_latex(self) -> str:
@@ -107,18 +109,23 @@ class Table:
         )
 
     def to_html(self) -> str:
-        """A table element that scrolls sideways, with its caption; styled by the page that holds it."""
+        """A table element that scrolls sideways, with its caption; styled by the page that holds it.
+
+        A ``sortable`` table repeats no words, and its numbers carry their values for the page's script.
+        """
         name = html_escape(self.name)
+        kind = f"words{self.words} sortable" if self.sortable else f"words{self.words}"
         lines = [
             f'<p class="caption" id="caption-{name}">{html_escape(self.caption)}</p>',
             f'<div class="scroll" tabindex="0" role="region" aria-labelledby="caption-{name}">',
-            f'<table class="words{self.words}" id="table-{name}" aria-describedby="caption-{name}">',
+            f'<table class="{kind}" id="table-{name}" aria-describedby="caption-{name}">',
             "<thead><tr>" + "".join(f'<th scope="col">{html_escape(c)}</th>' for c in self.columns) + "</tr></thead>",
             "<tbody>",
         ]
-        for row, again in zip(self.text(), self.repeats, strict=True):
-            mark = ' class="again"' if again else ""
-            cells = "".join(f"<td>{html_escape(cell)}</td>" for cell in row[1:])
+        for row, entries, again in zip(self.text(), self.rows, self.repeats, strict=True):
+            mark = ' class="again"' if again and not self.sortable else ""
+            values = [f' data-value="{_plain(e[1])}"' if self.sortable and _is_value(e) else "" for e in entries]
+            cells = "".join(f"<td{v}>{html_escape(c)}</td>" for c, v in zip(row[1:], values[1:], strict=True))
             lines.append(f'<tr><th scope="row"{mark}>{html_escape(row[0])}</th>{cells}</tr>')
         lines += ["</tbody>", "</table>", "</div>"]
         lines += [f'<p class="note">{html_escape(note)}</p>' for note in self.notes]
@@ -174,7 +181,12 @@ def _plain(value: Value) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-def _markdown(text: str) -> str:
+def _is_value(entry: Entry) -> TypeGuard[tuple[str, float | int | None]]:
+    return not isinstance(entry, str) and (entry[1] is None or isinstance(entry[1], (int, float)))
+
+
+def markdown(text: str) -> str:
+    """``text`` with the characters that mean something in Markdown escaped."""
     # an underscore between letters or digits means nothing in CommonMark: names stay readable
     return re.sub(r"([|<>*`\\]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from decondense.checkpoints import ADAPTER, ModelError, reason_of
+from decondense.checkpoints import ADAPTER, ModelError, locate, reason_of
+from decondense.gguf_files import alone, is_gguf, only_gguf, remedy
+from decondense.gguf_loading import gguf_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,15 +17,34 @@ def read_tokenizer(source: str | Path, *, trust_remote_code: bool = False, **opt
     """``AutoTokenizer.from_pretrained`` that never asks whether code may run; its errors are raised as they come.
 
     Args:
-        source: Directory or hub id.
-        trust_remote_code: Run code that comes with the tokenizer.
+        source: Directory, hub id or GGUF file (``ID:FILE.gguf`` on the hub; or the directory of one).
+        trust_remote_code: Run code that comes with the tokenizer; a GGUF file brings none.
         options: ``revision``, ``local_files_only``, ...
     """
     import transformers
 
+    folder = Path(source).expanduser()
+    alone_there = folder.is_dir() and not (folder / ADAPTER).is_file() and len(only_gguf(folder)) == 1
+    if is_gguf(source) or alone_there:
+        return _from_gguf(*locate(source, options.get("revision")), options.get("local_files_only", False))
     loaded: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
         str(source), trust_remote_code=trust_remote_code, **options
     )
+    return loaded
+
+
+def _from_gguf(name: str, revision: str | None, local_files_only: bool) -> PreTrainedTokenizerBase:
+    import transformers
+
+    path = gguf_path(name, revision=revision, local_files_only=local_files_only)
+    with alone(path) as there:
+        try:
+            loaded: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(**there)
+        except Exception as error:  # a damaged file shows as whatever the first reader that trips over it raises
+            if isinstance(error, KeyError):
+                raise ModelError(f"{name} holds no tokenizer; name the right one: --tokenizer.") from error
+            raise ModelError(f"the tokenizer in {name} cannot be loaded: {remedy(path, error)}") from error
+    loaded.name_or_path = name
     return loaded
 
 
@@ -45,6 +66,8 @@ def load_tokenizer(
         loaded = read_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
         # a wrong type in its configuration shows when it is first used
         ids = loaded("A text of five words.")["input_ids"]
+    except ModelError:
+        raise
     except Exception as error:  # a missing tokenizer shows as half a dozen types
         folder = Path(source).expanduser()
         broken = (folder / "tokenizer.json").is_file() or "trust_remote_code" in str(error)
@@ -61,8 +84,7 @@ def load_tokenizer(
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether an adapter's directory brings a tokenizer of its own; where it does not, its base's is meant."""
-    assert (folder / ADAPTER).is_file()
+    """Whether a directory brings a tokenizer of its own; where an adapter's does not, its base's is meant."""
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     return any((folder / name).is_file() for name in names)
 

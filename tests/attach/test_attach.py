@@ -79,7 +79,7 @@ def test_the_last_state_after_the_final_norm_on_request():
     got, last = by_attaching(model, {"input_ids": ids, "labels": ids}, final_norm=True)
     assert last == pytest.approx(value, abs=1e-12)
     assert greatest_difference(got, expected) < 1e-10
-    with pytest.raises(AttachError, match="final_norm=True is about the last block"):
+    with pytest.raises(AttachError, match="final_norm=True concerns the last block"):
         attach(model, layers=[0], final_norm=True)
 
 

@@ -178,6 +178,14 @@ def test_nested_lists_name_the_list_that_serves():
     assert len(find_blocks(model, "stages.1")) == 4
 
 
+def test_lists_in_members_without_a_forward_are_named():
+    model = nn.Module()
+    block = nn.TransformerEncoderLayer(8, 2, 8)
+    model.stages = nn.ModuleList(nn.ModuleDict({"body": nn.ModuleList([block, block])}) for _ in range(2))
+    with pytest.raises(BlocksError, match=r"nested list.*blocks='stages\.0\.body'.*'stages\.1\.body' \(2 modules\)"):
+        find_blocks(model)
+
+
 @pytest.mark.parametrize("sizes", [(2, 4), (3, 1, 2), (6,)])
 def test_stages_are_told_from_blocks_by_the_number_of_layers(sizes):
     model = Plain(stages=nn.ModuleList(Plain(body=Plain(layers=layers(n))) for n in sizes))

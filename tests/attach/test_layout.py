@@ -400,6 +400,31 @@ def test_padding_that_the_model_tells_from_its_ids():
     assert watched(model, lambda: model(ids)) == pytest.approx(cosines, abs=1e-12)
 
 
+@pytest.mark.parametrize("given", [None, "pattern"])
+def test_padding_that_the_embedding_declares_where_no_mask_tells(given):
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(V, D, padding_idx=0)
+            layer = nn.TransformerEncoderLayer(D, 2, 24, dropout=0.0, batch_first=True)
+            self.layers = nn.ModuleList([layer, copy.deepcopy(layer)])
+
+        def forward(self, x, mask=None):
+            h = self.embed(x)
+            for layer in self.layers:
+                h = layer(h, mask)
+            return h.square().mean()
+
+    torch.manual_seed(0)
+    model, ids = Own().double().train(), ids_of(3, 9) % (V - 1) + 1
+    ids[1, 5:] = 0
+    mask = None if given is None else torch.ones(9, 9, dtype=torch.bool).triu(1)
+    sequences = [(0, torch.arange(9)), (1, torch.arange(5)), (2, torch.arange(9))]
+    loss, cosines = own_values(model, lambda: model(ids, mask), sequences, False)
+    assert attached_value(model, lambda: model(ids, mask)) == pytest.approx(loss, abs=1e-12)
+    assert watched(model, lambda: model(ids, mask)) == pytest.approx(cosines, abs=1e-12)
+
+
 def test_the_decoder_of_an_encoder_decoder_is_watched_with_its_own_tokens():
     from transformers import T5Config, T5ForConditionalGeneration
 

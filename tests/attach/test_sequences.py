@@ -50,7 +50,7 @@ def test_one_row_of_plain_positions_is_broadcast_and_marks_nothing():
 def test_left_padded_positions_of_generation_style():
     batch = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1]]), "position_ids": torch.tensor([[1, 1, 0, 1, 2]])}
     real, segments = real_and_same(batch, 1, 5, CPU)
-    assert segments is None
+    assert same_pairs(segments[:, 2:], [[0, 0, 0]])
     assert count_sequences(real, segments, 1, 5) == 1
 
 
@@ -161,6 +161,104 @@ def test_who_attends_to_whom_is_not_who_is_real():
         assert real_and_same({"input_ids": square, "mask": mask}, 7, 7, CPU)[0] is None
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_attention_patterns_that_may_hold_padding_or_documents_are_refused(rows):
+    causal = torch.ones(7, 7, dtype=torch.bool).tril()
+    window = causal & (torch.arange(7)[:, None] - torch.arange(7) < 3)
+    documents = causal & (torch.arange(7)[:, None] // 4 == torch.arange(7) // 4)
+    ids = torch.arange(1, 7 * rows + 1).reshape(rows, 7)
+    for plain in (causal[None, None], window[None].repeat(rows, 1, 1), ~causal.expand(rows, 2, 7, 7)):
+        assert real_and_same({"ids": ids, "mask": plain}, rows, 7, CPU) == (None, None)
+    padded = causal & torch.tensor([True] * 5 + [False] * 2)
+    added = torch.zeros(7, 7).masked_fill(~padded, -torch.inf)
+    for mask in (documents, padded, added):
+        batch = {"mask": mask.expand(rows, 1, 7, 7)}
+        with pytest.raises(SequencesError, match="the mask is an attention pattern"):
+            real_and_same(batch, rows, 7, CPU)
+        with pytest.raises(SequencesError, match="the mask is an attention pattern"):
+            real_and_same(batch | {"position_ids": torch.arange(7)[None]}, rows, 7, CPU)
+        real = torch.ones(rows, 7, dtype=torch.bool)
+        assert real_and_same(batch | {"key_padding_mask": ~real}, rows, 7, CPU)[0].all()
+    restart = {"mask": documents.expand(rows, 1, 7, 7), "input_pos": (torch.arange(7) % 4)[None]}
+    assert real_and_same(restart, rows, 7, CPU)[1].max() == 1
+    for opaque in (object(), [documents]):
+        with pytest.raises(SequencesError, match="block_mask"):
+            real_and_same({"block_mask": opaque}, rows, 7, CPU)
+        assert real_and_same({"block_mask": opaque, "positions": torch.arange(7)}, rows, 7, CPU) == (None, None)
+
+
+def test_an_attention_pattern_that_changes_is_noticed_away_from_the_cpu():
+    reader = SequenceReader()
+    reader._meaning["mask"] = "pattern"  # as a first plain mask on another device leaves it
+    meta = torch.device("meta")
+    reader.read({"mask": torch.ones(2, 1, 4, 4, device=meta)}, 2, 4, meta)
+    assert len(reader._overlooked) == 1
+    reader._overlooked = {key: torch.tensor(True) for key in reader._overlooked}
+    with pytest.raises(SequencesError, match="some masks hold padding"):
+        reader.check()
+
+
+@pytest.mark.parametrize("name", ["padding", "src_padding_mask", "is_pad", "pad_positions"])
+def test_any_name_with_padding_in_it_is_read(name):
+    for mask in (REAL, ~REAL, (~REAL)[:, None, None]):
+        assert torch.equal(real_and_same({"input_ids": IDS, name: mask}, 3, 7, CPU)[0], REAL)
+    for value in (None, True, "left", 0, torch.tensor(0)):
+        assert real_and_same({"input_ids": IDS, name: value}, 3, 7, CPU) == (None, None)
+    assert real_and_same({"input_ids": IDS, "memory_" + name: REAL, "tgt_" + name: REAL}, 3, 7, CPU)[0] is None
+
+
+def test_predicted_places_are_not_padding():
+    """Padding is at the ends of the rows: a mask of masked tokens marks one id too."""
+    ids = torch.tensor([[5, 1, 4, 1, 7, 3, 8], [6, 3, 1, 9, 5, 1, 2]])
+    with pytest.raises(SequencesError, match="cannot be told"):
+        real_and_same({"input_ids": ids, "mask": ids == 1}, 2, 7, CPU)
+
+
+def test_a_float_mask_without_padding_may_be_added_to_the_scores():
+    for mask in (torch.zeros(2, 4), torch.ones(2, 4)):
+        assert real_and_same({"attention_mask": mask}, 2, 4, CPU)[0].all()
+    added = torch.tensor([[0.0, 0, 0, -1e9], [0, 0, -1e9, -1e9]])
+    for mask in (added, added.half(), (added == 0).float(), 2 * (added == 0).float()):
+        assert torch.equal(real_and_same({"attention_mask": mask}, 2, 4, CPU)[0], added == 0)
+    for mask in (added, (added < 0).float()):  # 1.0 = padding in some, though torch would add it
+        assert torch.equal(real_and_same({"encoder_padding_mask": mask}, 2, 4, CPU)[0], added == 0)
+
+
+@pytest.mark.parametrize("name", ["lengths", "src_lengths", "seq_lens", "valid_lens"])
+def test_lengths_of_rows_or_of_the_documents_of_one_row(name):
+    for lengths in (torch.tensor([7, 5, 2]), torch.tensor([[7], [5], [2]]), [7, 5, 2]):
+        assert torch.equal(real_and_same({name: lengths}, 3, 7, CPU)[0], REAL)
+    real, segments = real_and_same({name: [3, 1, 2]}, 1, 7, CPU)
+    assert real.tolist() == [[True] * 6 + [False]]
+    assert same_pairs(segments[:, :6], [[0, 0, 0, 1, 2, 2]])
+    for bad in ([7, 5], [7, 5, 9]):
+        with pytest.raises(SequencesError, match=name):
+            real_and_same({name: bad}, 3, 7, CPU)
+
+
+def test_positions_that_start_again_above_zero():
+    """RoBERTa counts from 2, with 1 at padding; a cut stream begins in the middle of a document."""
+    for positions, expected in (
+        ([2, 3, 4, 2, 3, 1, 1], [0, 0, 0, 1, 1, 2, 3]),
+        ([57, 58, 0, 1, 2, 0, 1], [0, 0, 1, 1, 1, 2, 2]),
+        ([0, 1, 2, 3, 3, 3, 3], [0] * 7),
+    ):
+        assert same_pairs(real_and_same({"position_ids": torch.tensor([positions])}, 1, 7, CPU)[1], [expected])
+
+
+def test_negative_documents_are_padding():
+    real, segments = real_and_same({"sequence_id": torch.tensor([[4, 4, 9, 9, 9, -1, -1]])}, 1, 7, CPU)
+    assert real.tolist() == [[True] * 5 + [False] * 2]
+    assert count_sequences(real, segments, 1, 7) == 2
+
+
+def test_segments_that_the_model_embeds_are_no_documents():
+    batch = {"segment_ids": torch.tensor([[0, 0, 0, 1, 1]])}
+    with pytest.raises(SequencesError, match="document_ids"):
+        real_and_same(batch, 1, 5, CPU)
+    assert SequenceReader(embeds_segments=True).read(batch, 1, 5, CPU) == (None, None)
+
+
 def test_inputs_with_the_tokens_first():
     reader = SequenceReader()
     arguments = {"attention_mask": REAL.T.long(), "position_ids": torch.arange(7)[:, None].expand(7, 3)}
@@ -172,10 +270,6 @@ def test_inputs_with_the_tokens_first():
     mask = torch.tensor([[False, False, True], [False, False, False], [False, True, True]])
     real, _ = reader.read({"src_key_padding_mask": mask}, 3, 3, CPU, tokens=("src", square), tokens_first=True)
     assert torch.equal(real, ~mask)
-
-
-def test_lengths():
-    assert torch.equal(real_and_same({"lengths": torch.tensor([7, 5, 2])}, 3, 7, CPU)[0], REAL)
 
 
 def test_calls_are_read_by_the_names_of_the_forward():

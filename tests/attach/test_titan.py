@@ -130,9 +130,9 @@ def test_checkpoints_convert_to_hugging_face(folder):
         logits = model(titan_worker.batches()[0][0]["input"]).logits
     assert (logits - load(folder, "whole")["logits"]).abs().max() < 2e-4
     assert len(AutoTokenizer.from_pretrained(out)) == 203
-    with pytest.raises(ValueError, match="no torchtitan checkpoint"):
+    with pytest.raises(ValueError, match="not a torchtitan checkpoint"):
         to_huggingface(folder, folder / "x")
-    with pytest.raises(ValueError, match=r"holds no .*flavor"):
+    with pytest.raises(ValueError, match=r"lacks .*flavor"):
         to_huggingface(step, folder / "x", flavor="0.6B")
 
 

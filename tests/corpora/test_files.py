@@ -206,12 +206,14 @@ REFUSED = {
     "deep.jsonl": (b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested too deeply"),
     "deep.json": (b"[" * 200_000 + b"]" * 200_000, "nested too deeply"),
     "digits.jsonl": (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "line 1: not valid JSON"),
-    "number.jsonl": (b'{"text": 5}\n', "field 'text' .* holds int and no text"),
+    "number.jsonl": (b'{"text": 5}\n', "field 'text' .* holds int, not text"),
     "later number.jsonl": (b'{"text": "a"}\n{"text": 5}\n', "record 2: field 'text' holds int"),
     "later list.jsonl": (b'{"text": "a"}\n{"text": ["b"]}\n', "record 2: field 'text' holds list"),
     "bare.jsonl": (b"5\n", "record 1: the record holds int"),
-    "columns.json": (b'{"text": ["a", "b"]}', "field 'text' .* holds list and no text"),
-    "nested.json": (b'{"data": [{"text": "a"}]}', "no field of strings; it has: data"),
+    "columns.json": (b'{"text": ["a", "b"]}', "field 'text' .* holds list, not text"),
+    "nested.json": (b'{"data": [{"text": "a"}]}', "records are in its field 'data'.* jq -c '.data"),
+    "squad.json": (b'{\n "version": "1.1", "data": [{"title": "a"}]\n}', "records are in its field 'data'"),
+    "one line.jsonl": (b'{"name": "x", "rows": [{"row": "a"}]}\n', "records are in its field 'rows'"),
     "id.jsonl": (b'{"id": "a1"}\n{"id": "a2"}\n', "no field of strings; it has: id. Identifiers"),
     "ids.csv": (b"doc_id,url,createdDate\na,http://b,c\n", "Identifiers, addresses and dates"),
     "several.jsonl": (b'{"title": "a", "body": "b", "id": "c"}\n', "several fields of strings.*: title, body"),
@@ -221,13 +223,13 @@ REFUSED = {
     "more.csv": (b"id,text\n1,a\n2,b, c\n", "line 3: 3 values for 2 columns"),
     "fewer.csv": (b"id,text\n1\n", "line 2: 1 values for 2 columns"),
     "twice.csv": (b"text,text\na,b\n", "'text' is there twice"),
-    "a.jsonl.gz": (gzip.compress(LINE)[:-9], "damaged, cut off"),
-    "a.jsonl.zst": (zstandard(LINE)[:-9], "damaged, cut off"),
-    "a.jsonl.xz": (lzma.compress(LINE)[:-9], "damaged, cut off"),
-    "a.jsonl.bz2": (bz2.compress(LINE)[:-9], "damaged, cut off"),
-    "b.jsonl.gz": (LINE, "damaged, cut off"),
-    "b.jsonl.zst": (LINE, "damaged, cut off"),
-    "a.parquet": (b"PAR1 no more", "damaged, cut off"),
+    "a.jsonl.gz": (gzip.compress(LINE)[:-9], "damaged, truncated"),
+    "a.jsonl.zst": (zstandard(LINE)[:-9], "damaged, truncated"),
+    "a.jsonl.xz": (lzma.compress(LINE)[:-9], "damaged, truncated"),
+    "a.jsonl.bz2": (bz2.compress(LINE)[:-9], "damaged, truncated"),
+    "b.jsonl.gz": (LINE, "damaged, truncated"),
+    "b.jsonl.zst": (LINE, "damaged, truncated"),
+    "a.parquet": (b"PAR1 no more", "damaged, truncated"),
 }
 
 
@@ -370,6 +372,16 @@ def card(root: Path, text: str) -> None:
     (root / "README.md").write_text(f"---\n{text}\n---\n# Card\n\nThis is no data.\n")
 
 
+def test_a_subset_of_a_cloned_data_set_is_named_behind_its_path(tmp_path: Path) -> None:
+    root = folder(tmp_path / "clone", **{"en/a.jsonl": "1", "fr/a.jsonl": "2"})
+    card(root, "configs:\n- {config_name: en, data_files: en/*}\n- {config_name: fr, data_files: fr/*}")
+    assert read_rows(f"{root}:fr") == ["2"]
+    with pytest.raises(PassageError, match=r"several subsets.*clone:en, .*clone:fr"):
+        read_rows(root)
+    with pytest.raises(PassageError, match="no subset 'de'"):
+        read_rows(f"{root}:de")
+
+
 def test_a_cloned_data_set_is_read_as_its_card_says(tmp_path: Path) -> None:
     root = folder(tmp_path / "clone", **{"raw/a.jsonl": "1", "raw/b.jsonl": "2", "held/c.jsonl": "3"})
     card(
@@ -410,7 +422,7 @@ def test_saved_data_sets(tmp_path: Path) -> None:
         read_rows(tmp_path / "no train")
     lists = datasets.Dataset.from_dict({"text": [["a"]], "label": [1]})
     lists.save_to_disk(tmp_path / "lists")
-    with pytest.raises(PassageError, match=r"field 'text' .* holds List and no text"):
+    with pytest.raises(PassageError, match=r"field 'text' .* holds List, not text"):
         read_rows(tmp_path / "lists")
     next((tmp_path / "one").glob("*.arrow")).write_bytes(b"cut")
     with pytest.raises(PassageError, match="cannot be loaded as a data set"):

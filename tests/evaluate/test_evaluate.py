@@ -188,8 +188,11 @@ def test_the_command_says_what_was_limited(tiny: Path, data: Path, tmp_path: Pat
         assert "limited to the first 3 items" in (tmp_path / "out" / table).read_text()
     # the same command again finds all done; another model is refused there
     stamp = (tmp_path / "out" / "tasks" / "mmlu.json").stat().st_mtime_ns
-    assert main([*arguments, "--tasks", "arc_easy,mmlu"]) == 0
-    assert "mmlu: kept from before" in capsys.readouterr().out
+    assert main([*arguments, "--tasks", "arc_easy,mmlu", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert "mmlu: kept from before" in shown.err
+    printed = json.loads(shown.out)
+    assert (printed["command"], {score["task"] for score in printed["scores"]}) == ("evaluate", {"arc_easy", "mmlu"})
     assert (tmp_path / "out" / "tasks" / "mmlu.json").stat().st_mtime_ns == stamp
     assert main([*arguments, "--tasks", "arc_easy", "--dtype", "bfloat16"]) == 2
     assert "holds the results of" in capsys.readouterr().err
@@ -456,7 +459,7 @@ def test_numbers_that_are_none_are_an_error(tiny: Path, data: Path, tmp_path: Pa
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["transformer.ln_f.weight"][:] = math.nan
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(EvaluationError, match="piqa: the model's log-likelihoods are no numbers"):
+    with pytest.raises(EvaluationError, match="piqa: the model's log-likelihoods are NaN"):
         evaluate(tmp_path / "model", "piqa", data_dir=data)
 
 

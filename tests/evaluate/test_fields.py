@@ -140,6 +140,18 @@ def test_text_is_text(hub: dict[str, list[Row]], task: str, field: str) -> None:
         check_rows(task, [("x", missing)])
 
 
+@pytest.mark.parametrize(
+    ("task", "field", "value", "message"),
+    [
+        ("piqa", "goal", None, "row 1: piqa needs 'goal'; the row has null in the field 'goal'"),
+        ("arc_easy", "choices", ["a", "b"], r"needs 'choices\.text'; the row has a list in the field 'choices'"),
+    ],
+)
+def test_fields_of_another_form_are_named(hub, task, field, value, message):
+    with pytest.raises(EvaluationError, match=message):
+        check_rows(task, [("x", [{**hub[task][0], field: value}])])
+
+
 REFUSED = [
     *[(task, field, -1) for task, field in (("piqa", "label"), ("anli_r2", "label"), ("medmcqa", "cop"))],
     *[("winogrande", "answer", wrong) for wrong in ("", -1, 3, "3", "C", None, [1])],

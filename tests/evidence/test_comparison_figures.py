@@ -15,7 +15,7 @@ from synthetic import BINS, LAYERS, TOKENS_A_STEP, study, with_arms
 
 from decondense.compare import Study, compare
 from decondense.figures import comparison as draw
-from decondense.figures.style import Looks, export, figure_style, render
+from decondense.figures.style import ArmStyle, export, figure_style, render
 
 # a figure that does not fit warns
 pytestmark = pytest.mark.filterwarnings("error")
@@ -103,12 +103,12 @@ def test_one_seed_draws_no_band_and_no_interval() -> None:
 
 def test_arms_differ_in_colour_dash_and_marker() -> None:
     arms = ["a", "b", "treated", "c", "d"]
-    looks = Looks(arms, "b", dispersed=["treated", "c"])
+    looks = ArmStyle(arms, "b", dispersed=["treated", "c"])
     assert looks.colour("b") == "#5f6368"
     assert looks.colour("treated") == "#0072b2"
     # no word of a name decides it
-    assert Looks(["a", "my-dispersion", "b"], "a", dispersed=["b"]).colour("b") == "#0072b2"
-    assert Looks(["a", "b", "my-dispersion"], "a").colour("b") == "#0072b2"
+    assert ArmStyle(["a", "my-dispersion", "b"], "a", dispersed=["b"]).colour("b") == "#0072b2"
+    assert ArmStyle(["a", "b", "my-dispersion"], "a").colour("b") == "#0072b2"
     for what in (looks.colour, looks.marker, lambda arm: str(looks.dash(arm))):
         assert len({what(arm) for arm in arms}) == len(arms)
 
@@ -178,7 +178,7 @@ def test_pyplot_is_never_imported() -> None:
 
 def test_long_labels_are_cut_and_still_drawn() -> None:
     long = "an arm whose label somebody made much longer than any figure has room for"
-    looks = Looks(["a", long], "a")
+    looks = ArmStyle(["a", long], "a")
     assert looks.label(long).startswith("an arm whose label")
     assert len(looks.label(long)) <= 36
     assert all(len(line) <= 18 for line in looks.tick(long).splitlines())

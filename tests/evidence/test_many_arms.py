@@ -16,7 +16,7 @@ from synthetic import measured_study, study, trial, with_arms
 
 from decondense.compare import Comparison, Study, compare
 from decondense.figures import comparison as draw
-from decondense.figures.style import Looks, render
+from decondense.figures.style import ArmStyle, render
 from decondense.records import Row, write_rows
 from decondense.report import (
     build_report,
@@ -218,7 +218,7 @@ def test_an_arm_far_out_does_not_squeeze_the_others(found: Comparison) -> None:
 
 
 def test_thirteen_arms_differ_in_colour_and_marker_or_dash() -> None:
-    looks = Looks(ARMS, "cross-entropy")
+    looks = ArmStyle(ARMS, "cross-entropy")
     assert len({looks.colour(arm) for arm in ARMS}) == 13
     assert len({(looks.marker(arm), str(looks.dash(arm))) for arm in ARMS}) == 13
 

@@ -220,13 +220,13 @@ def test_a_difference_that_is_lost_to_the_correction_is_no_difference() -> None:
     assert d.p < 0.05 < d.p_holm
     text = summary(found)
     assert "dispersion" in text.split("undecided: ")[1].split("of which")[0]
-    assert re.search(r"of which [^;]*dispersion[^;]* would differ without the correction for several arms", text)
+    assert re.search(r"of which [^;]*dispersion[^;]* would differ without the correction for several comparisons", text)
     # with few arms each has a clause
     assert few.validation is not None
     replaced = tuple(dataclasses.replace(d, p=0.03, p_holm=0.06) for d in few.validation.differences)
     changed = dataclasses.replace(few.tasks[0], differences=replaced)
     text = summary(dataclasses.replace(few, tasks=(changed,)))
-    assert "dispersion is undecided after correction for several arms" in text
+    assert "dispersion is undecided after correction for several comparisons" in text
 
 
 def test_several_arms_and_tasks() -> None:

@@ -37,7 +37,7 @@ Z = randn(2, 7, 6)
         (lambda: dispersion_loss(Z, pairs="group"), "pairs: .*got 'group'.*Did you mean 'grouped'"),
         (lambda: dispersion_loss(Z, within="word"), "Did you mean 'world'"),
         (lambda: dispersion_loss(Z, pairs="grouped"), "never from the global generator: pass generator="),
-        (lambda: dispersion_loss(Z, form="sigreg"), "form 'sigreg' draws at random"),
+        (lambda: dispersion_loss(Z, form="sigreg"), "form 'sigreg' draws random numbers"),
         (lambda: dispersion_loss(Z, pairs="grouped", seed=3), r"pass generator=.*DispersionLoss\(seed"),
         (lambda: dispersion_loss(Z, pairs="grouped", group_size=1), "group_size: .*2 .got 1"),
         (lambda: DispersionLoss(form="mean_cosine", pairs="grouped"), "'mean_cosine' has no pairs to group"),

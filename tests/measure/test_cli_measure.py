@@ -140,22 +140,22 @@ def test_errors(
 
 
 def test_revisions_of_a_hub_model_are_ordered_by_step() -> None:
-    from decondense.cli.measure import _names
+    from decondense.cli.inputs import named_models
 
     listed = [("owner/name@step20", 20), ("owner/name@stage1-step1000-tokens4B", 1000)]
-    assert _names(["owner/name"], None, "stage1-step1000-tokens4B, step20", False) == listed
-    assert _names([], "owner/name", "stage1-step1000-tokens4B,step20", False) == listed
+    assert named_models(["owner/name"], None, "stage1-step1000-tokens4B, step20", False) == listed
+    assert named_models([], "owner/name", "stage1-step1000-tokens4B,step20", False) == listed
 
 
 def test_models_in_folders_of_one_name_are_told_apart(tmp_path) -> None:
-    from decondense.cli.measure import _labels
+    from decondense.cli.inputs import labels_of
 
     runs = [tmp_path / arm / "seed-0" / "final" for arm in ("a", "b")]
-    assert _labels([str(run) for run in runs]) == ["a", "b"]
-    assert _labels(["x/a/1/final", "x/b/1/final", "y/a/1/final"]) == ["x/a", "x/b", "y/a"]
-    assert _labels(["org/one", "org/two@step5"]) == ["one", "two@step5"]
+    assert labels_of([str(run) for run in runs]) == ["a", "b"]
+    assert labels_of(["x/a/1/final", "x/b/1/final", "y/a/1/final"]) == ["x/a", "x/b", "y/a"]
+    assert labels_of(["org/one", "org/two@step5"]) == ["one", "two@step5"]
     with pytest.raises(ValueError, match="given twice"):
-        _labels(["a", "a"])
+        labels_of(["a", "a"])
 
 
 def test_records_too_short_for_a_cosine_are_skipped_and_counted(

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from decondense import Profile, measure
 from decondense.layers import EMBEDDING, block
 from decondense.measuring import tables
-from decondense.measuring.profile import as_mapping
+from decondense.measuring.tables import as_mapping
 from decondense.records import make_row
 
 V, T, P = 64, 20, 6

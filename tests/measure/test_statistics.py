@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracle import cosines, mean_cosine
 
 from decondense.losses import dispersion_loss
-from decondense.measuring.statistics import FINE_BINS, LayerStatistics, NotFiniteError, PairStream
+from decondense.measuring.statistics import FINE_BINS, UNIT_SCALE, LayerStatistics, NotFiniteError, PairStream
 from decondense.measuring.watching import batch_means
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def coarsen(counts: np.ndarray, bins: int) -> np.ndarray:
 def counted(values: np.ndarray) -> np.ndarray:
     """Fine counts of these cosines as PairStream makes them: one passage of two rows, [1] and [c], for each."""
     stream = PairStream(pooled=True, averaged=False, tokens=2, device=torch.device("cpu"))
-    stream.add([torch.tensor([[1.0], [c]]) for c in values.tolist()])
+    stream.add([UNIT_SCALE * torch.tensor([[1.0], [c]]) for c in values.tolist()])
     counts = stream.pooled_counts()
     assert counts is not None
     return counts / 2  # (i, j) and (j, i)

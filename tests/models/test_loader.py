@@ -50,6 +50,15 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_wherever_it_is_loaded(tmp_p
         Teacher(DistillationConfig(teacher=str(folder)), load_tokenizer(folder))
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_weights_of_a_wrapped_model_are_named_as_such(tmp_path: Path, prefix: str) -> None:
+    save_model(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({prefix + name: value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"begin with '{prefix}'"):
+        load_model(tmp_path)
+
+
 def test_a_head_may_be_missing_only_where_no_head_is_used(tmp_path: Path) -> None:
     folder = tmp_path / "headless"
     save_model(folder, tie_word_embeddings=False)

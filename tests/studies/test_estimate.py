@@ -14,6 +14,7 @@ from decondense.config import (
     DispersionConfig,
     LoraConfig,
     LossConfig,
+    MeasureConfig,
     ModelConfig,
     StudyConfig,
     WeightSchedule,
@@ -730,6 +731,37 @@ def test_measured_studies_offer_measure_commands() -> None:
     plan = estimate.plan_of(study)
     assert plan.tokens == 2 * 3 * 7 * 512
     assert plan.lines[1].flops == pytest.approx(3 * 2 * 1e9 * 7 * 512)
+
+
+@pytest.mark.parametrize("name", sorted(MeasureConfig.model_fields))
+def test_every_setting_of_a_measured_study_is_in_the_commands_or_named(name: str) -> None:
+    value: Any = {
+        "tokens": 64,
+        "bins": 64,
+        "histograms": ["pooled"],
+        "metrics": ["isoscore"],
+        "logits": True,
+        "blocks": "body.h",
+        "tokens_first": True,
+        "dataset": "imdb",
+        "passages": 7,
+        "passage_words": [20, 30],
+        "passage_seed": 11,
+        "batch_size": 3,
+        "resamples": 500,
+        "confidence": 0.9,
+    }[name]
+    data = {key: STARTS[key] for key in ("name", "title", "question")}
+    arms = [{"name": name, "untrained": True, "model": {"start": f"a/{name}"}} for name in ("small", "large")]
+    study = StudyConfig.parse({**data, "baseline": "small", "arms": arms, "measure": {name: value}}, where="test")
+    text = "\n".join(next(item.lines for item in launches(study, [], Path("out")) if "model by model" in item.title))
+    options = {"passage_words": "words", "passage_seed": "seed"}
+    params = accepts(commands_of(text)[0])
+    if options.get(name, name) not in params:
+        assert f"no option for the study's {name}" in text
+    else:
+        wanted = ",".join(value) if name == "metrics" else tuple(value) if isinstance(value, list) else value
+        assert params[options.get(name, name)] == wanted
 
 
 def test_local_text_takes_the_place_of_a_data_set_of_the_hub(tmp_path: Path, capsys) -> None:

@@ -16,7 +16,7 @@ from decondense.config import StudyConfig
 from decondense.corpora.packed import PackedCorpus, prepare
 from decondense.records import Row, read_rows
 from decondense.seeding import fence
-from decondense.studies import run_study
+from decondense.studies import CellState, run_study
 from decondense.studies.measuring import measure_cell
 from decondense.training.checkpoints import COMPLETE
 from decondense.training.hf import run_cell
@@ -65,6 +65,19 @@ def run(study: StudyConfig, corpus: PackedCorpus, folder: Path, **options: objec
 TENSOR = "transformer__h__1__mlp__c_fc__weight"
 
 
+class Counting:
+    """A watcher that keeps how many runs had ended each time."""
+
+    def __init__(self) -> None:
+        self.ended: list[int] = []
+
+    def corpus(self, what: str, done: int, total: int) -> None:
+        pass
+
+    def cells(self, states: list[CellState]) -> None:
+        self.ended.append(sum(state.status in ("finished", "failed") for state in states))
+
+
 def test_a_model_that_cannot_be_measured_is_a_row_and_the_others_are_measured(
     corpus: PackedCorpus, tmp_path: Path
 ) -> None:
@@ -78,7 +91,9 @@ def test_a_model_that_cannot_be_measured_is_a_row_and_the_others_are_measured(
         baseline="good",
         measure={"passages": 2, "tokens": 16, "passage_words": [20, 30], "histograms": ["pooled"]},
     )
-    rows = run_study(study, tmp_path / "out", workers=0)
+    watcher = Counting()
+    rows = run_study(study, tmp_path / "out", workers=0, watcher=watcher)
+    assert watcher.ended[0] < watcher.ended[-1] == len(places)
     ends = {row["arm"]: row for row in rows if row["kind"] == "run"}
     reasons = {name: row["error"] for name, row in ends.items() if row["status"] == "failed"}
     assert reasons.keys() == {"gap", "mute", "wild", "nowhere"}

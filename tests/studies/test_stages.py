@@ -301,7 +301,7 @@ def test_measured_starts_are_measured_with_their_own_tokenizers(staged, tmp_path
         ({"model": {"start": "prepared:bass"}, "prepared": {"base": BASE}}, r"unknown prepared model 'bass'.*'base'"),
         ({"arms": [{"name": "a", "untrained": True, "learning_rate": 0.1}], "baseline": "a"}, "would have no effect"),
         ({"measure": {}}, "measures starts and trains nothing, but arm 'cross-entropy'"),
-        ({"prepared": {"a/b": BASE}}, "'a/b' is no name"),
+        ({"prepared": {"a/b": BASE}}, "'a/b' is not a valid name"),
         (
             {"arms": [{"name": "x", "model": {"start": "m", "overrides": {"n_layer": 1}}}], "baseline": "x"},
             "brings its own architecture",

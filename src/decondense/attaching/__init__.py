@@ -1,15 +1,15 @@
 r"""Add the dispersion loss to any model, whatever trains it: :func:`attach`, or :func:`attach_trainer` on a trainer.
 
-What is trained is (Liu et al. 2026, arXiv:2602.00217, section "Dispersion loss")
+The objective is (Liu et al. 2026, arXiv:2602.00217, section "Dispersion loss")
 
 .. math:: L = L_{CE} + \lambda \, \frac{1}{|\mathcal L|} \sum_{l \in \mathcal L} \frac{1}{S} \sum_{s=1}^{S} D_s^{(l)}
 
 with the hidden states after the blocks :math:`\mathcal L`, and :math:`S` sequences of at least two real tokens.
 
-How: hooks on the blocks only *keep* each output; the loss is computed in the forward hook of the whole model, and only
-there. A loss computed in a block's own hook is silently wrong under reentrant gradient checkpointing, where the hook
-runs again during the recomputation; kept tensors are the very ones that the backward pass goes through. Nothing is
-patched: the hooks sit on this one model, and :meth:`DispersionHandle.detach` takes them off.
+Hooks on the blocks only *store* each output; the loss is computed in the forward hook of the whole model. A loss
+computed in a block's own hook is silently wrong under reentrant gradient checkpointing, where the hook runs again
+during the recomputation; the stored tensors are those of the backward pass. Nothing is patched: the hooks belong to
+this one model, and :meth:`DispersionHandle.detach` removes them.
 
 ``layers`` are Python indices of the blocks; keys and messages number them from 1, "block 1" to "block L". The state of
 the last block is the residual stream *before* the model's final norm; ``final_norm=True`` takes it after the norm,
@@ -53,34 +53,34 @@ def attach(
     """Add ``weight`` times the dispersion loss to the loss that ``model`` returns in training.
 
     In ``model.train()`` mode with gradients enabled, the model's ``loss`` (the entry of a dictionary-like output, or
-    the one scalar of a tuple) becomes ``loss + weight * dispersion``; evaluation and generation are left alone. With
+    the one scalar of a tuple) becomes ``loss + weight * dispersion``; evaluation and generation do not change. With
     ``weight=0`` nothing is added and the values are still recorded for logs: a control arm.
 
     Args:
         model: A causal or masked language model, also inside PEFT, DDP, ``fully_shard`` or ``torch.compile`` wrappers.
         weight: The coefficient lambda. Liu et al.: 0.1.
         layers: ``"all"``, ``"deep"`` (second half), ``"shallow"``, ``"last"``, or block numbers from 0.
-        config: All of these settings as one object, instead of the keywords.
+        config: All of these settings as one object.
         schedule: How the weight changes over training; then call :meth:`DispersionHandle.set_progress` every step.
         blocks: Dotted path of the list of blocks, where the rule of :func:`decondense.blocks.find_blocks` cannot tell.
         final_norm: Take the last block's state after the model's final norm.
         embedding: Also disperse the input of the first block.
         gradient_ratio_every: Every so many optimizer steps, log the norm of the gradient of the added term over the
             norm of the gradient of the model's own loss. Costs two extra backward passes then.
-        tokens_first: Whether the blocks return [tokens, batch, width] instead of [batch, tokens, width]. None: told by
-            the class of the blocks, by the shapes, or by a probe (:mod:`decondense.layout`).
+        tokens_first: Whether the blocks return [tokens, batch, width] instead of [batch, tokens, width]. None: inferred
+            from the class of the blocks, the shapes, or a probe (:mod:`decondense.layout`).
         **loss: Fields of :class:`decondense.config.LossConfig`: ``form``, ``tau``, ``impl``, ``pairs``, ``seed``, ...
 
     Returns:
         A handle, also a context manager: ``with attach(model) as handle: ...`` detaches at the end.
 
     Raises:
-        AttachError: a model for which the gradient would not be exact, or that is attached already.
+        AttachError: the gradient would not be exact for this model, or it has a handle already.
 
     Gradient accumulation and several ranks: the result is the mean over micro-batches and ranks of each one's mean over
-    sequences, exact where all have the same number of sequences. A trainer that divides by the number of tokens of all
-    micro-batches (transformers' ``num_items_in_batch``) is followed by token share. :func:`attach_trainer` is exact
-    without these conditions: prefer it with a transformers or TRL trainer.
+    sequences, exact if all have the same number of sequences. If the trainer divides by the number of tokens of all
+    micro-batches (transformers' ``num_items_in_batch``), the term is scaled by the token share. :func:`attach_trainer`
+    is exact without these conditions: prefer it with a transformers or TRL trainer.
     """
     settings: dict[str, Any] = {
         "weight": weight,

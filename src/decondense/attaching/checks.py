@@ -1,4 +1,4 @@
-"""What is refused before and while a loss is attached, because its gradient would not be exact."""
+"""Refuses models and states for which the gradient of the loss would not be exact."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def refuse_meshes(model: nn.Module) -> None:
 
 
 def check_graph(states: Mapping[int, Tensor], layers: Mapping[int, Layer], sources: Mapping[int, nn.Module]) -> None:
-    """Refuse states that carry no gradient although something below them is trained.
+    """Refuse states without a gradient although parameters below them are trained.
 
-    Called after the forward: reentrant checkpointing gives the kept tensors their graph only then.
+    Called after the forward: only then do the stored tensors have a graph under reentrant checkpointing.
     """
     for key, layer in layers.items():
         if states[key].requires_grad or key not in sources:
@@ -74,7 +74,7 @@ def check_graph(states: Mapping[int, Tensor], layers: Mapping[int, Layer], sourc
 
 def in_backward() -> bool:
     """Whether a backward pass runs, so that a block that is called is recomputed by a checkpoint."""
-    # Private, but the only way to tell a block that a checkpoint recomputes from one that is called on its own; where a
-    # torch release lacks it, the check for calls outside the model is given up rather than raised in vain.
+    # Private, but the only way to distinguish a block that a checkpoint recomputes from one that is called on its own;
+    # in torch releases without it, calls outside the model are not checked.
     current = getattr(torch._C, "_current_graph_task_id", None)
     return current is None or current() != -1

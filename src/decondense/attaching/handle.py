@@ -1,9 +1,8 @@
-"""The handle of an attached loss: collects the states of a forward, computes the loss, adds it, reports it."""
+"""The handle of an attached loss: collects the states of a forward, computes the loss, adds it and reports it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -28,9 +27,9 @@ _NORM = "final norm"
 
 
 class DispersionHandle:
-    """What :func:`attach` returns: detaches, reports, and follows the weight schedule.
+    """The handle returned by :func:`attach`: detaches, reports, and follows the weight schedule.
 
-    ``copy.deepcopy(model)`` copies the hooks with a handle of their own; detach first where that is not wanted.
+    ``copy.deepcopy(model)`` copies the hooks with a handle of their own; detach first for a plain copy.
     """
 
     def __init__(self, model: nn.Module, config: DispersionConfig) -> None:
@@ -40,7 +39,7 @@ class DispersionHandle:
             raise AttachError(f"the model has a dispersion loss already: {other!r}. Call its detach() first.")
         self.config = config
         self.defer = False
-        """Keep the value for :meth:`take` instead of adding it to the model's loss."""
+        """Store the value for :meth:`take` instead of adding it to the model's loss."""
         self.loss = DispersionLoss.from_config(config.loss)
         blocks = find_blocks(model, config.blocks)
         self._blocks = blocks
@@ -61,17 +60,16 @@ class DispersionHandle:
         self._ratio_step: int | None = None
         self._on_detach: list[Callable[[], None]] = []
         self.micro_batches: int | None = None
-        """What divides a value where the trainer divides by the tokens of several micro-batches; None: token share."""
+        """Divisor of a value if the trainer divides by the tokens of several micro-batches; None: token share."""
         self.training_forwards = 0
         """Forwards of the model in training mode since attaching (not counted inside compiled graphs)."""
         self.last: Tensor | None = None
         """Dispersion loss of the last training forward (mean over layers and sequences), detached."""
 
         device = next((p.device for p in blocks.root.parameters() if p.device.type != "meta"), torch.device("cpu"))
-        # A Python number would recompile a compiled model each time that the schedule moves it; a tensor does not.
-        self._weight_tensor = torch.zeros(
-            (), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
-        )
+        # a Python number would recompile a compiled model each time that the schedule changes it; a tensor does not
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._weight_tensor = torch.zeros((), dtype=dtype, device=device)
         self._set_weight()
         sources = {number: blocks.modules[number] for number in self._layers}
         layers = {number: block(number + 1) for number in self._layers}
@@ -79,7 +77,7 @@ class DispersionHandle:
             last = len(blocks) - 1
             if self._layers[-1] != last:
                 raise AttachError(
-                    f"final_norm=True is about the last block, block {last + 1}, which is not among the layers: "
+                    f"final_norm=True concerns the last block, block {last + 1}, which is not among the layers: "
                     f"{', '.join(map(str, layers.values()))}."
                 )
             sources[last], layers[last] = find_final_norm(blocks), FINAL_NORM
@@ -101,14 +99,10 @@ class DispersionHandle:
             keep_input = KeepInput(self, _EMBEDDING)
             self._removable.append(blocks.modules[0].register_forward_pre_hook(keep_input, with_kwargs=True))
 
-    # ---- the user's side -------------------------------------------------------------------------------------------
-
     def __enter__(self) -> DispersionHandle:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.detach()
 
     def __repr__(self) -> str:
@@ -136,7 +130,7 @@ class DispersionHandle:
         return self._weight
 
     def detach(self) -> None:
-        """Take every hook off; the model is as it was. Detaching twice does nothing."""
+        """Remove every hook, which restores the model. Detaching twice does nothing."""
         self._attached = self._active = False
         while self._removable:
             self._removable.pop().remove()
@@ -145,7 +139,7 @@ class DispersionHandle:
             self._on_detach.pop()()
 
     def restart(self) -> None:
-        """Forget what a run left that was cut short (out of memory): its states, its sums for the log, its step."""
+        """Discard the states, sums and step of a run that was interrupted (out of memory)."""
         self._states, self._call, self._pending, self._active = {}, None, None, False
         self._discarded = self._forwards = 0
         self._ratio = self._ratio_step = self._step = self._total_steps = None
@@ -153,16 +147,16 @@ class DispersionHandle:
         self._set_weight()
 
     def on_detach(self, action: Callable[[], None]) -> None:
-        """Have ``action`` called when the handle is detached."""
+        """Call ``action`` when the handle is detached."""
         self._on_detach.append(action)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copied or pickled model carries its hooks, and so the handle; but not the trainer, nor a forward under way.
+        # a copied or pickled model has its hooks and so the handle, but neither the trainer nor a running forward
         fresh: dict[str, Any] = {"_on_detach": [], "_pending": None, "_states": {}, "_call": None, "_active": False}
         return {**self.__dict__, **fresh}
 
     def set_progress(self, step: int, total_steps: int) -> None:
-        """Say that the next forward belongs to step ``step`` (from 0) of ``total_steps``; moves the weight."""
+        """Set the step (from 0) of the next forward and the number of steps, which determine the weight."""
         if step != self._step:
             self._forwards = 0
         self._step, self._total_steps = step, total_steps
@@ -179,10 +173,10 @@ class DispersionHandle:
         return taken
 
     def pop(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """Mean values since the last call, for a log; empty when there was no training forward since.
+        """Mean values since the last call, for a log; empty without a training forward since then.
 
         ``dispersion`` (mean over layers), ``dispersion_weight``, ``dispersion/block_01`` ..., ``cross_entropy`` (the
-        model's own loss, without the added term) where the model returns it, and with ``gradient_ratio_every`` also
+        model's own loss without the added term, if it returns one), and with ``gradient_ratio_every`` also
         ``dispersion_gradient_ratio``. Waits for the device. ``reduce`` sums a tensor over ranks.
         """
         try:
@@ -203,7 +197,7 @@ class DispersionHandle:
         return values
 
     def count_sequences(self, batch: Mapping[str, Any]) -> Tensor | int:
-        """Sequences with a pair in a collated batch, read as the attached model will read it.
+        """Number of sequences with a pair in a collated batch, counted as by the attached model.
 
         Raises:
             AttachError: they cannot be counted.
@@ -215,7 +209,7 @@ class DispersionHandle:
 
     @property
     def is_off(self) -> bool:
-        """Whether nothing is added at present: ``weight=0``, or the schedule has come to (or not left) 0."""
+        """Whether nothing is added at present: ``weight=0``, or the schedule is at 0."""
         return self._off or self._monitoring
 
     @property
@@ -230,24 +224,18 @@ class DispersionHandle:
         return self._weight * value
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedule and the random generator stand, and the configuration they belong to."""
-        return {
-            "config": self.config.model_dump(mode="json"),
-            "step": self._step,
-            "total_steps": self._total_steps,
-            "forwards": self._forwards,
-        }
+        """State of the schedule and of the random generator, with the configuration."""
+        clock = {"step": self._step, "total_steps": self._total_steps, "forwards": self._forwards}
+        return {"config": self.config.model_dump(mode="json"), **clock}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from :meth:`state_dict`; a state of other settings is refused."""
-        here = self.config.model_dump(mode="json")
-        # through the model, so that a state of an earlier release has its keys where they are now
-        there = DispersionConfig.parse(dict(state["config"]), where="the saved dispersion state").model_dump(
-            mode="json"
-        )
-        different = sorted(key for key in {*here, *there} if here.get(key) != there.get(key))
+        # parsed, so that a state of an earlier release has today's keys
+        saved = DispersionConfig.parse(dict(state["config"]), where="the saved dispersion state")
+        then, now = saved.model_dump(mode="json"), self.config.model_dump(mode="json")
+        different = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
         if different:
-            pairs = ", ".join(f"{key}: {there.get(key)} then, {here.get(key)} now" for key in different)
+            pairs = ", ".join(f"{key}: {then.get(key)} then, {now.get(key)} now" for key in different)
             raise AttachError(
                 f"the saved dispersion state was made with other settings ({pairs}); attach with the same."
             )
@@ -255,7 +243,7 @@ class DispersionHandle:
             self.set_progress(int(state["step"]), int(state["total_steps"]))
         self._forwards = int(state["forwards"])
 
-    # ---- the hooks' side -------------------------------------------------------------------------------------------
+    # ---- called by the hooks
 
     def _set_weight(self) -> None:
         factor = 1.0
@@ -282,7 +270,7 @@ class DispersionHandle:
                 "evaluated in training mode: then use model.eval() or torch.no_grad()."
             )
         try:
-            # may call the model to settle the layout, and then this hook runs inside itself, in evaluation mode
+            # may call the model to determine the layout; this hook then runs inside itself, in evaluation mode
             self._call = self._reader.begin(module, args, kwargs)
         except SequencesError as error:
             self._active = False
@@ -388,8 +376,8 @@ class DispersionHandle:
         # inside autocast the products would be taken in bfloat16
         with torch.autocast(first.device.type, enabled=False):
             for z_BTD in states.values():
-                here = (mask, segments) if z_BTD.device == first.device else _move((mask, segments), z_BTD.device)
-                value, count = self.loss.sum_and_count(z_BTD, *here)
+                on_device = [None if tensor is None else tensor.to(z_BTD.device) for tensor in (mask, segments)]
+                value, count = self.loss.sum_and_count(z_BTD, *on_device)
                 sums.append(value.to(first.device))
                 counts.append(count.to(first.device))
             sums_L = torch.stack(sums)
@@ -401,7 +389,7 @@ class DispersionHandle:
     def _seed_draws(self) -> None:
         if not self.config.loss.draws:
             return
-        # a function of (seed, step, micro-batch) alone, so that a resumed run draws what the uninterrupted one drew
+        # a function of (seed, step, micro-batch) alone, so that a resumed run draws the same numbers
         purpose = f"dispersion loss, micro-batch {self._forwards}"
         self._forwards += 1
         self.loss.generator.manual_seed(seeding.derive(self.config.loss.seed, purpose, self._step or 0))
@@ -411,15 +399,13 @@ class DispersionHandle:
         if node is None:
             return
         watch = Watch(self)
-        # the node's own dictionary lives as long as the graph: a graph that dies unused takes the watch with it
+        # the node's dictionary lives as long as the graph: freeing an unused graph frees the watch
         metadata: dict[str, Any] = node.metadata  # type: ignore[assignment]
         metadata["decondense"] = watch
         total.register_hook(watch.reached)  # type: ignore[no-untyped-call]
 
-    # ---- gradient ratio --------------------------------------------------------------------------------------------
-
     def measure_gradient_ratio(self, loss: Tensor, extra: Tensor) -> None:
-        """Where one is due, keep ||grad of extra|| / ||grad of loss|| over this rank's parameters for the log."""
+        """At the configured steps, compute ||grad of extra|| / ||grad of loss|| on this rank for the log."""
         every = self.config.gradient_ratio_every
         if every is None or torch.compiler.is_compiling():
             return
@@ -431,7 +417,3 @@ class DispersionHandle:
             return
         self._ratio_step = self._step
         self._ratio = gradient_ratio(self._blocks.root, loss, extra)
-
-
-def _move(tensors: tuple[Tensor | None, ...], device: torch.device) -> tuple[Tensor | None, ...]:
-    return tuple(None if tensor is None else tensor.to(device) for tensor in tensors)

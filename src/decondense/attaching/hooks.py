@@ -35,7 +35,7 @@ class End(Hook):
 
 
 class Keep(Hook):
-    """After a block: keeps its output."""
+    """After a block: stores its output."""
 
     def __init__(self, handle: DispersionHandle, key: int) -> None:
         super().__init__(handle)
@@ -46,21 +46,21 @@ class Keep(Hook):
 
 
 class KeepInput(Keep):
-    """Before the first block: keeps its input, the embedding."""
+    """Before the first block: stores its input, the embedding."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         self.handle._keep(self.key, module, args[0] if args else kwargs.get("hidden_states"))
 
 
 class Watch:
-    """Counts a loss that is thrown away without ever having had a gradient."""
+    """Counts a loss that is discarded without a gradient."""
 
     def __init__(self, handle: DispersionHandle) -> None:
         self.handle = handle
         self.used = False
 
     def reached(self, gradient: Tensor) -> None:
-        """The gradient has come here."""
+        """The gradient has reached the loss."""
         self.used = True
         self.handle._discarded = 0
 
@@ -72,7 +72,7 @@ class Watch:
 def attached(model: nn.Module) -> DispersionHandle | None:
     """The handle that is attached to ``model`` or to one of its blocks, if there is one."""
     for module in unwrap(model).modules():
-        # torch has no public way to list a module's hooks; without these names nothing is found, and nothing breaks
+        # torch has no public way to list a module's hooks; without these attributes the list is empty
         tables: list[dict[int, Any]] = [vars(module).get(name, {}) for name in ("_forward_hooks", "_forward_pre_hooks")]
         for hook in (hook for table in tables for hook in table.values()):
             if isinstance(hook, Hook) and hook.handle.is_attached:

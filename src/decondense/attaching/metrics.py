@@ -25,7 +25,7 @@ class Totals:
         self._sums += torch.cat([sums_L, count.reshape(1).to(sums_L.dtype)]).to(self._sums.dtype)
 
     def add_loss(self, loss: Tensor, share: Tensor | float) -> None:
-        """Add the loss of one forward; ``share``: of what it was divided by (1: it is a mean by itself)."""
+        """Add the loss of one forward; ``share``: of the tokens that it was divided by (1: it is a mean)."""
         if self._loss.device != loss.device:
             self._loss = self._loss.to(loss.device)
         part = torch.as_tensor(share, device=loss.device, dtype=self._loss.dtype)

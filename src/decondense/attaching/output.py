@@ -11,13 +11,13 @@ from decondense.attaching.checks import AttachError
 
 
 def returned_loss(output: Any) -> tuple[Any, Tensor] | None:
-    """Place and value of the loss: the entry ``loss``, or the one scalar with a gradient; None if there is no one."""
+    """Place and value of the loss: the entry ``loss``, or the only scalar with a gradient; None if there is none."""
     scalars = list(_scalars(output))
     return scalars[0] if len(scalars) == 1 else None
 
 
 def with_loss(output: Any, place: Any, loss: Tensor) -> Any:
-    """The output with another loss at ``place``."""
+    """The output with ``loss`` at ``place``."""
     if isinstance(output, Tensor):
         return loss
     if isinstance(output, tuple) and not hasattr(output, "_replace"):
@@ -42,7 +42,7 @@ def share_of_step(batch: Mapping[str, Any], micro_batches: int | None, shifts_la
         labels = batch.get("labels")
         if labels is None:
             raise AttachError(
-                "num_items_in_batch came without labels, so the share of this micro-batch cannot be told; use "
+                "num_items_in_batch came without labels, so the share of this micro-batch is unknown; use "
                 "attach_trainer(trainer)."
             )
         if shifts_labels:

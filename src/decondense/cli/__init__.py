@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import typer
 
 import decondense
-from decondense.cli import evaluate, evidence, measure, run
+from decondense.cli import atlas, evaluate, evidence, measure, run
 from decondense.privacy import without_credentials
 from decondense.stopping import Stopped, stop_on_signals
 
@@ -43,6 +43,8 @@ app.command("train")(run.train)
 app.command("study")(run.study)
 app.command("compare")(evidence.compare)
 app.command("report")(evidence.report)
+app.add_typer(atlas.app, name="atlas")
+app.command("card")(atlas.card)
 app.command("env")(evidence.env)
 
 
@@ -88,8 +90,8 @@ def _interrupted(arguments: Sequence[str]) -> str:
     """What is left of an interrupted command."""
     verb = next((word for word in arguments if not word.startswith("-")), "")
     kept = {
-        "demo": "rows written so far are valid; the same command goes on from the last checkpoints.",
-        "evaluate": "finished tasks are kept; the same command goes on with the next one.",
+        "demo": "rows written so far are valid; the same command resumes from the last checkpoints.",
+        "evaluate": "finished tasks are kept; the same command continues with the next one.",
         "measure": "models that were measured before are kept; the same command starts over.",
     }
     kept |= dict.fromkeys(("study", "train"), kept["demo"])

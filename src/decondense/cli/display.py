@@ -152,6 +152,7 @@ class StudyDisplay:
 
     def __init__(self, display: Display) -> None:
         self._display = display
+        self._seeds: set[int] = set()
 
     def corpus(self, what: str, done: int, total: int) -> None:
         """The text is being prepared."""
@@ -162,6 +163,10 @@ class StudyDisplay:
 
     def cells(self, states: list[CellState]) -> None:
         """The cells have moved on."""
+        seeds = {state.seed for state in states if state.kind == "cell"}
+        for seed in sorted(seeds - self._seeds) if self._seeds else ():
+            self._display.finish(("seed", seed), f"seed {seed}", "added, because not every arm is decided")
+        self._seeds |= seeds
         ended = sum(state.status in ("finished", "failed") for state in states)
         for state in states:
             key, name = (state.arm, state.seed), f"{state.arm}, seed {state.seed}"

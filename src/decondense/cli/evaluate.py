@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_command(
-    model: Annotated[str, typer.Argument(help=f"Model directory or {options.ID_HELP}.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help=f"Model directory, GGUF file or {options.ID_HELP}.", metavar="MODEL")],
     tasks: Annotated[
         str,
         typer.Option(
@@ -68,6 +68,7 @@ def evaluate_command(
         bool,
         typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel=options.MODEL),
     ] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Score a model on the paper's benchmarks, or any of lm-evaluation-harness, from the hub or from local files."""
     from rich.console import Console
@@ -77,7 +78,7 @@ def evaluate_command(
     from decondense.evaluate import evaluate
 
     defaults = EvaluateConfig()
-    console = Console()
+    console = Console(stderr=as_json)
     folder = out or Path(f"decondense-evaluate-{_name(model)}")
     with Display(console) as display:
         found = evaluate(
@@ -97,6 +98,11 @@ def evaluate_command(
         )
     _show(console, found)
     console.print(f"results: {folder}", highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        from decondense.cli.printed import emit
+
+        scores = [row for row in found.rows() if row["kind"] == "eval"]
+        emit("evaluate", model=found.model, results=str(folder), scores=scores, notes=list(found.table().notes))
 
 
 def _name(model: str) -> str:

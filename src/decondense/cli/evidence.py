@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from decondense.cli import options
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -25,7 +27,7 @@ Baseline = Annotated[str | None, typer.Option("--baseline", help="Arm to compare
 def compare(
     where: Where,
     baseline: Baseline = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+    as_json: options.Json = False,
     omit: Annotated[
         bool, typer.Option("--omit", help="Leave out runs that cannot be compared, and name them, instead of refusing.")
     ] = False,
@@ -41,8 +43,8 @@ def compare(
 
     from decondense import compare as comparing
 
-    with _named(where):
-        comparison = comparing.compare(_rows(where), baseline=baseline, incomplete="omit" if omit else "refuse")
+    with named(where):
+        comparison = comparing.compare(rows_at(where), baseline=baseline, incomplete="omit" if omit else "refuse")
     if tables is not None:
         from decondense.report import write_tables
 
@@ -50,9 +52,9 @@ def compare(
         # beside --json the output must stay JSON
         typer.echo(f"{len(written)} files of tables in {tables}", err=as_json)
     if as_json:
-        import json
+        from decondense.cli.printed import emit
 
-        typer.echo(json.dumps(comparison.to_dict(), indent=1))
+        emit("compare", **comparison.to_dict())
         return
     _print_comparison(comparison, Console())
 
@@ -61,14 +63,16 @@ def report(
     where: Where,
     out: Annotated[Path | None, typer.Option("--out", help="Where the report goes. Default: beside the rows.")] = None,
     baseline: Baseline = None,
+    as_json: options.Json = False,
 ) -> None:
     """Write report.html, its figures and tables from a study's rows alone."""
     from rich.console import Console
 
-    rows = _rows(where)
+    rows = rows_at(where)
     folder = out or (where if where.is_dir() else where.parent)
-    with _named(where):
-        present(rows, folder, Console(), baseline=baseline, source=_rows_file(where))
+    console, command = Console(stderr=as_json), "report" if as_json else None
+    with named(where):
+        present(rows, folder, console, baseline=baseline, source=rows_file(where), json_of=command)
 
 
 def env() -> None:
@@ -88,9 +92,19 @@ def env() -> None:
 
 
 def present(
-    rows: Iterable[Row], out: Path, console: Console, *, baseline: str | None = None, source: Path | None = None
+    rows: Iterable[Row],
+    out: Path,
+    console: Console,
+    *,
+    baseline: str | None = None,
+    source: Path | None = None,
+    json_of: str | None = None,
 ) -> None:
-    """Print the comparison, write the report, and say where everything lies; ``source`` is the file of the rows."""
+    """Print the comparison, write the report, and say where everything lies; ``source`` is the file of the rows.
+
+    ``json_of``: the verb whose JSON object goes to standard output beside what the console shows.
+    """
+    from decondense.cli.printed import emit
     from decondense.compare import Study
     from decondense.config import one_of
     from decondense.report.page import compare_if_possible, write_report
@@ -112,6 +126,16 @@ def present(
         soft_wrap=True,
     )
     failed = [cell for cell in study.cells.values() if cell.status == "failed"]
+    if json_of is not None:
+        emit(
+            json_of,
+            report=str(paths["report"]),
+            figures=str(out / "figures"),
+            rows=str(source or out / "rows.jsonl"),
+            comparison=None if comparison is None else comparison.to_dict(),
+            problems=list(problems),
+            failed=[{"arm": cell.arm, "seed": cell.seed, "error": cell.run["error"]} for cell in failed],
+        )
     if failed:
         raise RuntimeError(
             "some runs failed, and the report says so: "
@@ -119,7 +143,8 @@ def present(
         )
 
 
-def _rows_file(where: Path) -> Path:
+def rows_file(where: Path) -> Path:
+    """The file of rows that a study's directory holds, or that was given itself."""
     if not where.is_dir():
         return where
     plain, packed = where / "rows.jsonl", where / "rows.jsonl.gz"
@@ -127,21 +152,26 @@ def _rows_file(where: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _named(where: Path) -> Iterator[None]:
+def named(where: Path) -> Iterator[None]:
     """Let what is wrong with rows be told with the file that they come from: a cut file looks like missing runs."""
     from decondense.compare import CompareError
 
     try:
         yield
     except CompareError as error:
-        raise CompareError(f"{_rows_file(where)}: {error.reason}", error.faults, error.remedy) from error
+        raise CompareError(f"{rows_file(where)}: {error.reason}", error.faults, error.remedy) from error
 
 
-def _rows(where: Path) -> Iterator[Row]:
+def rows_at(where: Path) -> Iterator[Row]:
+    """The rows of a study's directory or of a file of rows, one by one.
+
+    Raises:
+        ConfigError: there are none.
+    """
     from decondense.config import ConfigError
     from decondense.records import iter_rows
 
-    path, there = _rows_file(where), False
+    path, there = rows_file(where), False
     if not path.exists():
         raise ConfigError(f"{where}: there is no rows.jsonl; give a study's directory or its file of rows.")
     for row in iter_rows(path):

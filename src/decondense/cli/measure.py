@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-import tempfile
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from decondense.cli import options
+from decondense.cli import inputs, options
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedTokenizerBase
 
     from decondense.measuring import Profile
 
@@ -26,7 +21,17 @@ _FIGURE = "Figures and files"
 def measure_command(
     models: Annotated[
         list[str] | None,
-        typer.Argument(help=f"Model directory or {options.ID_HELP}; several are compared.", metavar="MODEL..."),
+        typer.Argument(
+            help=f"Model directory, GGUF file or {options.ID_HELP}; several are compared.", metavar="MODEL..."
+        ),
+    ] = None,
+    states: Annotated[
+        Path | None,
+        typer.Option(
+            "--states",
+            help="Instead of a model: a directory of hidden states that an engine wrote, with a manifest.json.",
+            metavar="DIR",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Directory of the results. Default: decondense-measure-NAME.")
@@ -74,8 +79,15 @@ def measure_command(
     words: options.Words = None,
     seed: options.PassageSeed = None,
     tokens: options.Tokens = None,
+    skip_tokens: Annotated[
+        int,
+        typer.Option(
+            "--skip-tokens", min=0, help="Leave the first N tokens of each passage out.", rich_help_panel=_WHAT
+        ),
+    ] = 0,
     metrics: Annotated[
-        str | None, typer.Option("--metrics", help="Side metrics, separated by commas, or all.", rich_help_panel=_WHAT)
+        str | None,
+        typer.Option("--metrics", help="Side metrics by name, separated by commas, or all.", rich_help_panel=_WHAT),
     ] = None,
     bins: Annotated[
         int | None,
@@ -87,6 +99,16 @@ def measure_command(
             "--final", help="The last layer: after (as published) or before the final norm.", rich_help_panel=_WHAT
         ),
     ] = "after",
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            help="What the verdict compares with: a shipped reference, a profile or an atlas entry. Default: the "
+            "nearest shipped one.",
+            metavar="NAME|FILE",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
     logits: Annotated[bool, typer.Option("--logits", help="Measure the logits too.", rich_help_panel=_WHAT)] = False,
     batch_size: Annotated[
         int | None,
@@ -122,12 +144,14 @@ def measure_command(
     eight_bit: Annotated[
         bool, typer.Option("--8bit", help="8-bit weights (needs bitsandbytes).", rich_help_panel=options.MODEL)
     ] = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure embedding condensation: how alike a model's token vectors become, layer by layer."""
     from rich.console import Console
 
     from decondense.cli.display import Display
     from decondense.config import MeasureConfig, one_of
+    from decondense.hashing import hash_texts
     from decondense.measuring.loading import check_source
     from decondense.measuring.metrics import resolve_metrics
     from decondense.measuring.running import MeasureError
@@ -140,21 +164,30 @@ def measure_command(
     chosen_metrics = [name.strip() for name in (metrics or "").split(",") if name.strip()]
     resolve_metrics(chosen_metrics)  # a mistyped name costs nothing before a model is loaded
     bins = MeasureConfig.parse({"bins": bins or defaults.bins}, where="--bins").bins
-    names = _names(models or [], checkpoints, revisions, pairs)
     if text is not None and dataset is not None:
         raise MeasureError("give either --dataset or --text, not both.")
-    labels = _labels([source for source, _ in names])
-    folder = out or Path(f"decondense-measure-{options.slug(family or _short(checkpoints or names[0][0]))}")
+    measuring: dict[str, Any] = {"tokens": tokens, "skip_tokens": skip_tokens, "metrics": chosen_metrics}
+    console = Console(stderr=as_json)
+    look = (bins, heat_map, palette)
+    if states is not None:
+        if models or checkpoints or text or dataset or logits or each:
+            raise MeasureError("--states measures what is there: leave out models, text and --logits.")
+        _measure_states(console, states, out, measuring, final, look, reference, as_json)
+        return
+    names = inputs.named_models(models or [], checkpoints, revisions, pairs)
+    labels = inputs.labels_of([source for source, _ in names])
+    folder = out or Path(f"decondense-measure-{options.slug(family or inputs.short_name(checkpoints or names[0][0]))}")
     # everything that can be known to fail fails before texts are read and models loaded
     for source, _ in names:
         check_source(source)
-    _check_folder(folder)
+    inputs.check_folder(folder)
+    if reference is not None:
+        _check_reference(reference, final)
 
-    console = Console()
     text_source = without_credentials(text or dataset or defaults.dataset)
     with Display(console) as display:
         display.update("texts", "reading passages")
-        texts = _texts(
+        texts = inputs.read_texts(
             console,
             text_source,
             each=each,
@@ -169,186 +202,46 @@ def measure_command(
         "tokenizer": tokenizer,
         "dtype": dtype,
         "device_map": device_map or ("auto" if max_memory or offload else None),
-        "max_memory": _budget(max_memory or []),
+        "max_memory": inputs.memory_budget(max_memory or []),
         "offload_folder": offload,
         "eight_bit": eight_bit,
     }
-    measuring = {
-        "tokens": tokens,
-        "metrics": chosen_metrics,
-        "logits": logits,
-        "blocks": blocks,
-        "batch_size": batch_size,
-    }
+    measuring |= {"logits": logits, "blocks": blocks, "batch_size": batch_size}
     done: list[tuple[str, int | None, Profile]] = []
     for (source, step), short in zip(names, labels, strict=True):
         label = short if step is None else f"step {step:,}"
         profile = _measure(console, source, label, texts, loading, measuring, each=each).at(final)  # type: ignore[arg-type]
-        profile.info.update({"source": text_source, "seed": seed or 0, "step": step, "name": label})
+        profile.info.update(
+            {"source": text_source, "seed": seed or 0, "step": step, "name": label, "text_hash": hash_texts(texts)}
+        )
         place = folder if len(names) == 1 else folder / options.slug(label)
         profile.save(place / "profile")
         done.append((label, step, profile))
-        _show(console, label, profile, place, bins, heat_map, palette)
+        _show(console, label, profile, place, *look)
+        _say(console, profile, reference)
     if len(done) > 1:
-        _compare(console, done, folder, family, pairs, bins, heat_map, palette)
-    console.print(f"results: {folder}", highlight=False, markup=False, soft_wrap=True)
+        _compare(console, done, folder, family, pairs, *look)
+    _end(console, folder, done, reference, as_json)
 
 
-# ---- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _names(
-    models: list[str], checkpoints: str | None, revisions: str | None, pairs: bool
-) -> list[tuple[str, int | None]]:
-    """The models to measure, with their training step where they are checkpoints."""
+def _check_reference(name: str, final: str) -> None:
+    """Refuse a reference that no measurement of this command can be compared with, before a model is loaded."""
+    from decondense.atlas import find_reference
     from decondense.measuring.running import MeasureError
 
-    if revisions is not None and checkpoints is None:
-        if len(models) != 1:
-            raise MeasureError(
-                "--revisions belongs to one hub id: decondense measure --checkpoints ID --revisions A,B,C."
-            )
-        checkpoints, models = models[0], []
-    if checkpoints is not None:
-        if models:
-            raise MeasureError(f"--checkpoints measures one run; leave out {', '.join(models)}.")
-        return _checkpoints(checkpoints, revisions)
-    if not models:
-        raise MeasureError("no model given: decondense measure DIRECTORY_OR_HUB_ID, or --checkpoints RUN.")
-    if pairs and len(models) % 2:
+    if (other := find_reference(name).final) != final:
         raise MeasureError(
-            f"--pairs needs an even number of models (base distilled base distilled ...), got {len(models)}."
+            f"--reference {name} has its last layer {other} the final norm; measure with --final {other} too."
         )
-    return [(model, None) for model in models]
 
 
-def _checkpoints(run: str, revisions: str | None) -> list[tuple[str, int | None]]:
-    from decondense.checkpoints import checkpoint_folders
-    from decondense.measuring.running import MeasureError
+def _say(console: Console, profile: Profile, reference: str | None) -> None:
+    """The verdict in sentences."""
+    from decondense.atlas import sentences
 
-    if revisions is not None:
-        names = [name.strip() for name in revisions.split(",") if name.strip()]
-        found = [(f"{run}@{name}", _step(name)) for name in names]
-    else:
-        root = Path(run)
-        if not root.is_dir():
-            raise MeasureError(f"{run} is no directory; for the revisions of a hub model name them: --revisions A,B,C.")
-        folders = checkpoint_folders(root)
-        found = [(str(path), _step(path.name)) for path in folders]
-    numbered = sorted((pair for pair in found if pair[1] is not None), key=lambda pair: pair[1] or 0)
-    if not numbered:
-        raise MeasureError(
-            f"{run} has no checkpoints: expected folders or revisions named by their step (checkpoint-500, step1000)."
-        )
-    return numbered
-
-
-def _step(name: str) -> int | None:
-    found = re.search(r"(?:step|checkpoint|iter)[-_ ]*(\d+)", name) or re.search(r"(\d+)(?!.*\d)", name)
-    return int(found.group(1)) if found else None
-
-
-def _budget(entries: list[str]) -> dict[Any, str] | None:
-    from decondense.measuring.running import MeasureError
-
-    budget: dict[Any, str] = {}
-    for entry in entries:
-        device, equals, amount = entry.partition("=")
-        if not equals or not amount:
-            raise MeasureError(f"--max-memory {entry!r}: expected DEVICE=AMOUNT, for example cpu=8GiB or 0=20GiB.")
-        budget[int(device) if device.isdigit() else device] = amount
-    return budget or None
-
-
-def _texts(
-    console: Console,
-    source: str,
-    *,
-    each: bool,
-    split: str,
-    field: str | None,
-    passages: int,
-    words: tuple[int, int],
-    seed: int,
-    most: int | None,
-) -> list[str]:
-    from decondense.corpora.columns import TextWarning
-    from decondense.corpora.passages import read_each, sample_passages
-
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always", TextWarning)
-        if each:
-            texts: list[str] = read_each(source, split=split, field=field, most=most)
-        else:
-            texts = sample_passages(source, count=passages, words=words, seed=seed, split=split, field=field)
-    for warning in told:
-        _note(console, str(warning.message))
-    return texts
-
-
-def _note(console: Console, message: str) -> None:
-    console.print(f"note: {message}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _long_enough(console: Console, label: str, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The records of two tokens and more: one token has no pairs."""
-    from decondense.measuring.running import MeasureError
-
-    # two tokens are enough to tell
-    kept = [text for text in texts if len(tokenizer(text, truncation=True, max_length=2)["input_ids"]) >= 2]
-    if not kept:
-        raise MeasureError(f"all {len(texts):,} records have fewer than two tokens; a cosine needs two. Omit --each.")
-    if len(kept) < len(texts):
-        short = len(texts) - len(kept)
-        _note(console, f"{label}: {short:,} of {len(texts):,} records have fewer than two tokens and are skipped.")
-    return kept
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse a directory of results that cannot be written to, and leave nothing behind."""
-    from decondense.measuring.running import MeasureError
-
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise MeasureError(
-            f"{folder} cannot hold the results ({error.strerror or error}); choose a directory that you may write to: "
-            "--out."
-        ) from error
-    finally:
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-
-
-def _short(source: str) -> str:
-    name, at, revision = str(source).rstrip("/").rpartition("@")
-    return f"{Path(name).name}@{revision}" if at and name else Path(str(source)).resolve().name
-
-
-def _labels(sources: list[str]) -> list[str]:
-    """A short name for each source, all different: runs/a/final and runs/b/final are a and b, not final and final."""
-    if len(set(sources)) < len(sources):
-        from decondense.measuring.running import MeasureError
-
-        twice = next(source for source in sources if sources.count(source) > 1)
-        raise MeasureError(f"{twice} is given twice.")
-    labels = [_short(source) for source in sources]
-    if len(set(labels)) == len(labels):
-        return labels
-    parts = [Path(source).resolve().parts for source in sources]
-    shared = 0
-    while len({path[-1 - shared] for path in parts}) == 1:
-        shared += 1
-    parts = [path[: len(path) - shared] for path in parts]
-    for depth in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(path[-depth:]) for path in parts]
-        if len(set(labels)) == len(labels):
-            break
-    return labels
+    console.print()
+    for sentence in sentences(profile.verdict(reference)):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 # ---- work ------------------------------------------------------------------------------------------------------------
@@ -381,7 +274,7 @@ def _measure(
                 f"{source} comes without a tokenizer; name the right one: --tokenizer DIRECTORY_OR_HUB_ID."
             )
         if each:
-            texts = _long_enough(console, label, texts, tokenizer)
+            texts = inputs.long_enough(console, label, texts, tokenizer, measuring["skip_tokens"])
         if loading["device_map"] is None and not loading["eight_bit"] and torch.cuda.is_available():
             model = model.to("cuda")
         display.drop("loading")
@@ -396,6 +289,64 @@ def _measure(
         )
 
 
+def _measure_states(
+    console: Console,
+    source: Path,
+    out: Path | None,
+    measuring: dict[str, Any],
+    final: str,
+    look: tuple[int, str, str],
+    reference: str | None,
+    as_json: bool,
+) -> None:
+    from decondense.cli.display import Display
+    from decondense.measuring import measure_states
+    from decondense.measuring.dumps import StateFiles
+
+    if reference is not None:
+        _check_reference(reference, final)
+    files = StateFiles(source)
+    manifest, label = files.manifest, inputs.short_name(files.manifest.model)
+    folder = out or Path(f"decondense-measure-{options.slug(label)}")
+    inputs.check_folder(folder)
+    with Display(console) as display:
+        name = f"measuring {label}"
+        profile = measure_states(
+            files,
+            layers=manifest.layers,
+            final_norm=manifest.final_norm,
+            info={**files.info, "name": label},
+            progress=lambda _, done, total: display.update(name, name, done, total),
+            **measuring,
+        ).at(final)  # type: ignore[arg-type]
+    profile.save(folder / "profile")
+    _show(console, label, profile, folder, *look)
+    _say(console, profile, reference)
+    _end(console, folder, [(label, None, profile)], reference, as_json)
+
+
+def _end(
+    console: Console, folder: Path, done: list[tuple[str, int | None, Profile]], reference: str | None, as_json: bool
+) -> None:
+    """Say where the results are, or all that they are."""
+    from decondense.cli.printed import emit
+
+    console.print(f"results: {folder}", highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        place = {label: folder if len(done) == 1 else folder / options.slug(label) for label, _, _ in done}
+        models = [
+            {
+                "label": label,
+                "folder": str(place[label]),
+                "step": step,
+                "verdict": profile.verdict(reference).to_dict(),
+                **profile.summary(),
+            }
+            for label, step, profile in done
+        ]
+        emit("measure", results=str(folder), models=models)
+
+
 def _show(console: Console, label: str, profile: Profile, place: Path, bins: int, kind: str, palette: str) -> None:
     from decondense.figures import condensation
     from decondense.figures.style import export
@@ -405,8 +356,10 @@ def _show(console: Console, label: str, profile: Profile, place: Path, bins: int
     table = tables.layer_table(profile)
     title = f"{label}: {profile.n_passages} passages of up to {profile.tokens} tokens"
     console.print(tables.terminal_layers(profile).to_rich(title=title))
-    if profile.metrics:
-        console.print(tables.metric_table(profile).to_rich(title="side metrics"))
+    for part in tables.metric_tables(profile):
+        console.print(part.to_rich(title="side metrics"))
+    for name in profile.sides.between:
+        atomic_write(place / f"{name}.csv", tables.between_table(profile, name).to_csv())
     for name in ("spearman", "kendall"):
         low, high = profile.interval(name)
         known = f"95 % interval over passages {low:+.2f}..{high:+.2f}" if low == low else "one passage has no interval"
@@ -415,6 +368,8 @@ def _show(console: Console, label: str, profile: Profile, place: Path, bins: int
             highlight=False,
             soft_wrap=True,
         )
+    for line in tables.sink_lines(profile):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if profile.has_final_norm:
         console.print(f"(the last layer of the depth is the state {_last_state(profile)})", highlight=False)
     atomic_write(place / "layers.md", table.to_markdown())
@@ -465,6 +420,6 @@ def _compare(
 
 
 def _mapping(profile: Profile, label: str, bins: int) -> dict[str, Any]:
-    from decondense.measuring.profile import as_mapping
+    from decondense.measuring.tables import as_mapping
 
     return {**as_mapping(profile, bins=bins), "label": label}

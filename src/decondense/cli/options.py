@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,6 +12,8 @@ CHANGES = "Changes to the study"
 SOURCE = "Text"
 MODEL = "Model"
 DATA = "Data"
+
+Json = Annotated[bool, typer.Option("--json", help="Print the results as one JSON object; see the docs, json.md.")]
 
 # ---- studies ---------------------------------------------------------------------------------------------------------
 
@@ -26,6 +28,17 @@ Workers = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume the study that lies in --out, whatever it is.")]
 Retry = Annotated[bool, typer.Option("--retry-failed", help="Start failed runs again instead of reporting them.")]
+Until = Annotated[
+    Literal["decided"] | None,
+    typer.Option("--until", help="decided: add seeds until each arm is decided against the baseline."),
+]
+Margin = Annotated[
+    float | None,
+    typer.Option("--margin", help="Loss differences up to this count as equal. Default: the study's.", min=1e-9),
+]
+MostSeeds = Annotated[
+    int | None, typer.Option("--most-seeds", min=3, help="With --until: seeds at most. Default: the study's, 20.")
+]
 Scale = Annotated[str | None, typer.Option("--scale", help="One of the study's scales.")]
 StudyText = Annotated[
     str | None,

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from decondense.cli import options
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from decondense.config import StudyConfig
     from decondense.studies.runner import Task
+    from decondense.table import Entry
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,9 @@ class StudyOptions:
     data_dir: str | None = None
     limit: int | None = None
     assignments: tuple[str, ...] = ()
+    until: Literal["decided"] | None = None
+    margin: float | None = None
+    most_seeds: int | None = None
 
     def study(self) -> StudyConfig:
         """The study with everything changed that the command line changes; ``--set`` has the last word."""
@@ -39,6 +46,8 @@ class StudyOptions:
 
         base = load_study(self.name, self.scale)
         replaced: dict[str, Any] = {} if self.seeds is None else {"seeds": list(range(self.seeds))}
+        rule = {"until": self.until, "margin": self.margin, "most_seeds": self.most_seeds}
+        replaced |= {key: value for key, value in rule.items() if value is not None}
         model: dict[str, Any] = {}
         corpus: dict[str, Any] = {}
         evaluate: dict[str, Any] = {}
@@ -48,7 +57,7 @@ class StudyOptions:
             if old is None:
                 raise ConfigError(
                     f"--start {self.start!r}: the study {base.name!r} (scale {base.scale}) starts from scratch and has "
-                    "no model.start to replace. To make it go on from a model: --set model.start=... with --tokenizer."
+                    "no model.start to replace. To start from a model: --set model.start=... with --tokenizer."
                 )
             # revision and size belong to the model that is replaced
             model.update({"start": self.start, "revision": None, "parameters": None})
@@ -85,6 +94,9 @@ class StudyOptions:
         for option, value in (
             ("--scale", self.scale),
             ("--seeds", self.seeds),
+            ("--until", self.until),
+            ("--margin", self.margin),
+            ("--most-seeds", self.most_seeds),
             ("--text", self.text),
             ("--tokenizer", self.tokenizer),
             ("--start", self.start),
@@ -109,6 +121,7 @@ def demo(
     data_dir: options.StudyDataDir = None,
     limit: options.StudyLimit = None,
     assignments: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """Train with and without dispersion loss from the same starts, measure, compare, report.
 
@@ -126,7 +139,7 @@ def demo(
         assignments=tuple(assignments or ()),
     )
     folder = out or Path("decondense-demo-quick" if quick else "decondense-demo")
-    _run(asked.study(), folder, workers, resume, False)
+    _run(asked.study(), folder, workers, resume, False, "demo" if as_json else None)
 
 
 def study(
@@ -137,7 +150,18 @@ def study(
     workers: options.Workers = None,
     resume: options.Resume = False,
     retry_failed: options.Retry = False,
+    until: options.Until = None,
+    margin: options.Margin = None,
+    most_seeds: options.MostSeeds = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; run nothing.")] = False,
+    pilot: Annotated[
+        Path | None,
+        typer.Option(
+            "--pilot",
+            help="With --dry-run: rows of a pilot, whose spread over seeds tells the power.",
+            metavar="DIR|ROWS",
+        ),
+    ] = None,
     as_yaml: Annotated[
         bool, typer.Option("--yaml", help="With --dry-run: print the study with every default spelled out.")
     ] = False,
@@ -152,6 +176,7 @@ def study(
     data_dir: options.StudyDataDir = None,
     limit: options.StudyLimit = None,
     assignments: options.Set = None,
+    as_json: options.Json = False,
 ) -> None:
     """Run a study: arms x seeds from the same starts on the same data in the same order."""
     if listed or name is None:
@@ -160,22 +185,31 @@ def study(
             typer.echo("Name a study or a YAML file; `decondense study NAME --dry-run` shows its plan.", err=True)
             raise typer.Exit(2)
         return
-    asked = StudyOptions(name, scale, seeds, text, tokenizer, start, tasks, data_dir, limit, tuple(assignments or ()))
+    changes = (text, tokenizer, start, tasks, data_dir, limit, tuple(assignments or ()))
+    asked = StudyOptions(name, scale, seeds, *changes, until, margin, most_seeds)
     chosen = asked.study()
     folder = out or Path(f"decondense-{chosen.name}-{scale or chosen.scale}")
+    if most_seeds is not None and chosen.until is None:
+        raise typer.BadParameter("it belongs to --until decided, which adds seeds.", param_hint="--most-seeds")
+    if pilot is not None and not dry_run:
+        raise typer.BadParameter("it belongs to --dry-run, which runs nothing.", param_hint="--pilot")
     if as_yaml and not dry_run:
         raise typer.BadParameter("it belongs to --dry-run, which runs nothing.", param_hint="--yaml")
+    if as_json and (as_yaml or slurm is not None):
+        raise typer.BadParameter("it goes with a study that runs, or with --dry-run alone.", param_hint="--json")
     if slurm is not None:
         _write_slurm(chosen, asked.words(), folder, slurm)
     if as_yaml:
         typer.echo(chosen.to_yaml(), nl=False)
     elif dry_run:
-        _show_plan(chosen, asked.words(), folder, workers)
+        _show_plan(chosen, asked.words(), folder, workers, pilot, as_json)
     elif slurm is None:
-        _run(chosen, folder, workers, resume, retry_failed)
+        _run(chosen, folder, workers, resume, retry_failed, "study" if as_json else None)
 
 
-def _show_plan(chosen: StudyConfig, words: list[str], folder: Path, workers: int | None) -> None:
+def _show_plan(
+    chosen: StudyConfig, words: list[str], folder: Path, workers: int | None, pilot: Path | None, as_json: bool
+) -> None:
     """What ``--dry-run`` prints: what the study is, what it costs, how it is started."""
     from rich.console import Console
     from rich.markup import escape
@@ -184,21 +218,78 @@ def _show_plan(chosen: StudyConfig, words: list[str], folder: Path, workers: int
     from decondense.studies.cost import plan_of, plan_table, totals
     from decondense.studies.launch import launches
 
-    console = Console(highlight=False)
-    console = Console(highlight=False, width=min(console.width, 100))
+    console = Console(highlight=False, stderr=as_json)
+    console = Console(highlight=False, stderr=as_json, width=min(console.width, 100))
     console.print(f"[bold]{escape(chosen.title)}[/]")
     console.print(escape(chosen.question.strip()))
     with Display(console) as display:
         display.update("plan", "counting and timing")
         plan = plan_of(chosen, workers=workers)
+    if as_json:
+        from decondense.cli.printed import emit
+
+        table = plan_table(plan)
+        emit(
+            "study --dry-run",
+            study=chosen.name,
+            scale=chosen.scale,
+            title=chosen.title,
+            fingerprint=chosen.fingerprint(),
+            workers=plan.workers,
+            runs=sum(line.runs for line in plan.lines),
+            tokens=plan.tokens,
+            flops=plan.flops,
+            seconds=plan.seconds,
+            disk_bytes={"final": plan.final_bytes, "checkpoints": plan.checkpoint_bytes},
+            lines=[dict(zip(table.columns, map(_plain, row), strict=True)) for row in table.rows],
+            notes=totals(plan),
+            commands=[dataclasses.asdict(launch) for launch in launches(chosen, words, folder)],
+        )
+        return
     console.print()
     console.print(plan_table(plan).to_rich(fold=(0, 1)))
     for text in totals(plan):
         console.print(escape(text))
+    _show_power(chosen, folder, pilot, console)
     for launch in launches(chosen, words, folder):
         # not through the table's console: a command is copied, so its lines are never broken elsewhere
         console.print(f"\n[bold]{escape(launch.title)}:[/]")
         typer.echo("\n".join(launch.lines))
+
+
+def _plain(entry: Entry) -> str | float | None:
+    """The value of a table's cell, or its text where it has none."""
+    text, value = entry if isinstance(entry, tuple) else (entry, None)
+    return value if isinstance(value, (int, float)) else text
+
+
+def _show_power(chosen: StudyConfig, folder: Path, pilot: Path | None, console: Console) -> None:
+    """What the rows of a pilot, of the study's directory, or of the shipped study say about the seeds it needs."""
+    from decondense.cli.evidence import rows_at, rows_file
+    from decondense.compare import CompareError
+    from decondense.compare import compare as compared
+    from decondense.report.power import power_table
+    from decondense.studies.catalogue import committed_rows
+
+    if chosen.measure is not None or len(chosen.arms) < 2:
+        return
+    lies_there = rows_file(folder) if folder.is_dir() else folder
+    where = pilot or (lies_there if lies_there.is_file() else committed_rows(chosen))
+    if where is None:
+        console.print("Power: not known; --pilot ROWS takes it from the rows of a pilot or of an earlier study.")
+        return
+    try:
+        table = power_table(compared(rows_at(where), incomplete="omit"), chosen)
+    except CompareError:
+        if pilot is not None:
+            raise
+        table = None
+    if table is None:
+        console.print(f"Power: {where} has no arm with two seeds.", markup=False, soft_wrap=True)
+        return
+    console.print()
+    console.print(table.to_rich(title=table.caption, fold=(0,)))
+    console.print(f"From the rows {where}.", markup=False, soft_wrap=True)
 
 
 def _write_slurm(chosen: StudyConfig, words: list[str], folder: Path, path: Path) -> None:
@@ -239,6 +330,9 @@ def train(
     seeds: options.Seeds = None,
     resume: options.Resume = False,
     retry_failed: options.Retry = False,
+    until: options.Until = None,
+    margin: options.Margin = None,
+    most_seeds: options.MostSeeds = None,
     text: options.StudyText = None,
     tokenizer: options.StudyTokenizer = None,
     start: options.Start = None,
@@ -257,14 +351,17 @@ def train(
     from decondense.cli.display import Display, StudyDisplay
     from decondense.config import ConfigError
     from decondense.records import RowReader, write_rows
+    from decondense.studies.directory import study_of
     from decondense.studies.runner import cell_folder, collect, open_directory, study_corpus
 
-    asked = StudyOptions(name, scale, seeds, text, tokenizer, start, tasks, data_dir, limit, tuple(assignments or ()))
+    changes = (text, tokenizer, start, tasks, data_dir, limit, tuple(assignments or ()))
+    asked = StudyOptions(name, scale, seeds, *changes, until, margin, most_seeds)
     chosen = asked.study()
     folder = out or Path(f"decondense-{chosen.name}-{scale or chosen.scale}")
     chosen.arm(arm)
-    if seed not in chosen.seeds:
-        raise ConfigError(f"seed {seed} is not one of the study's seeds {list(chosen.seeds)}; see --seeds.")
+    there = study_of(folder) if (folder / "study.yaml").is_file() else chosen
+    if seed not in {*chosen.every_seed, *there.every_seed}:
+        raise ConfigError(f"seed {seed} is not one of the study's seeds {list(chosen.every_seed)}; see --seeds.")
     console = Console(stderr=True)
     chosen = open_directory(chosen, folder, resume=resume)
     if chosen.measure is None:
@@ -298,7 +395,9 @@ def train(
         console.print(f"finished: {cell_folder(folder, arm, seed)}", markup=False)
 
 
-def _run(chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retry_failed: bool) -> None:
+def _run(
+    chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retry_failed: bool, json_of: str | None
+) -> None:
     from rich.console import Console
 
     from decondense.cli.display import Display, StudyDisplay
@@ -319,8 +418,8 @@ def _run(chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retr
     planned = study_of(out) if resume and there.is_file() else chosen
     for line in short_form(planned):
         typer.echo(line, err=True)
-    console = Console()
+    console = Console(stderr=json_of is not None)
     with Display(console) as display:
         watcher = StudyDisplay(display)
         rows = run_study(chosen, out, workers=workers, resume=resume, retry_failed=retry_failed, watcher=watcher)
-    present(rows, out, console)
+    present(rows, out, console, json_of=json_of)

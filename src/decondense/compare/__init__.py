@@ -22,7 +22,7 @@ from decondense.compare.notes import evidence_notes, item_notes, task_notes
 from decondense.compare.notes import notes as all_notes
 from decondense.compare.pairing import faults_of, pairings, unpaired
 from decondense.compare.plateaus import plateaus
-from decondense.compare.quality import selections, task, task_means
+from decondense.compare.quality import selections, task_means, task_measures
 from decondense.compare.quantities import QUANTITIES
 from decondense.compare.quantity import Quantity
 from decondense.compare.rates import learning_rates, sweeps
@@ -175,7 +175,7 @@ def compare(
     context = Context(study, base, arms, seeds, good, pairs, margin)
 
     keys = [key for key in study.task_keys() if any(key in cell.scores for cell in good.values())]
-    tasks = tuple(task(context, key) for key in keys)
+    tasks = task_measures(context, keys)
     final = [cell.run for cell in good.values()]
     stuck = plateaus(context)
     notes = [*all_notes(context), *evidence_notes(context, tasks, stuck)]

@@ -10,6 +10,7 @@ import numpy as np
 
 from decondense.compare.quantity import LOSS_UNIT, Quantity
 from decondense.compare.results import Measure, Values
+from decondense.compare.sequential import anytime
 from decondense.compare.statistics import Difference, Items, holm_over_arms, paired_difference
 from decondense.compare.study import Cell, Key, Study
 from decondense.formatting import listed
@@ -43,8 +44,8 @@ class Context:
     margin: float
     """For differences of a loss, in nats per token."""
 
-    def measure(self, quantity: Quantity, items: PairedItems | None = None) -> Measure:
-        """The values of a quantity by arm, and every arm's paired difference to the baseline."""
+    def measure(self, quantity: Quantity, items: PairedItems | None = None, *, corrected: bool = True) -> Measure:
+        """The values of a quantity by arm, and every arm's paired difference to the baseline, corrected over arms."""
         known = {place: value for place, cell in self.cells.items() if (value := quantity.of(cell)) is not None}
         values: list[Values] = []
         differences: list[Difference] = []
@@ -78,9 +79,15 @@ class Context:
             quantity.unit,
             quantity.higher_is_better,
             tuple(values),
-            tuple(holm_over_arms(differences)),
+            tuple(self.over_arms(differences) if corrected else differences),
             count,
         )
+
+    def over_arms(self, differences: Sequence[Difference], tasks: int = 1) -> list[Difference]:
+        """One family (arms x tasks), corrected for its size; where seeds were added, for every look as well."""
+        if self.study.until is None:
+            return holm_over_arms(differences)
+        return [anytime(d, tasks * (len(self.study.arms) - 1)) for d in differences]
 
     def per_item(self, key: Key, arm: str, seeds: Sequence[int]) -> Items | None:
         """Differences item by item, or None unless every run of both arms has the same items."""

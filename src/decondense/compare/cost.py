@@ -16,7 +16,7 @@ import numpy.typing as npt
 from decondense.compare.context import Context
 from decondense.compare.quantity import LOSS_UNIT, VALIDATION_ID
 from decondense.compare.results import Clock, Cost, EqualTime, Speed
-from decondense.compare.statistics import Difference, holm_over_arms, paired_difference
+from decondense.compare.statistics import Difference, paired_difference
 from decondense.compare.study import VALIDATION, Cell
 
 Array = npt.NDArray[np.float64]
@@ -105,7 +105,7 @@ def equal_time(context: Context) -> EqualTime | None:
                 margin=context.margin,
             )
         )
-    return EqualTime(clock_of(context), pace, tuple(holm_over_arms(differences))) if differences else None
+    return EqualTime(clock_of(context), pace, tuple(context.over_arms(differences))) if differences else None
 
 
 def speeds(context: Context) -> tuple[Speed, ...]:
@@ -158,8 +158,8 @@ def speeds(context: Context) -> tuple[Speed, ...]:
                 in_time=in_time,
             )
         )
-    by_tokens = _corrected([speed.in_tokens for speed in found])
-    by_time = _corrected([speed.in_time for speed in found])
+    by_tokens = _corrected(context, [speed.in_tokens for speed in found])
+    by_time = _corrected(context, [speed.in_time for speed in found])
     return tuple(
         dataclasses.replace(speed, in_tokens=by_tokens.get(speed.arm), in_time=by_time.get(speed.arm))
         for speed in found
@@ -182,8 +182,8 @@ def _log_difference(
     )
 
 
-def _corrected(differences: Sequence[Difference | None]) -> dict[str, Difference]:
-    return {d.arm: d for d in holm_over_arms([d for d in differences if d is not None])}
+def _corrected(context: Context, differences: Sequence[Difference | None]) -> dict[str, Difference]:
+    return {d.arm: d for d in context.over_arms([d for d in differences if d is not None])}
 
 
 def costs(context: Context) -> tuple[Cost, ...]:

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from decondense.compare.context import Context
+from decondense.compare.quantity import task_quantity
 from decondense.compare.rates import learning_rates, sweeps
 from decondense.compare.results import Note, Plateau, TaskMeasure
+from decondense.compare.sequential import open_arms
 from decondense.compare.study import VALIDATION
 
 FEWEST_DOCUMENTS = 30
@@ -35,6 +37,7 @@ def notes(context: Context) -> list[Note]:
                 facts = {"seed": seed, "task": key[0], "metric": key[1], "score": score, "mean": mean}
                 found.append(Note("not the mean of items", (arm,), facts))
     found += start_notes(context)
+    found += seed_notes(context)
     found += setting_notes(context)
     labels = {tuple(p["layers"]) for cell in context.cells.values() if (p := cell.final_profile())}
     if len(labels) > 1:
@@ -52,6 +55,19 @@ def start_notes(context: Context) -> list[Note]:
     return [*found, Note("untrained", idle)] if idle else found
 
 
+def seed_notes(context: Context) -> list[Note]:
+    """How many seeds were added until the contrasts were decided, and which contrasts are not."""
+    config = context.study.config
+    if config is None or config.until is None:
+        return []
+    arms = len(context.study.arms) - 1
+    facts = {"seeds": len(config.every_seed), "added": len(config.added_seeds), "margin": context.margin}
+    found = [Note("seeds added", (), facts)]
+    held_out = context.measure(task_quantity(VALIDATION, higher_is_better=False))
+    left = open_arms(held_out.differences, arms)
+    return [*found, Note("not decided", left, {"most": config.most_seeds})] if left else found
+
+
 def setting_notes(context: Context) -> list[Note]:
     """How learning rates, warm-ups and clippings came about, and what is doubtful about them."""
     rates, tried = learning_rates(context), {sweep.arm: sweep for sweep in sweeps(context)}
@@ -65,6 +81,11 @@ def setting_notes(context: Context) -> list[Note]:
         return found
     if not tried:
         found.append(Note("no trials"))
+    if config is not None and sweep_config is not None and sweep_config.warmup_unit == "fraction":
+        trial, run = sweep_config.steps or config.train.steps, config.train.steps
+        if trial < run and (warmup := config.train.warmup):
+            warmed = {"trial": round(warmup * trial), "run": round(warmup * run)}
+            found.append(Note("scaled-down trials", tuple(tried), warmed))
     fixed = {arm: several for arm, several in rates.items() if arm not in tried}
     if tried and fixed:
         found.append(Note("rates that no sweep chose", tuple(fixed), {"rates": fixed}))
@@ -109,6 +130,9 @@ def evidence_notes(context: Context, tasks: Sequence[TaskMeasure], plateaus: Seq
     free = tuple(arm for arm in dict.fromkeys(p.arm for p in plateaus) if arm not in stuck)
     if stuck and free:
         found.append(Note("plateaus in some arms", stuck, {"without": free}))
+    coins = {task.task: task.decision_accuracy for task in tasks if task.hardly_decides}
+    if coins:
+        found.append(Note("hardly decides", (), {"tasks": coins}))
     held_out = next((task for task in tasks if (task.task, task.metric) == VALIDATION), None)
     base = held_out.of(context.base) if held_out is not None else None
     if held_out is None or base is None:

@@ -9,7 +9,8 @@ import numpy as np
 from scipy import stats
 
 from decondense.compare.context import Context
-from decondense.compare.quantity import Quantity, task_id, task_quantity
+from decondense.compare.gold import decision_accuracy
+from decondense.compare.quantity import METRIC_TITLES, Quantity, task_id, task_quantity
 from decondense.compare.results import Measure, Selection, TaskMean, TaskMeasure
 from decondense.compare.statistics import Items
 from decondense.compare.study import VALIDATION, Cell, Key
@@ -17,21 +18,41 @@ from decondense.compare.study import VALIDATION, Cell, Key
 _NO_ITEMS = "without the same per-item scores in every run it holds for these items only"
 
 
+def task_measures(context: Context, keys: Sequence[Key]) -> tuple[TaskMeasure, ...]:
+    """Every task's final scores, corrected over arms, those of benchmarks over arms x the tasks of a metric."""
+    families: dict[str, list[TaskMeasure]] = {}
+    for key in keys:
+        families.setdefault("" if key == VALIDATION else key[1], []).append(task(context, key))
+    done: dict[Key, TaskMeasure] = {}
+    for group in families.values():
+        corrected = iter(context.over_arms([d for entry in group for d in entry.differences], len(group)))
+        for entry in group:
+            own = tuple(next(corrected) for _ in entry.differences)
+            done[entry.task, entry.metric] = dataclasses.replace(entry, differences=own)
+    return tuple(done[key] for key in keys)
+
+
 def task(context: Context, key: Key) -> TaskMeasure:
-    """One task's final scores, paired by seed and by item."""
+    """One task's final scores, paired by seed and by item; not corrected."""
 
     def items(arm: str, seeds: Sequence[int]) -> tuple[list[Items] | None, str]:
         found = context.per_item(key, arm, seeds)
         return (None, _NO_ITEMS) if found is None else ([found], "")
 
-    measure = context.measure(task_quantity(key, higher_is_better=context.direction(key)), items)
+    quantity = task_quantity(key, higher_is_better=context.direction(key))
+    measure = context.measure(quantity, items, corrected=False)
     fields = {f.name: getattr(measure, f.name) for f in dataclasses.fields(Measure)}
     rows = [cell.scores.get(key, {}).get(-1 if cell.final_step is None else cell.final_step)
             for cell in context.cells.values()]  # fmt: skip
     scored = sorted({int(row["items"]) for row in rows if row})
     official = {int(row["official_items"]) for row in rows if row and row["official_items"] is not None}
     return TaskMeasure(
-        **fields, task=key[0], metric=key[1], scored=tuple(scored), official=max(official) if official else None
+        **fields,
+        task=key[0],
+        metric=key[1],
+        scored=tuple(scored),
+        official=max(official) if official else None,
+        decision_accuracy=decision_accuracy(*key, (cell.recorded("parameters") for cell in context.cells.values())),
     )
 
 
@@ -57,7 +78,10 @@ def task_mean(context: Context, metric: str, keys: list[Key], higher_is_better: 
         return (whole, "") if len(whole) == len(found) else (None, _NO_ITEMS)
 
     mean = Quantity(
-        id=f"mean.{metric}", title=f"mean {metric} of {len(keys)} tasks", of=of, higher_is_better=higher_is_better
+        id=f"mean.{metric}",
+        title=f"mean {METRIC_TITLES.get(metric, metric)} of {len(keys)} tasks",
+        of=of,
+        higher_is_better=higher_is_better,
     )
     measure = context.measure(mean, items)
     ranks: dict[str, list[float]] = {arm: [] for arm in context.arms}

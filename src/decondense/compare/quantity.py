@@ -36,7 +36,9 @@ class Quantity:
 
 
 LOSS_UNIT = "nats/token"
-_TASK_UNITS = {"loss": LOSS_UNIT, "mean_cosine": "cosine"}
+_TASK_UNITS = {"loss": LOSS_UNIT, "mean_cosine": "cosine", "bits_per_byte": "bits/byte", "margin_bits": "bits"}
+METRIC_TITLES = {"bits_per_byte": "bits per byte", "margin_bits": "margin in bits"}
+"""Of metrics that are not called by their id."""
 
 
 def task_id(key: Key) -> str:
@@ -48,7 +50,7 @@ def task_quantity(key: Key, *, higher_is_better: bool) -> Quantity:
     """A task's score as a quantity."""
     return Quantity(
         id=task_id(key),
-        title=f"{key[0]} {key[1]}",
+        title=f"{key[0]} {METRIC_TITLES.get(key[1], key[1])}",
         of=lambda cell: cell.final_score(key),
         unit=_TASK_UNITS.get(key[1], ""),
         higher_is_better=higher_is_better,

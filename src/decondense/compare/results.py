@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from decondense.compare.gold import HARDLY
+from decondense.compare.gold import METRICS as GOLD
 from decondense.compare.quantities import shown_in
 from decondense.compare.statistics import Difference
 from decondense.compare.study import VALIDATION, Fault
@@ -70,6 +72,18 @@ class TaskMeasure(Measure):
     """Numbers of items that were scored at the final checkpoints: one, unless the runs differ."""
     official: int | None = None
     """Items that the benchmark has officially; None: no benchmark, or not known."""
+    decision_accuracy: float | None = None
+    """How often the task's accuracy decides right at this size (:data:`decondense.compare.gold.DECISION_ACCURACY`)."""
+
+    @property
+    def gold(self) -> bool:
+        """Whether this is the likelihood of the right answers, beside the task's own score."""
+        return self.metric in GOLD
+
+    @property
+    def hardly_decides(self) -> bool:
+        """Whether the task's accuracy is known to decide hardly better than a coin at this size."""
+        return self.decision_accuracy is not None and self.decision_accuracy < HARDLY
 
     @property
     def deviation(self) -> str:
@@ -359,7 +373,8 @@ NoteKind = Literal[
     "not the mean of items", "different layers", "measured", "other start", "untrained", "rates by seed",
     "rates without a sweep", "rates that no sweep chose", "not swept", "no trials", "no choice", "no trial finished",
     "edge of the grid", "not the least loss", "not as chosen", "plateaus in some arms", "spreads differ",
-    "few documents",
+    "few documents", "seeds added", "not decided", "hardly decides",
+    "scaled-down trials",
 ]  # fmt: skip
 
 

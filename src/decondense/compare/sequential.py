@@ -12,10 +12,15 @@ exceeds 1/alpha
 with probability alpha at most: seeds may be added until it does (Lai 1976; Robbins 1970; Wang and Ramdas 2024,
 arXiv:2310.03722). The interval holds every mean that is not rejected. It covers other seeds on the same items, for
 differences that are about normal; a rare plateau in one arm only breaks it like every other interval of a mean.
+
+Several arms share a baseline, so each has the confidence 1 - 0.05 / arms: with probability 0.95 all true means are in
+all of their intervals at once. A study whose seeds were added by this rule shows these intervals, for every quantity.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -23,7 +28,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from decondense.compare.statistics import CONFIDENCE, Interval
+from decondense.compare.statistics import CONFIDENCE, Difference, Interval
 
 G = 16.0
 """Variance of the prior on the standardised effect. It must exceed 6.4 for a finite interval of three seeds."""
@@ -85,7 +90,7 @@ def decided(
     alpha: float = 1 - CONFIDENCE,
     g: float = G,
 ) -> Literal["lower", "higher", "equivalent"] | None:
-    """Whether seeds may stop: the sequence excludes 0, or its part of confidence 1 - 2 alpha lies within the margin.
+    """Whether seeds may stop: the sequence excludes 0, or lies within the margin.
 
     For several arms pass ``alpha`` divided by their number. None: not decided yet.
     """
@@ -94,5 +99,69 @@ def decided(
     low, high = confidence_sequence(differences, confidence=1 - alpha, g=g)
     if low > 0 or high < 0:
         return "higher" if low > 0 else "lower"
-    low, high = confidence_sequence(differences, confidence=1 - 2 * alpha, g=g)
     return "equivalent" if -margin < low and high < margin else None
+
+
+def anytime(d: Difference, arms: int = 1) -> Difference:
+    """The difference with the interval and p that hold at every look and for ``arms`` contrasts at once.
+
+    The wider of the sequence and the interval over seeds and items is shown. The sign-flip test and the power are those
+    of a fixed number of seeds and are left out; p is the reciprocal of the Bayes factor, times ``arms`` (Bonferroni).
+    """
+    if d.p is None:
+        return d
+    level = 1 - (1 - CONFIDENCE) / arms
+    low, high = confidence_sequence(d.differences, confidence=level)
+    p = min(1.0, math.exp(-log_bayes_factor(d.differences)))
+    finite = math.isfinite(high - low)
+    both = d.interval_over_seeds_and_items
+    by_items = both is not None and finite and both[1] - both[0] > high - low
+    if by_items:
+        p = max(p, d.p)
+    reason = f"over {d.n} seeds, at every number of seeds at once ({100 * level:.4g} % each, over {arms} arms)"
+    return dataclasses.replace(
+        d,
+        interval=both if by_items else (low, high) if finite else None,
+        interval_kind="over seeds and items" if by_items else "over seeds, at every look",
+        interval_reason=d.interval_reason if by_items else f"{reason}, on these items" if d.items else reason,
+        p=p,
+        p_holm=min(1.0, arms * p),
+        p_sign_flip=None,
+        p_sign_flip_holm=None,
+        p_sign_flip_smallest=None,
+        detectable=None,
+        seeds_needed=None,
+    )
+
+
+def open_arms(differences: Sequence[Difference], arms: int) -> tuple[str, ...]:
+    """The arms whose contrast with the baseline more seeds may decide.
+
+    Differences that are equal in every seed stay so, and are not waited for.
+
+    Args:
+        differences: of the held-out loss, with a margin.
+        arms: number of arms beside the baseline, over which alpha is divided.
+    """
+    alpha = (1 - CONFIDENCE) / arms
+    return tuple(
+        d.arm
+        for d in differences
+        if (d.n < FEWEST_SEEDS or d.p is not None)
+        and d.margin is not None
+        and decided(d.differences, margin=d.margin, alpha=alpha) is None
+    )
+
+
+def seeds_to_decide(mean: float, sd: float, *, margin: float, arms: int = 1, most: int = 10_000) -> int | None:
+    """The number of seeds at which the sequence decides if mean and standard deviation stay what they are.
+
+    None: not with ``most`` seeds.
+    """
+    shape = np.array([-1.0, 1.0])
+    for n in itertools.takewhile(lambda n: n <= most, itertools.count(FEWEST_SEEDS)):
+        values = np.resize(shape, n)
+        values = mean + sd * (values - values.mean()) / values.std(ddof=1)
+        if decided(values, margin=margin, alpha=(1 - CONFIDENCE) / arms) is not None:
+            return n
+    return None

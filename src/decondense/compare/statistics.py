@@ -36,7 +36,6 @@ is the number of seeds that would detect a difference as large as the margin.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +72,7 @@ def sign_flip_p(differences: Sequence[float] | Array, *, draws: int = 100_000, s
     if n <= _EXACT_SEEDS:
         # scipy.stats.permutation_test loops over the patterns in Python: seconds instead of milliseconds for 16 seeds
         # the overall sign does not matter in a two-sided test: fix the first
-        signs = np.array(list(itertools.product((1.0, -1.0), repeat=n - 1))).reshape(2 ** (n - 1), n - 1)
+        signs = 1.0 - 2.0 * (np.arange(2 ** (n - 1))[:, None] >> np.arange(n - 1) & 1)
         sums = np.abs(d[0] + signs @ d[1:])
         return float(np.mean(sums >= observed * (1 - 1e-12)))
     rng = np.random.default_rng(seed)
@@ -172,6 +171,11 @@ def spread_over_items(seeds: Spread, tasks: Sequence[Items]) -> Spread | None:
     return Spread(variance, max(degrees, fewest), added)
 
 
+def detectable(sd: float, n: int, *, fixed: float = 0.0) -> float:
+    """The smallest true difference that ``n`` seeds detect with probability 0.8; ``fixed``: the items' variance."""
+    return _noncentrality(float(n - 1)) * math.sqrt(sd**2 / n + fixed)
+
+
 @cache
 def _noncentrality(degrees: float) -> float:
     """The standardised effect at which a two-sided t test at 5 % has a power of 0.8."""
@@ -193,7 +197,7 @@ def seeds_needed(sd: float, effect: float, *, fixed: float = 0.0) -> int | None:
     """
 
     def detects(n: int) -> bool:
-        return _noncentrality(float(n - 1)) * math.sqrt(sd**2 / n + fixed) <= effect
+        return detectable(sd, n, fixed=fixed) <= effect
 
     if not detects(_MOST_SEEDS):
         return None
@@ -226,8 +230,9 @@ class Difference:
     mean: float
     sd: float | None
     interval: Interval | None
-    """The 95 % interval: the wider of the two below. None: not tested."""
-    interval_kind: Literal["over seeds", "over seeds and items"] | None
+    """The 95 % interval: the wider of the two below; where seeds were added until a study was decided, the confidence
+    sequence (:func:`decondense.compare.sequential.anytime`). None: not tested, or no finite one."""
+    interval_kind: Literal["over seeds", "over seeds and items", "over seeds, at every look"] | None
     interval_reason: str
     interval_over_seeds: Interval | None
     interval_over_seeds_and_items: Interval | None
@@ -251,6 +256,8 @@ class Difference:
     """The smallest true difference that n seeds detect in 80 % of studies."""
     seeds_needed: int | None = None
     """Seeds that detect a difference of ``margin`` in 80 % of studies; None: no margin, not tested, or no number."""
+    item_variance: float = 0.0
+    """What the items add to the variance of the mean, which more seeds do not reduce."""
 
     @property
     def tested(self) -> bool:
@@ -387,6 +394,7 @@ def paired_difference(
         effect_size=mean / plain.sd * (1 - 3 / (4 * (n - 1) - 1)) if n > 2 else None,
         detectable=spread.detectable(),
         seeds_needed=None if margin is None else seeds_needed(plain.sd, margin, fixed=spread.fixed),
+        item_variance=spread.fixed,
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from decondense.compare.gold import GoldItems, gold_scores
 from decondense.config import ArmConfig, ConfigError, StudyConfig
 from decondense.records import Row, stable
 
@@ -78,6 +79,7 @@ class Cell:
     items: dict[Key, dict[int, dict[str, tuple[float, float]]]] = field(default_factory=dict)
     """Task and metric -> step -> item -> (value, weight)."""
     conflicts: list[str] = field(default_factory=list)
+    gold: GoldItems = field(default_factory=GoldItems)
 
     @property
     def id(self) -> CellId:
@@ -164,7 +166,7 @@ class Study:
         studies: Counter[tuple[str, str]] = Counter()
         taken: dict[tuple[str, int], Cell] = {}
         trials, words = [], _Words()
-        data = None
+        known: list[dict[str, Any]] = []
         for row in rows:
             kind = row.get("kind")
             if kind not in _KINDS:
@@ -174,7 +176,7 @@ class Study:
                 trials.append(row)
                 continue
             if kind == "run":
-                data = data or row["config"]
+                known += [row["config"]] if row["config"] else []
             place = (row["arm"], row["seed"])
             if place not in taken:
                 taken[place] = Cell(*place)
@@ -184,12 +186,17 @@ class Study:
         if len(studies) > 1:
             listed = "; ".join(f"{name} [{mark}], {n} rows" for (name, mark), n in sorted(studies.items()))
             raise CompareError(f"rows of {len(studies)} different studies: {listed}. Compare one study at a time.")
-        config = _config(data) if data else None
+        config = _config(known) if known else None
         arms = list(dict.fromkeys([*(arm.name for arm in (config.arms if config else ())), *(arm for arm, _ in taken)]))
-        seeds = list(dict.fromkeys([*(config.seeds if config else ()), *(seed for _, seed in taken)]))
+        seeds = list(dict.fromkeys([*(config.every_seed if config else ()), *(seed for _, seed in taken)]))
         labels = {arm: arm for arm in arms}
         labels |= {arm.name: arm.label for arm in config.arms if arm.label} if config else {}
         cells = {(arm, seed): taken.get((arm, seed)) or Cell(arm, seed) for arm in arms for seed in seeds}
+        runs = list(cells.values())
+        for cell, made in zip(runs, gold_scores([(cell.gold, cell.scores) for cell in runs]), strict=True):
+            for key, steps in made.items():
+                cell.scores[key] = {step: row for step, (row, _) in steps.items()}
+                cell.items[key] = {step: items for step, (_, items) in steps.items()}
         for cell in cells.values():
             if cell.finishes == 0 and cell.status == "missing" and (cell.steps or cell.scores or cell.profiles):
                 cell.status = "unfinished"
@@ -224,6 +231,11 @@ class Study:
         return tuple(arm for arm in self.arms if (entry := self.arm_config(arm)) and entry.dispersion is not None)
 
     @property
+    def until(self) -> Literal["decided"] | None:
+        """Whether seeds were added until the contrasts were decided, so that intervals must hold at every look."""
+        return self.config.until if self.config is not None else None
+
+    @property
     def measured(self) -> bool:
         """Whether nothing is trained: the arms are models that are measured as they are."""
         return self.config is not None and self.config.measure is not None
@@ -234,9 +246,10 @@ class Study:
         return [cell for cell in cells if not finished or cell.status == "finished"]
 
     def task_keys(self) -> list[Key]:
-        """Every task and metric, validation loss first, then in order of appearance."""
+        """Every task and metric, validation loss first, then in order of appearance, the metrics of a task together."""
         found = {key: None for cell in self.cells.values() for key in cell.scores}
-        return sorted(found, key=lambda key: key != VALIDATION)
+        place = {task: number for number, task in enumerate(dict.fromkeys(task for task, _ in found))}
+        return sorted(found, key=lambda key: (key != VALIDATION, place[key[0]]))
 
 
 _KINDS = frozenset({"run", "step", "profile", "eval", "eval_item", "trial"})
@@ -250,9 +263,9 @@ class _Words(dict[str, str]):
         return word
 
 
-def _config(data: Mapping[str, Any]) -> StudyConfig:
+def _config(known: list[dict[str, Any]]) -> StudyConfig:
     try:
-        return StudyConfig.parse(data, where="configuration")
+        return StudyConfig.of_rows(known)
     except ConfigError as error:
         raise CompareError(f"the study configuration in the rows is not valid: {error}") from error
 
@@ -274,6 +287,7 @@ def _take(cell: Cell, row: Row, words: _Words) -> None:
         cell.steps[row["step"]] = row  # steps repeated after a resume are the same steps
     elif kind == "eval_item":
         found = cell.items.setdefault((row["task"], row["metric"]), {}).setdefault(row["step"], {})
+        cell.gold.take(row)
         entry = (float(row["value"]), float(row["weight"]))
         if found.setdefault(words[row["item"]], entry) != entry:
             cell.conflicts.append(f"two different {row['task']} scores of item {row['item']} at step {row['step']}")

@@ -7,17 +7,10 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from decondense.config.base import Config, one_of
+from decondense.metrics import BUILT_IN, metric_names
 
-METRIC_NAMES = (
-    "effective_rank",
-    "singular_value_entropy",
-    "explainable_variance",
-    "hfc_lfc",
-    "isoscore",
-    "participation_ratio",
-    "mean_square_cosine",
-)
-"""The side metrics; each is a function of this name in :mod:`decondense.measuring.metrics`."""
+METRIC_NAMES = BUILT_IN
+"""This package's side metrics; :func:`decondense.metrics.metric_names` knows those of other packages too."""
 
 
 class MeasureConfig(Config):
@@ -30,7 +23,8 @@ class MeasureConfig(Config):
     histograms: tuple[Literal["pooled", "averaged"], ...] = ("pooled", "averaged")
     """``pooled``: all pairs of all passages. ``averaged``: of the matrix averaged over passages, as in the paper."""
     metrics: tuple[str, ...] = ()
-    """Side metrics by name (``decondense.measuring.METRICS``), or ``("all",)``; they cost more than the means."""
+    """Side metrics by name (:func:`decondense.metrics.metric_names`), or ``("all",)``; they cost more than the means.
+    """
     logits: bool = False
     """Measure the logits as one more state. The authors offer it too."""
     blocks: str | None = None
@@ -62,7 +56,8 @@ class MeasureConfig(Config):
     @field_validator("metrics")
     @classmethod
     def _known_metrics(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(one_of("metric", name, [*METRIC_NAMES, "all"]) for name in metrics)
+        known = (*metric_names(), "all") if metrics else ()
+        return tuple(one_of("metric", name, known) for name in metrics)
 
     @field_validator("passage_words")
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -130,7 +130,7 @@ class SweepConfig(Config):
 class StudyConfig(Config):
     """A paired comparison: arms x seeds from the same starts on the same data in the same order."""
 
-    not_identity: ClassVar[frozenset[str]] = frozenset({"margin"})
+    not_identity: ClassVar[frozenset[str]] = frozenset({"margin", "until", "most_seeds", "added_seeds"})
 
     name: str = Field(min_length=1, max_length=120, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     title: str
@@ -152,6 +152,14 @@ class StudyConfig(Config):
     text. A seed is then the seed of the passages."""
     margin: float = Field(default=0.02, gt=0)
     """Differences of the held-out loss up to this, in nats per token, count as equal in practice."""
+    until: Literal["decided"] | None = None
+    """``decided``: after its own seeds the study adds one after the other, the same for every arm, until the
+    confidence sequence of each arm's held-out loss less the baseline's (:mod:`decondense.compare.sequential`) excludes
+    0 or lies within the margin. Seeds that are added leave the fingerprint as it is."""
+    most_seeds: int = Field(default=20, ge=3)
+    """Seeds at most, its own included; a study that is not decided by then says so."""
+    added_seeds: tuple[int, ...] = ()
+    """Written by ``until: decided`` into the study's directory, not for study files."""
     launch: Literal["study", "torchtitan"] = "study"
     """``torchtitan``: too large for the study's own runner; ``--dry-run`` prints the commands that run it there."""
 
@@ -168,8 +176,10 @@ class StudyConfig(Config):
             if names.count(name) > 1:
                 raise ValueError(f"arm {name!r} appears twice; arm names must differ.")
         one_of("baseline arm", self.baseline, names)
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds must be different non-negative whole numbers, got {self.seeds}.")
+        if not self.seeds or len(set(self.every_seed)) != len(self.every_seed) or min(self.every_seed) < 0:
+            raise ValueError(f"seeds must be different non-negative whole numbers, got {self.every_seed}.")
+        if self.until is not None:
+            self._check_until()
         for name in self.prepared:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}", name):
                 raise ValueError(
@@ -209,9 +219,21 @@ class StudyConfig(Config):
             )
         return self
 
+    def _check_until(self) -> None:
+        if self.measure is not None or self.launch != "study":
+            what = "trains nothing" if self.measure is not None else f"is run by {self.launch}"
+            raise ValueError(f"until: decided adds seeds to runs of this command, but the study {what}; omit it.")
+        if len(self.arms) < 2:
+            raise ValueError("until: decided needs an arm beside the baseline; there is nothing to decide.")
+        if self.most_seeds < len(self.seeds):
+            raise ValueError(
+                f"most_seeds {self.most_seeds} is below the {len(self.seeds)} seeds that the study begins with; raise "
+                "it, or list fewer seeds."
+            )
+
     def _check_sweep(self, sweep: SweepConfig) -> None:
         for seed in sweep.trial_seeds:
-            if seed in self.seeds:
+            if seed in self.every_seed:
                 raise ValueError(
                     f"sweep.seed {seed} is one of the study's seeds; settings are chosen on a seed of their own."
                 )
@@ -226,6 +248,24 @@ class StudyConfig(Config):
                 f"of {self.train.steps}) and says nothing about the rate. Give sweep.steps above {steps}, omit it, or "
                 "state that trials are scaled-down runs with sweep.warmup_unit: fraction."
             )
+
+    @classmethod
+    def of_rows(cls, known: Sequence[Mapping[str, Any]]) -> StudyConfig:
+        """The study from the configurations that its run rows hold, also of earlier releases.
+
+        A study that was planned with fixed seeds may have been extended by the rule, which counts for all of its runs.
+        """
+        data = dict(next((entry for entry in reversed(known) if entry.get("until")), known[0]))
+        sweep = data.get("sweep")
+        if isinstance(sweep, dict) and "warmup_unit" not in sweep:
+            # trials of earlier releases kept the warm-up as a fraction
+            data["sweep"] = {**sweep, "warmup_unit": "fraction"}
+        return cls.parse(data, where="configuration")
+
+    @property
+    def every_seed(self) -> tuple[int, ...]:
+        """The study's own seeds and those that were added."""
+        return (*self.seeds, *self.added_seeds)
 
     def arm(self, name: str) -> ArmConfig:
         """The arm called ``name``; an unknown name raises with a suggestion."""

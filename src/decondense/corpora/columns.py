@@ -14,7 +14,7 @@ NULL = "null"
 """Kind of a column without any value so far."""
 NUMBER = "number"
 """Kind of a column of strings that all read as numbers, as in CSV: text only where it is named."""
-# the last word of a name: what such a column holds names a record and is not its text
+# last words of the names of columns that identify a record and never hold its text
 _NEVER_TEXT = frozenset(
     {"id", "ids", "docid", "pmid", "idx", "index", "uuid", "guid", "hash", "sha", "sha1", "sha256", "md5"}
     | {"url", "urls", "uri", "date", "time", "timestamp", "datetime"}
@@ -22,23 +22,23 @@ _NEVER_TEXT = frozenset(
 
 
 class PassageError(ValueError):
-    """A source of text that cannot be used; the message names it and the remedy."""
+    """A source of text cannot be used; the message names the source and the remedy."""
 
 
 class TextWarning(UserWarning):
-    """Part of a source of text that is not used: records without text, files that cannot be read."""
+    """Part of a source of text is not used: records without text, files that cannot be read."""
 
 
 def choose_column(kinds: Mapping[str, str], field: str | None, where: object) -> str:
     """The column that holds the text.
 
     It is the named one; else ``text``; else the only column of strings whose name is not that of an identifier, an
-    address or a date (``id``, ``doc_id``, ``uuid``, ``url``, ``timestamp`` ...). Among several nothing is chosen.
+    address or a date (``id``, ``doc_id``, ``uuid``, ``url``, ``timestamp`` ...).
 
     Args:
-        kinds: name -> kind, in the order of the columns: :data:`TEXT`, :data:`NULL`, or a word for what it holds.
+        kinds: name -> kind, in the order of the columns: :data:`TEXT`, :data:`NULL`, or the name of another type.
         field: the named column.
-        where: what the messages call the file or data set.
+        where: name of the file or data set in messages.
 
     Raises:
         PassageError: there is no such column, it does not hold strings, or there is not exactly one candidate.
@@ -51,7 +51,7 @@ def choose_column(kinds: Mapping[str, str], field: str | None, where: object) ->
     if column is not None:
         if kinds[column] not in (TEXT, NUMBER, NULL):
             raise PassageError(
-                f"field {column!r} of {where} holds {kinds[column]} and no text; fields of strings: "
+                f"field {column!r} of {where} holds {kinds[column]}, not text; fields of strings: "
                 f"{', '.join(strings) or 'none'}."
             )
         return column
@@ -62,8 +62,8 @@ def choose_column(kinds: Mapping[str, str], field: str | None, where: object) ->
         beside = f" Identifiers, addresses and dates ({', '.join(strings)}) are not text." if strings else ""
         raise PassageError(f"{where} has no field of strings; it has: {names}.{beside} Name the text: --field, field=.")
     raise PassageError(
-        f"{where} has several fields of strings; say which one holds the text (--field, field=, corpus.text_field): "
-        f"{', '.join(candidates)}."
+        f"{where} has several fields of strings; name the one that holds the text (--field, field=, "
+        f"corpus.text_field): {', '.join(candidates)}."
     )
 
 
@@ -74,6 +74,6 @@ def _names_a_record(name: str) -> bool:
 
 def kind_of_value(value: Any) -> str:
     """Kind of one value of a record: :data:`TEXT`, :data:`NULL`, or the name of its type."""
-    if value is None or value != value:  # NaN is how pandas writes that there is nothing
+    if value is None or value != value:  # pandas writes missing values as NaN
         return NULL
     return TEXT if isinstance(value, str) else type(value).__name__

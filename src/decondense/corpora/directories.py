@@ -1,8 +1,8 @@
-"""Which files of a local path are its text: one split of it, without metadata, and what is left unread.
+"""Selects the files of one split of a local path, without metadata, and reports the files that are not read.
 
-A directory is one of three things. A data set whose README.md declares ``configs``: ``datasets`` says which files
-belong to a subset and a split. A directory that ``save_to_disk`` wrote, which ``datasets`` reads itself. Or a
-collection of files, which are told apart by the split that their names or folders say, as the hub does.
+A directory is one of three things: a data set whose README.md declares ``configs`` (``datasets`` resolves the files of
+a subset and a split); a directory written by ``save_to_disk``, which ``datasets`` reads itself; or a collection of
+files whose split is in their names or folders, as on the hub.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class LocalText:
     path: Path
     files: tuple[Path, ...]
     unreadable: tuple[Path, ...] = ()
-    """Files of the directory that no reader knows."""
+    """Files of the directory in an unknown format."""
     unassigned: tuple[Path, ...] = ()
-    """Files that are in no split, while the split that is read has files of its own."""
+    """Files without a split in their names that are not read, because the requested split has files of its own."""
     other_splits: tuple[str, ...] = ()
-    """Splits that are not read, where what is read are the files without a split in their names."""
+    """Splits that are not read, because only files without a split in their names are."""
 
     @property
     def root(self) -> Path:
@@ -59,22 +59,22 @@ class LocalText:
         return self.path if self.path.is_dir() else self.path.parent
 
     def warn(self) -> None:
-        """Warn of what is not read (:class:`~decondense.corpora.columns.TextWarning`)."""
-        for files, why in ((self.unreadable, "no reader for them"), (self.unassigned, "they belong to no split")):
-            if files:
-                warnings.warn(f"{self.path}: not read, {why}: {named(files, self.root)}.", TextWarning, stacklevel=3)
+        """Warn of files that are not read (:class:`~decondense.corpora.columns.TextWarning`)."""
+        messages = [
+            f"not read, {reason}: {named(files, self.root)}"
+            for files, reason in ((self.unreadable, "no reader for them"), (self.unassigned, "they belong to no split"))
+            if files
+        ]
         if self.other_splits:
-            warnings.warn(
-                f"{self.path}: the files of its splits {', '.join(self.other_splits)} are not read.",
-                TextWarning,
-                stacklevel=3,
-            )
+            messages.append(f"the files of its splits {', '.join(self.other_splits)} are not read")
+        for message in messages:
+            warnings.warn(f"{self.path}: {message}.", TextWarning, stacklevel=3)
 
 
 def named(files: Sequence[Path], root: Path) -> str:
-    """The first files of a list by their names below a directory, and the number of the others."""
-    shown = ", ".join(file.relative_to(root).as_posix() for file in files[:_NAMED])
-    return shown + (f" and {len(files) - _NAMED:,} more" if len(files) > _NAMED else "")
+    """The names of the first files relative to a directory, and the number of further ones."""
+    names = ", ".join(file.relative_to(root).as_posix() for file in files[:_NAMED])
+    return names + (f" and {len(files) - _NAMED:,} more" if len(files) > _NAMED else "")
 
 
 def data_files(path: Path) -> list[Path]:
@@ -119,27 +119,27 @@ def find_text(path: Path, *, subset: str | None = None, split: str = "train") ->
 
 
 def _card(path: Path) -> dict[str, Any]:
-    """What the data set's README.md declares in its first lines."""
+    """The YAML header of the data set's README.md."""
     try:
         text = (path / "README.md").read_text(encoding="utf-8-sig")
         front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-        found = yaml.safe_load(front.group(1)) if front else None
+        header = yaml.safe_load(front.group(1)) if front else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return header if isinstance(header, dict) else {}
 
 
 def _declared(path: Path, subset: str | None, split: str) -> LocalText | None:
-    """Files by the README.md; None where they are none of ours, or are read with options, or do not resolve."""
+    """Files as the README.md declares them; None if ``datasets`` must read them or cannot resolve them."""
     import datasets
 
-    # releases that can run a script beside the data ask whether they may; later ones do not know the option
+    # only releases that can run a script beside the data have this option
     known = inspect.signature(datasets.load_dataset_builder).parameters
     never: dict[str, Any] = {"trust_remote_code": False} if "trust_remote_code" in known else {}
     try:
         config = datasets.load_dataset_builder(str(path), subset, **never).config
-        files = {str(name): [Path(file) for file in found] for name, found in config.data_files.items()}
-    except Exception:  # the library raises a dozen unrelated types; opening the data set explains them
+        files = {str(name): [Path(file) for file in members] for name, members in config.data_files.items()}
+    except Exception:  # the library raises a dozen unrelated types; opening the data set reports them
         return None
     if split not in files or _has_options(config) or not all(map(kind_of, files[split])):
         return None
@@ -147,7 +147,7 @@ def _declared(path: Path, subset: str | None, split: str) -> LocalText | None:
 
 
 def _has_options(config: Any) -> bool:
-    """Whether a data set's files are to be read otherwise than by default (``sep``, ``field``, column names ...)."""
+    """Whether the configuration sets options of the reader (``sep``, ``field``, column names ...)."""
     never = {"name", "version", "data_dir", "data_files", "description", "features"}
     default = type(config)()
     return any(
@@ -170,19 +170,21 @@ def _by_name(path: Path, split: str) -> LocalText:
         kinds = f"{', '.join((*PARAGRAPHS, *RECORDS))}, compressed ({', '.join(COMPRESSED)}) or not"
         beside = f" Its files cannot be read: {named(unreadable, path)}." if unreadable else ""
         raise PassageError(f"{path} holds no text file; expected {kinds}.{beside}")
-    asked = _CANONICAL.get(split, split)
-    if asked in splits:
-        return LocalText(path, tuple(splits[asked]), unreadable, tuple(unassigned))
-    if asked == "train" and unassigned:
+    canonical = _CANONICAL.get(split, split)
+    if canonical in splits:
+        return LocalText(path, tuple(splits[canonical]), unreadable, tuple(unassigned))
+    if canonical == "train" and unassigned:
         return LocalText(path, tuple(unassigned), unreadable, (), tuple(splits))
     if unassigned:
         splits.setdefault("train", unassigned)
     has = sorted(splits, key=lambda name: ([*_SPLITS, name].index(name), name))
-    raise PassageError(f"{path} has no split {split!r}.{suggest(split, has)} It has: {', '.join(has)}.")
+    raise PassageError(
+        f"{path} has no split {split!r}.{suggest(split, has)} It has: {', '.join(has)} (--split, corpus.split)."
+    )
 
 
 def split_of(file: Path) -> str | None:
-    """The split that the name of a file, or of one of its folders, says; None: none."""
+    """The split in the name of a file or of one of its folders; None: there is none."""
     if shard := _SHARD.match(file.as_posix()):
         name = shard.group(1)
         if name in _CANONICAL or not _SPLIT_WORD.search(name):

@@ -1,10 +1,9 @@
-"""The embedded default: real English technical prose that every installation already has.
+"""The embedded corpus: English technical prose that is part of every installation.
 
-Nothing is downloaded and nothing is redistributed. The documentation strings of the standard library and of the
-packages that this one depends on are read with :mod:`ast` (no module is imported), and the Python language reference
-is read from ``pydoc_data.topics``. One document is one module's documentation in source order. Paragraphs that
-occurred before are dropped, because libraries repeat their boilerplate and a repeated paragraph would let the
-training text leak into the held-out text.
+Nothing is downloaded and nothing is redistributed. The documentation strings of the standard library and of this
+package's dependencies are read with :mod:`ast` (no module is imported), and the Python language reference from
+``pydoc_data.topics``. One document is one module's documentation in source order. Repeated paragraphs are dropped:
+libraries repeat their boilerplate, and a repeated paragraph would leak training text into the held-out text.
 
 The text depends on the installed versions, so a corpus is named by the hash of its content, never by its recipe.
 """
@@ -29,29 +28,16 @@ from typing import Literal
 from decondense.records import atomic_write
 
 Progress = Callable[[str, int, int], None]
-"""Called as progress(what, done, total); while a total is unknown, it is one more than what is done."""
+"""Called as progress(what, done, total); an unknown total is one more than ``done``."""
 
-# Direct and indirect dependencies with prose worth reading; fixed, so that an unrelated installed package changes
-# nothing. The order is the order of the documents before they are hashed.
+# Direct and indirect dependencies, in the order of their documents; fixed, so that other packages have no influence.
 PACKAGES = (
-    "numpy",
-    "scipy",
-    "matplotlib",
-    "torch",
-    "transformers",
-    "datasets",
-    "accelerate",
-    "huggingface_hub",
-    "pandas",
-    "sympy",
-    "networkx",
-    "pydantic",
-    "jinja2",
-    "rich",
-)
+    "numpy", "scipy", "matplotlib", "torch", "transformers", "datasets", "accelerate",
+    "huggingface_hub", "pandas", "sympy", "networkx", "pydantic", "jinja2", "rich",
+)  # fmt: skip
 Extent = Literal["standard_library", "scientific", "all"]
 EXTENTS: dict[str, tuple[str, ...]] = {"standard_library": (), "scientific": PACKAGES[:3], "all": PACKAGES}
-"""Which packages are read besides the standard library."""
+"""Packages that are read besides the standard library."""
 MINIMUM_DOCSTRING = 60
 """Characters; shorter ones are labels rather than prose."""
 MINIMUM_DOCUMENT = 400
@@ -64,7 +50,7 @@ _RECIPE = 1  # raise when the code below would produce other text from the same 
 
 @dataclass(frozen=True)
 class Document:
-    """One text with the name of what it came from."""
+    """One text with the name of its source."""
 
     name: str
     text: str
@@ -83,12 +69,9 @@ def cache_directory() -> Path:
 
 
 def python_docs(
-    documents: Extent = "all",
-    *,
-    cache: Path | None = None,
-    progress: Progress | None = None,
+    documents: Extent = "all", *, cache: Path | None = None, progress: Progress | None = None
 ) -> list[Document]:
-    """The documentation of this Python installation as documents, read once and then kept in the cache directory.
+    """The documentation of this Python installation as documents, cached after the first call.
 
     Args:
         documents: ``"standard_library"`` (about 2 MB, two seconds), ``"scientific"``: with numpy, scipy and matplotlib
@@ -100,29 +83,29 @@ def python_docs(
         Documents in a fixed order, without repeated paragraphs.
 
     Raises:
-        ValueError: ``documents`` is no such name, or the installation holds no source files (a frozen or stripped
-            Python): give a text file instead.
+        ValueError: ``documents`` is not one of these names, or the installation has no source files (a frozen or
+            stripped Python).
     """
     if documents not in EXTENTS:
         raise ValueError(f"documents must be one of {', '.join(map(repr, EXTENTS))}, got {documents!r}.")
     packages = EXTENTS[documents]
     path = (cache or cache_directory()) / "python_docs" / f"{_installation(packages)}.jsonl"
-    if (kept := _read(path)) is not None:
-        return kept
-    found = list(_collect(packages, progress))
-    if not found:
+    if (cached := _read(path)) is not None:
+        return cached
+    collected = list(_collect(packages, progress))
+    if not collected:
         raise ValueError(
             "this Python installation carries no readable source files, so it has no documentation to read; "
             "give a text file or directory instead (corpus.source: PATH, or --text PATH)."
         )
-    lines = [json.dumps({"name": item.name, "text": item.text}, ensure_ascii=False) for item in found]
+    lines = [json.dumps({"name": item.name, "text": item.text}, ensure_ascii=False) for item in collected]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     atomic_write(path, json.dumps({"sha256": digest}) + "\n" + "\n".join(lines) + "\n")
-    return found
+    return collected
 
 
 def _read(path: Path) -> list[Document] | None:
-    """A cached corpus, or None when there is none or its content is not what was written."""
+    """A cached corpus; None if there is none or it is damaged."""
     try:
         head, _, body = path.read_text(encoding="utf-8").partition("\n")
         expected = json.loads(head)["sha256"]
@@ -131,12 +114,12 @@ def _read(path: Path) -> list[Document] | None:
     body = body.removesuffix("\n")
     if hashlib.sha256(body.encode()).hexdigest() != expected:
         return None
-    # not splitlines(): the prose holds characters that it takes for line ends
+    # not splitlines(), which also splits at form feeds and other characters of the prose
     return [Document(**json.loads(line)) for line in body.split("\n")]
 
 
 def _installation(packages: tuple[str, ...]) -> str:
-    """Name of the cache entry: everything that decides what text will be found."""
+    """Name of the cache entry: a hash of everything that determines the text."""
     parts = [f"recipe {_RECIPE}", sys.version, str(MINIMUM_DOCSTRING), str(MINIMUM_DOCUMENT)]
     for package in packages:
         try:
@@ -172,17 +155,17 @@ def _topics() -> dict[str, str]:
 def _roots(packages: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
     yield "python", Path(sysconfig.get_paths()["stdlib"])
     for package in packages:
-        found = importlib.util.find_spec(package)  # looks, and imports nothing: none of these is a submodule
-        if found is not None and found.origin is not None:
-            yield package, Path(found.origin).parent
+        spec = importlib.util.find_spec(package)  # imports nothing, because none of these is a submodule
+        if spec is not None and spec.origin is not None:
+            yield package, Path(spec.origin).parent
 
 
 def _sources(root: Path) -> list[Path]:
-    found = []
+    files = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if name not in _SKIPPED_FOLDERS)
-        found += [Path(folder) / name for name in sorted(names) if name.endswith(".py")]
-    return found
+        files += [Path(folder) / name for name in sorted(names) if name.endswith(".py")]
+    return files
 
 
 def _docstrings(path: Path) -> list[str]:
@@ -192,28 +175,24 @@ def _docstrings(path: Path) -> list[str]:
         if '"""' not in source and "'''" not in source:
             return []
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            warnings.simplefilter("ignore")  # invalid escapes in the strings of other packages
             tree = ast.parse(source)
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
         return []
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            text = ast.get_docstring(node)
-            if text is not None and len(text) >= MINIMUM_DOCSTRING:
-                found.append((getattr(node, "lineno", 0), text))
-    return [text for _, text in sorted(found, key=lambda item: item[0])]
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    texts = [ast.get_docstring(node) for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0))]
+    return [text for text in texts if text is not None and len(text) >= MINIMUM_DOCSTRING]
 
 
 def _without_repeats(text: str, seen: set[bytes]) -> str:
-    """The paragraphs of a text that did not occur before; what is left must still be worth a docstring."""
-    kept = []
+    """The paragraphs of a text that did not occur before; empty if they are shorter than a docstring."""
+    fresh = []
     for paragraph in text.split("\n\n"):
         key = hashlib.blake2b(" ".join(paragraph.split()).encode("utf-8", "replace"), digest_size=12).digest()
         if key not in seen:
             seen.add(key)
-            kept.append(paragraph)
-    left = "\n\n".join(kept).strip("\n")
-    # surrogates from escapes in other people's strings cannot be encoded
-    left = left.encode("utf-8", "replace").decode("utf-8")
-    return left if len(left) >= MINIMUM_DOCSTRING else ""
+            fresh.append(paragraph)
+    # surrogates from escapes in the strings cannot be encoded
+    rest = "\n\n".join(fresh).strip("\n").encode("utf-8", "replace").decode("utf-8")
+    return rest if len(rest) >= MINIMUM_DOCSTRING else ""

@@ -1,10 +1,9 @@
-"""One local file, record by record: the same reader for measuring, studies and benchmarks.
+"""Reads one local file record by record; measuring, studies and benchmarks share this reader.
 
-Text (``.txt``, ``.md``, ``.rst`` and any other suffix), JSON lines and JSON (told apart by the content), CSV and TSV
-with a header, and parquet; all but parquet also compressed (``.gz``, ``.bz2``, ``.xz``, ``.zst``). The values are those
-of the file: no types are inferred, so that a text ``NA`` or ``2024-01-01`` stays what it is, which the readers of
-tables (pandas, pyarrow) and those of ``datasets``, built on them, do not promise. Text is UTF-8, with or without a byte
-order mark.
+Text (``.txt``, ``.md``, ``.rst`` and any other suffix), JSON lines and JSON (distinguished by content), CSV and TSV
+with a header, and parquet; all except parquet also compressed (``.gz``, ``.bz2``, ``.xz``, ``.zst``). No types are
+inferred: a text ``NA`` or ``2024-01-01`` stays a string, which the readers of pandas, pyarrow and ``datasets`` do not
+guarantee. Text is UTF-8, with or without a byte order mark.
 """
 
 from __future__ import annotations
@@ -20,45 +19,42 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import IO, Any
 
+from decondense.checkpoints import first_line
 from decondense.corpora.columns import NULL, NUMBER, TEXT, PassageError, choose_column, kind_of_value
 
 PARAGRAPHS = (".txt", ".md", ".rst")
 RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _HEAD = 100
-"""Records looked at to choose the column of the text."""
+"""Records that are inspected to choose the column of the text."""
 _ROWS = 1024  # of a parquet file at once
 _BOM = "\ufeff"
 
 
 def _zstandard(raw: IO[bytes]) -> Any:
-    import pyarrow  # it carries the decompressor; the package zstandard is not needed
+    import pyarrow  # has the decompressor; the package zstandard is not needed
 
     return pyarrow.CompressedInputStream(raw, "zstd")
 
 
-_OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": _zstandard,
-}
+_OPENERS: dict[str, Callable[[IO[bytes]], Any]]
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstandard}
 COMPRESSED = tuple(_OPENERS)
 
 
 @dataclass
 class Position:
-    """How far a reader has come in a source."""
+    """The progress of a reader in a source."""
 
     done: int = 0
     total: int = 0
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that says how a file is read, without that of its compression; empty for an unknown one."""
+    """The suffix that determines the reader, without that of a compression; empty for an unknown one."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in _OPENERS:
         suffixes.pop()
@@ -66,15 +62,15 @@ def kind_of(path: Path) -> str:
 
 
 def read_texts(path: Path, *, field: str | None = None, position: Position | None = None) -> Iterator[str]:
-    """The paragraphs of a text file, or the text of each record, in bounded memory (but for a JSON array).
+    """The paragraphs of a text file, or the text of each record, in bounded memory (except for a JSON array).
 
     Args:
         path: the file.
         field: column that holds the text; None: see :func:`~decondense.corpora.columns.choose_column`.
-        position: its ``done`` is moved on by the bytes of the file that were read.
+        position: its ``done`` advances by the bytes of the file that were read.
 
     Yields:
-        Text; of a record without any (null, or no such column) an empty string.
+        Text; an empty string for a record without text (null, or no such column).
 
     Raises:
         PassageError: the file is damaged, of another encoding, or has no such column; with the line where there is one.
@@ -91,7 +87,7 @@ def read_texts(path: Path, *, field: str | None = None, position: Position | Non
 
 
 def read_records(path: Path, *, position: Position | None = None) -> Iterator[tuple[int, Any]]:
-    """The records of a file with their numbers (that of the line, or the how manieth), from 1 on.
+    """The records of a file with their numbers from 1: that of the line, or of the record.
 
     Raises:
         PassageError: the file is damaged, or holds no records.
@@ -112,18 +108,15 @@ def read_records(path: Path, *, position: Position | None = None) -> Iterator[tu
 
 
 def iterate_paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """Paragraphs (separated by blank lines), each ending in a blank line of its own; never more than one is held."""
-    found: list[str] = []
-    for number, line in enumerate(lines):
-        # a blank line separates only when there is a line end on both sides of it
-        if not number or line.strip() or not line.endswith("\n"):
-            found.append(line)
-            continue
-        if (text := "".join(found)).strip():
+    """Paragraphs (separated by blank lines), each with a blank line at its end; only one is in memory at a time."""
+
+    def separates(numbered: tuple[int, str]) -> bool:
+        number, line = numbered  # a blank line separates only if there is a line end on both sides of it
+        return number > 0 and not line.strip() and line.endswith("\n")
+
+    for is_separator, group in groupby(enumerate(lines), separates):
+        if not is_separator and (text := "".join(line for _, line in group)).strip():
             yield text.strip("\n") + "\n\n"
-        found = []
-    if (text := "".join(found)).strip():
-        yield text.strip("\n") + "\n\n"
 
 
 def decoded(raw: Any, name: object, *, newline: str | None = None) -> io.TextIOWrapper:
@@ -156,9 +149,8 @@ def _reading(path: Path) -> Iterator[None]:
             f"{path} cannot be read as UTF-8 text ({error}). Convert it, for example: iconv -f LATIN1 -t UTF-8."
         ) from error
     except (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise PassageError(
-            f"{path} cannot be read: it is damaged, cut off or not what its name says ({reason})."
+            f"{path} cannot be read: it is damaged, truncated or not in the format of its suffix ({first_line(error)})."
         ) from error
 
 
@@ -200,8 +192,8 @@ def _json(lines: Iterator[str], path: Path) -> Iterator[tuple[int, Any]]:
         whole = first + "".join(lines)
         try:
             yield 1, _parsed(whole, str(path))
-        except PassageError as of_the_whole:
-            raise (of_the_whole if kind_of(path) == ".json" and first.strip() == "{" else error) from None
+        except PassageError as whole_error:
+            raise (whole_error if kind_of(path) == ".json" and first.strip() == "{" else error) from None
         return
     yield number, record
     for number, line in filled:
@@ -226,9 +218,7 @@ def _table(lines: Iterator[str], path: Path, delimiter: str) -> Iterator[tuple[i
                 raise PassageError(
                     f"{path}: its columns are separated by {other!r}; expected {delimiter!r} (.tsv: a tab)."
                 )
-            if len(set(names)) < len(names):
-                twice = next(name for name in names if names.count(name) > 1)
-                raise PassageError(f"{path}: the column {twice!r} is there twice.")
+            _check_unique(names, path)
             for row in rows:
                 if row and len(row) != len(names):
                     raise PassageError(
@@ -239,6 +229,11 @@ def _table(lines: Iterator[str], path: Path, delimiter: str) -> Iterator[tuple[i
                     yield rows.line_num, dict(zip(names, row, strict=True))
         except csv.Error as error:
             raise PassageError(f"{path}, line {rows.line_num}: not valid CSV ({error}).") from error
+
+
+def _check_unique(names: list[str], path: Path) -> None:
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise PassageError(f"{path}: the column {repeated!r} is there twice.")
 
 
 @contextmanager
@@ -255,10 +250,7 @@ def _batches(path: Path, columns: list[str] | None, position: Position) -> Itera
 
     begin, size = position.done, path.stat().st_size
     with parquet.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise PassageError(f"{path}: the column {twice!r} is there twice.")
+        _check_unique(file.schema_arrow.names, path)
         rows = 0
         for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
             rows += batch.num_rows
@@ -273,7 +265,7 @@ def kind_of_arrow(kind: Any) -> str:
     """Kind of a column of an Arrow table, as :func:`~decondense.corpora.columns.choose_column` takes it."""
     from pyarrow import types
 
-    if types.is_dictionary(kind):  # categories: what counts is what they stand for
+    if types.is_dictionary(kind):  # categories: the type of their values counts
         return kind_of_arrow(kind.value_type)
     view = getattr(types, "is_string_view", lambda _: False)  # pyarrow 16 and later
     if types.is_string(kind) or types.is_large_string(kind) or view(kind):
@@ -294,6 +286,7 @@ def _column_of_parquet(path: Path, field: str | None, position: Position) -> Ite
 
 def _column_of_records(path: Path, records: Iterator[tuple[int, Any]], field: str | None) -> Iterator[str]:
     head = list(islice(records, _HEAD))
+    _refuse_nested(head, field, path)
     column = None
     if kinds := _kinds([record for _, record in head], path):
         column = choose_column(kinds, field, path)
@@ -303,24 +296,37 @@ def _column_of_records(path: Path, records: Iterator[tuple[int, Any]], field: st
             if column is None:
                 column = choose_column({name: kind_of_value(value) for name, value in record.items()}, field, path)
             value = record.get(column)
-        found = kind_of_value(value)
-        if found not in (TEXT, NULL):
-            what = "the record" if value is record else f"field {column!r}"
+        kind = kind_of_value(value)
+        if kind not in (TEXT, NULL):
+            place = "the record" if value is record else f"field {column!r}"
             raise PassageError(
-                f"{path}, record {number}: {what} holds {found} and no text; name the text: --field, field=."
+                f"{path}, record {number}: {place} holds {kind}, not text; name the text: --field, field=."
             )
-        yield value if found == TEXT else ""
+        yield value if kind == TEXT else ""
+
+
+def _refuse_nested(head: list[tuple[int, Any]], field: str | None, path: Path) -> None:
+    """A file that is one object around its records (SQuAD: ``{"version": ..., "data": [...]}``)."""
+    record = head[0][1] if len(head) == 1 else None
+    if not isinstance(record, dict) or field is not None or isinstance(record.get("text"), str):
+        return
+    for name, value in record.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            raise PassageError(
+                f"{path} is one JSON object, and its records are in its field {name!r}; expected an array of "
+                f"records, or one record a line. Convert it: jq -c '.{name}[]'."
+            )
 
 
 def _kinds(records: list[Any], path: Path) -> Mapping[str, str]:
-    """Name -> kind over several records: text where any of them has text."""
+    """Name -> kind over several records: text if any of them has text."""
     kinds: dict[str, str] = {}
     for record in records:
         for name, value in record.items() if isinstance(record, dict) else ():
-            found = kind_of_value(value)
-            if kinds.get(name, NULL) == NULL or found == TEXT:
-                kinds[name] = found
-    if kind_of(path) in (".csv", ".tsv"):  # where everything is a string
+            kind = kind_of_value(value)
+            if kinds.get(name, NULL) == NULL or kind == TEXT:
+                kinds[name] = kind
+    if kind_of(path) in (".csv", ".tsv"):  # every value is a string
         for name in kinds:
             values = [record[name] for record in records if record[name].strip()]
             if values and all(map(_is_number, values)):

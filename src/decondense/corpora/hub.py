@@ -1,4 +1,4 @@
-"""Data sets of the hub and of its format: opened, named by revision, and read row by row.
+"""Data sets of the hub and in its format: named by revision, opened, and read row by row.
 
 A data set is a hub id ``OWNER/NAME``, a local directory that :func:`datasets.load_dataset` reads, or one that
 ``save_to_disk`` wrote. It is either loaded as a whole (memory-mapped) or streamed; both give the same rows in the same
@@ -17,6 +17,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
+from decondense.checkpoints import first_line
 from decondense.config import suggest
 from decondense.corpora.columns import NULL, PassageError, choose_column, kind_of_value
 from decondense.corpora.directories import data_files, is_saved
@@ -24,15 +25,15 @@ from decondense.corpora.files import kind_of, kind_of_arrow
 from decondense.hashing import hash_file
 
 TIMEOUT = 8.0
-"""Seconds after which a hub that does not answer counts as out of reach."""
+"""Seconds after which a hub that does not answer counts as unreachable."""
 _HEAD = 1000
-"""Rows looked at to tell documents from the lines of documents."""
+"""Rows that are inspected to distinguish documents from the lines of documents."""
 _TYPED = 100
-"""Rows looked at to tell the types of a stream that does not declare them."""
-_BATCH = 64  # rows fetched at once: they may be whole books
+"""Rows that are inspected to infer the types of a stream that does not declare them."""
+_BATCH = 64  # rows fetched at once: a row may be a whole book
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# an article's heading in WikiText; those of its sections have two and more signs on each side
+# an article's heading in WikiText; headings of sections have two or more signs on each side
 _TITLE = re.compile(r" ?= (?!=)\S(.*\S)?(?<!=) = ?\n?")
 
 
@@ -51,17 +52,17 @@ def files_hash(files: Iterable[Path], root: Path) -> str:
 
 @dataclass(frozen=True)
 class HubSource:
-    """A data set whose revision is known as far as it can be, not yet opened."""
+    """A data set, not yet opened, with its revision if the hub can be reached."""
 
     name: str
     subset: str | None
     split: str
     revision: str | None
-    """Commit on the hub, or the hash of local files; None: the hub is out of reach."""
+    """Commit on the hub, or the hash of local files; None: the hub cannot be reached."""
     unreachable: str | None
-    """Why the hub is out of reach."""
+    """Why the hub cannot be reached."""
     remedy: str
-    """What a message says about doing without the network."""
+    """The remedy without network, for messages."""
 
     @property
     def local(self) -> bool:
@@ -86,7 +87,7 @@ class HubRows:
     label: str
 
     def __iter__(self) -> Iterator[str]:
-        read = 0
+        count = 0
         batches = iter(self.data.iter(batch_size=_BATCH))
         while True:
             try:
@@ -94,16 +95,15 @@ class HubRows:
             except StopIteration:
                 return
             except Exception as error:  # the network, a damaged file, rows of other types
-                raise PassageError(f"{self.label} cannot be read after row {read}: {_reason(error)}.") from error
-            read += len(values)
-            for value in values:
-                yield value or ""
+                raise PassageError(f"{self.label} cannot be read after row {count}: {first_line(error)}.") from error
+            count += len(values)
+            yield from (value or "" for value in values)
 
 
 class Column(Sequence[str]):
-    """The rows of a data set that was loaded as a whole, fetched one by one: wikitext-103 has 1.8 million.
+    """The rows of a loaded data set, fetched on access: wikitext-103 has 1.8 million.
 
-    A row without text (null) is an empty one, and empty rows stay: passages are drawn among all rows, as published.
+    A row without text (null) is an empty string. Empty rows stay, because the published protocol draws among all rows.
     """
 
     def __init__(self, rows: HubRows) -> None:
@@ -113,15 +113,15 @@ class Column(Sequence[str]):
         return len(self._rows.data)
 
     def __getitem__(self, index: Any) -> Any:
-        found = self._rows.data[index][self._rows.column]
-        return [value or "" for value in found] if isinstance(index, slice) else found or ""
+        text = self._rows.data[index][self._rows.column]
+        return [value or "" for value in text] if isinstance(index, slice) else text or ""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
 
 
 def find(name: str, subset: str | None, split: str, *, remedy: str) -> HubSource:
-    """Name the revision of a data set without reading it.
+    """Determine the revision of a data set without reading it.
 
     Raises:
         PassageError: the hub answers that it has no such data set.
@@ -134,12 +134,12 @@ def find(name: str, subset: str | None, split: str, *, remedy: str) -> HubSource
 
 
 def open_rows(source: HubSource, field: str | None, *, streaming: bool = False) -> HubRows:
-    """Open a data set: the hub's, or, when the hub is out of reach, what the library's cache holds of it.
+    """Open a data set of the hub, or the library's cached copy if the hub cannot be reached.
 
     Args:
         source: from :func:`find`.
         field: column that holds the text; None: see :func:`~decondense.corpora.columns.choose_column`.
-        streaming: read rows one by one over the network instead of downloading the data set first.
+        streaming: read rows over the network instead of downloading the data set first.
 
     Raises:
         PassageError: the data set cannot be reached, or has no such subset, split or field.
@@ -158,25 +158,25 @@ def _kinds(data: Any, source: HubSource) -> dict[str, str]:
 
     if data.features is not None:
         return {
-            # a class label is stored as its number; anything else as what it is
+            # a class label has the type of a string and is stored as a number
             name: kind_of_arrow(kind.pa_type) if isinstance(kind, datasets.Value) else type(kind).__name__
             for name, kind in data.features.items()
         }
-    kinds: dict[str, str] = {}  # a stream whose files declare no types: the first rows tell
+    kinds: dict[str, str] = {}  # a stream whose files declare no types: the first rows decide
     try:
         for row in islice(iter(data), _TYPED):
             kinds |= {name: kind_of_value(value) for name, value in row.items() if kinds.get(name, NULL) == NULL}
             if NULL not in kinds.values():
                 break
     except Exception as error:
-        raise PassageError(f"{source.label} cannot be read: {_reason(error)}.") from error
+        raise PassageError(f"{source.label} cannot be read: {first_line(error)}.") from error
     if not kinds:
         raise PassageError(f"{source.label} has no rows in its split {source.split!r}.")
     return kinds
 
 
 def _fingerprint(data: Any) -> str:
-    """Revision of a data set out of the library's cache: its folder is named after the commit."""
+    """Revision of a data set in the library's cache: its folder is named after the commit."""
     for file in getattr(data, "cache_files", None) or ():
         if _COMMIT.fullmatch(folder := Path(file["filename"]).parent.name):
             return folder
@@ -184,13 +184,13 @@ def _fingerprint(data: Any) -> str:
 
 
 def commit_of(name: str, kind: Literal["dataset", "model"]) -> tuple[str | None, str | None]:
-    """The commit that a data set or model on the hub is at, or None and the reason why the hub cannot say.
+    """The current commit of a data set or model on the hub, or None and the reason why it cannot be determined.
 
-    The libraries try five times over half a minute when there is no network; this asks once, and in a thread, because
-    no time limit holds for a name server that does not answer.
+    Without network the libraries retry five times over half a minute. This function sends one request, in a thread,
+    because no time limit holds for a name server that does not answer.
 
     Raises:
-        PassageError: the hub answers that it has no such thing.
+        PassageError: the hub answers that it has no such data set or model.
     """
     import datasets
     from huggingface_hub import HfApi
@@ -211,23 +211,19 @@ def commit_of(name: str, kind: Literal["dataset", "model"]) -> tuple[str | None,
     thread.join(TIMEOUT + 1)
     if not answer:
         return None, f"no answer in {TIMEOUT:.0f} seconds"
-    (found,) = answer
-    if isinstance(found, RepositoryNotFoundError):
-        thing = {"dataset": "data set", "model": "model"}[kind]
+    (commit,) = answer
+    if isinstance(commit, RepositoryNotFoundError):
+        noun = "data set" if kind == "dataset" else "model"
         raise PassageError(
-            f"the hub has no {thing} {name!r} that you may read, and there is no local file or directory of this "
+            f"the hub has no {noun} {name!r} that you may read, and there is no local file or directory of this "
             "name; check the spelling, or log in with a token for it (HF_TOKEN)."
         )
-    return (None, _reason(found)) if isinstance(found, Exception) else (found, None)
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return (None, first_line(commit)) if isinstance(commit, Exception) else (commit, None)
 
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Keep the libraries from asking a hub that is known to be out of reach."""
+    """Keep the libraries from contacting a hub that cannot be reached."""
     import datasets
     import huggingface_hub.constants as constants
 
@@ -246,7 +242,7 @@ def _load(source: HubSource, streaming: bool) -> Any:
     if source.unreachable is not None:
         try:
             with offline():
-                # whatever the cache holds is on this disk as a whole: there is nothing to stream
+                # the cache holds whole data sets: streaming has no use
                 return datasets.load_dataset(source.name, source.subset, split=source.split, trust_remote_code=False)
         except Exception as error:  # the library raises a dozen unrelated types
             raise PassageError(
@@ -263,7 +259,7 @@ def _load(source: HubSource, streaming: bool) -> Any:
 
 
 def _explained(source: HubSource, error: Exception, more: dict[str, str]) -> str:
-    """The message for a data set that is there and does not load: a wrong subset, a wrong split, or its own reason."""
+    """The message for an existing data set that does not load: a wrong subset or split, or the library's error."""
     import datasets
 
     if "trust_remote_code" in str(error):  # asking for its subsets would ask whether its code may run
@@ -271,7 +267,8 @@ def _explained(source: HubSource, error: Exception, more: dict[str, str]) -> str
     try:
         subsets = datasets.get_dataset_config_names(source.name, **more)
         if source.subset is None and len(subsets) > 1 and "default" not in subsets and "onfig" in str(error):
-            return f"{source.name} has several subsets; name one of them: {', '.join(subsets)}."
+            named = ", ".join(f"{source.name}:{subset}" for subset in subsets)
+            return f"{source.name} has several subsets. Name one (corpus.subset in a study): {named}."
         if source.subset is not None and source.subset not in subsets:
             hint = suggest(source.subset, subsets)
             return f"{source.name} has no subset {source.subset!r}.{hint} It has: {', '.join(subsets)}."
@@ -280,8 +277,8 @@ def _explained(source: HubSource, error: Exception, more: dict[str, str]) -> str
             hint = suggest(source.split, splits)
             return f"{source.label} has no split {source.split!r}.{hint} It has: {', '.join(map(str, splits))}."
     except Exception:
-        pass  # what it has cannot be read either; the reason for that is the first error
-    return f"the data set {source.label} (split {source.split}) cannot be loaded: {_reason(error)}." + (
+        pass  # its subsets cannot be read either; the first error has the reason
+    return f"the data set {source.label} (split {source.split}) cannot be loaded: {first_line(error)}." + (
         "" if source.local else f" {source.remedy}"
     )
 
@@ -294,25 +291,26 @@ def _from_disk(source: HubSource) -> Any:
     try:
         data = datasets.load_from_disk(source.name)
     except Exception as error:
-        raise PassageError(f"{source.name} cannot be loaded as a data set: {_reason(error)}.") from error
+        raise PassageError(f"{source.name} cannot be loaded as a data set: {first_line(error)}.") from error
     if isinstance(data, datasets.DatasetDict):
         if source.split not in data:
             hint = suggest(source.split, data)
             raise PassageError(f"{source.name} has no split {source.split!r}.{hint} It has: {', '.join(data)}.")
         return data[source.split]
-    # a single split; "train" is what is asked for when nothing is
+    # a single split; "train" is the default
     if source.split not in ("train", str(data.split)):
-        raise PassageError(f"{source.name} has no split {source.split!r}; it is a single split ({data.split}).")
+        raise PassageError(
+            f"{source.name} has no split {source.split!r}: it is a single split without a name; omit it."
+        )
     return data
 
 
 def join_articles(rows: Iterable[str]) -> Iterator[str]:
-    """The documents of a data set: its rows, or, where rows are the lines of articles, the articles.
+    """The documents of a data set: its rows, or the articles if the rows are lines of articles (Salesforce/wikitext).
 
-    Rows are lines when, among the first thousand, none has a line break but at its end, most of those that are not
-    empty end with one or a tenth of all are empty, and there is a heading `` = Title = ``, with one sign on each
-    side, after an empty row (or at the start). Then every such heading begins a document. Salesforce/wikitext is like
-    this.
+    Rows are lines if, among the first thousand, none has a line break except at its end, most of the non-empty ones end
+    with one or a tenth of all are empty, and there is a heading `` = Title = ``, with one sign on each side, after an
+    empty row (or at the start). Every such heading then begins a document.
     """
     rest = iter(rows)
     head: list[str] = []

@@ -1,11 +1,11 @@
-r"""Documents to token sequences: one split, one tokenizer, one order, all of them named by hashes.
+r"""Documents to token sequences: the split, the tokenizer and the order are each identified by a hash.
 
 A corpus is prepared once into a cache directory (tokenizer, memory-mapped tokens, document boundaries, a manifest with
-the hash of each) and then read by every run. The held-out documents are chosen by the hash of their own text, so a
-document stays on its side when others are added.
+the hash of each) and then read by every run. The hash of a document's text decides whether it is held out, so adding
+documents never moves one to the other split.
 
-Preparing holds a batch of documents in memory, and beside it the identities: a text may be larger than memory. Tokens
-are appended to files in a folder of their own, which is renamed into place when everything is there.
+Preparation holds one batch of documents and all identities in memory, so a text may be larger than memory. Tokens are
+appended to files in a staging folder, which is renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import shutil
 import tempfile
 import time
 import warnings
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,13 +42,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TOKENIZER_TEXT = 12_000_000
-"""Characters of training text the BPE merges are learnt from; more changes few of 4096 entries and costs seconds."""
+"""Characters of training text for the BPE merges; more text changes few of 4096 entries and costs seconds."""
 _BATCH = 256
-"""Documents that are tokenised at once, and"""
+"""Documents that are tokenised at once."""
 _BATCH_CHARACTERS = 2_000_000
-"""characters of them, but for a single longer document: each takes some hundred bytes on the way."""
+"""Characters that are tokenised at once, except for a longer document: each takes a few hundred bytes meanwhile."""
 _STALE = 60.0
-"""Seconds after which a staging folder that no process holds is what a killed one left."""
+"""Seconds after which a staging folder without a lock is removed: its process was killed."""
 _RECIPE = 2  # raise when the code below would prepare other tokens from the same documents
 
 IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
@@ -57,7 +56,7 @@ IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 @dataclass(frozen=True)
 class PackedCorpus:
-    """A prepared corpus on disk. Token arrays are memory-mapped and never held in memory as a whole."""
+    """A prepared corpus on disk with memory-mapped token arrays."""
 
     path: Path
     manifest: dict[str, Any]
@@ -69,7 +68,7 @@ class PackedCorpus:
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding that the tokenizer needs: its largest id and one."""
+        """Rows of the embedding that the tokenizer needs: its largest id plus 1."""
         return int(self.manifest["vocabulary"])
 
     @cached_property
@@ -97,14 +96,14 @@ class PackedCorpus:
         return read_tokenizer(self.path / "tokenizer")
 
     def sequences(self, length: int) -> int:
-        """Whole training sequences of ``length`` tokens; the rest at the end is not used."""
+        """Number of training sequences of ``length`` tokens; the remainder is not used."""
         return len(self.train_tokens) // length
 
     def order(self, seed: int, count: int, length: int) -> IntArray:
-        """Which ``count`` training sequences a run with ``seed`` reads, in order: one permutation after the other.
+        """Indices of the ``count`` training sequences of a run with ``seed``, in order: one permutation per epoch.
 
         Raises:
-            ValueError: the training text holds no single sequence of ``length`` tokens.
+            ValueError: the training text is shorter than one sequence.
         """
         available = self.sequences(length)
         if available < 1:
@@ -112,13 +111,12 @@ class PackedCorpus:
                 f"the training text holds {len(self.train_tokens)} tokens, less than one sequence of {length}; "
                 "give more text or a smaller train.sequence_tokens."
             )
-        epochs = []
-        for epoch in range(-(-count // available)):
-            epochs.append(np.random.default_rng(derive(seed, "data order", epoch)).permutation(available))
-        return np.concatenate(epochs)[:count]
+        epochs = range(-(-count // available))
+        generators = (np.random.default_rng(derive(seed, "data order", epoch)) for epoch in epochs)
+        return np.concatenate([generator.permutation(available) for generator in generators])[:count]
 
     def order_hash(self, order: IntArray, length: int) -> str:
-        """Hash of the token sequences themselves in the order in which a run reads them."""
+        """Hash of the token sequences in the order in which a run reads them."""
         digest = hashlib.sha256(str(length).encode())
         for index in order:
             digest.update(self.sequence(int(index), length).tobytes())
@@ -131,41 +129,40 @@ class PackedCorpus:
     def held_out_documents(
         self, most_tokens: int, *, least: int = 2, part: Literal["validation", "tuning"] = "validation"
     ) -> list[tuple[str, IntArray]]:
-        """(identity, token ids) of held-out documents, whole, in their fixed order, up to ``most_tokens`` in all.
+        """(identity, token ids) of held-out documents in their fixed order, up to ``most_tokens`` in total.
 
-        The last document is cut where the budget ends, so that every run scores exactly the same tokens. ``tuning``
-        takes them from the end, and none that ``validation`` takes.
+        The last document is cut where the budget ends, so that every run scores the same tokens. ``tuning`` takes
+        documents from the end, and none that ``validation`` takes.
 
         Raises:
-            ValueError: nothing is left for tuning.
+            ValueError: no document is left for tuning.
         """
         names = list(enumerate(self.held_out_names))
         if part == "tuning":
             scored = {name for name, _ in self.held_out_documents(most_tokens, least=least)}
             names = [(number, name) for number, name in reversed(names) if name not in scored]
-        found: list[tuple[str, IntArray]] = []
+        documents: list[tuple[str, IntArray]] = []
         left = most_tokens
         for number, name in names:
-            ids = np.asarray(self.held_out_tokens[self.held_out_starts[number] : self.held_out_starts[number + 1]])[
-                :left
-            ]
+            begin, end = self.held_out_starts[number : number + 2]
+            ids = np.asarray(self.held_out_tokens[begin : min(end, begin + left)])
             if len(ids) >= least:
-                found.append((name, ids))
+                documents.append((name, ids))
                 left -= len(ids)
             if left < least:
                 break
-        if not found and part == "tuning":
+        if not documents and part == "tuning":
             raise ValueError(
                 f"validation takes all {len(names) + len(scored)} held-out documents, so that none is left to choose "
                 "a learning rate on: give more text, a larger corpus.held_out or fewer evaluate.validation_tokens."
             )
-        return found
+        return documents
 
     def passages(self, count: int, tokens: int) -> IntArray:
-        """The first ``tokens`` tokens of ``count`` held-out documents that are long enough: [count, tokens].
+        """The first ``tokens`` tokens of the first ``count`` held-out documents that have as many: [count, tokens].
 
         Raises:
-            ValueError: fewer documents are long enough.
+            ValueError: fewer documents have as many tokens.
         """
         starts = self.held_out_starts
         long_enough = starts[:-1][np.diff(starts) >= tokens].tolist()
@@ -178,18 +175,18 @@ class PackedCorpus:
 
 
 def is_held_out(document: Document, share: float) -> bool:
-    """Whether a document belongs to the held-out share: decided by the hash of its text alone."""
+    """Whether a document is held out, a function of the hash of its text alone."""
     return int(document.identity[:8], 16) / 2**32 < share
 
 
 def prepare(config: CorpusConfig, *, cache: Path | None = None, progress: Progress | None = None) -> PackedCorpus:
-    """Read, split, tokenise and pack a corpus, or find it in the cache.
+    """Read, split, tokenise and pack a corpus, or load it from the cache.
 
-    A data set on the hub is named by its commit, so a corpus prepared from it is found without reading the data set
-    again. When the hub is out of reach, the corpus prepared last from the same data set is used, with a warning.
+    A data set on the hub is identified by its commit, so the cache is used without reading the data set again. If the
+    hub cannot be reached, the newest corpus prepared from the same data set is used, with a warning.
 
     Args:
-        config: which text and which vocabulary.
+        config: the text and the vocabulary.
         cache: directory of the cache; None: :func:`cache_directory`.
         progress: called as progress(what, done, total).
 
@@ -205,36 +202,32 @@ def prepare(config: CorpusConfig, *, cache: Path | None = None, progress: Progre
         key.update(part.encode())
     request = key.hexdigest()[:16]
     if source.open is not None:
-        if (found := _prepared_last(cache / "packed", request)) is not None:
+        if (corpus := _prepared_last(cache / "packed", request)) is not None:
             warnings.warn(
                 f"the hub cannot be reached ({source.unreachable}); using the text prepared from {source.name} at "
-                f"revision {found.manifest['revision']}.",
+                f"revision {corpus.manifest['revision']}.",
                 stacklevel=2,
             )
-            return found
+            return corpus
         source = source.open()
     if source.revision is not None and not source.revision.startswith("documents:"):
-        key.update(source.revision.encode())  # documents are part of the key themselves
+        key.update(source.revision.encode())  # documents are in the key already
     path = cache / "packed" / key.hexdigest()[:16]
-    if (found := load(path)) is not None:
-        return found
-    return _build(path, source, request, ready, config, progress)
+    return load(path) or _build(path, source, request, ready, config, progress)
 
 
 def _prepared_last(folder: Path, request: str) -> PackedCorpus | None:
-    """The newest corpus that was prepared for a request, whatever the revision."""
-    found = []
+    """The newest corpus that was prepared for a request, of any revision."""
+    prepared = []
     for path in folder.glob("[!.]*/manifest.json"):
-        try:
+        with suppress(OSError, ValueError):
             if json.loads(path.read_text()).get("request") == request:
-                found.append((path.stat().st_mtime_ns, path.parent))
-        except (OSError, ValueError):
-            continue
-    return next((corpus for _, path in sorted(found, reverse=True) if (corpus := load(path)) is not None), None)
+                prepared.append((path.stat().st_mtime_ns, path.parent))
+    return next((corpus for _, path in sorted(prepared, reverse=True) if (corpus := load(path)) is not None), None)
 
 
 def load(path: Path) -> PackedCorpus | None:
-    """A prepared corpus, or None when there is none or its files are not those of its manifest."""
+    """A prepared corpus; None if there is none or its files do not match its manifest."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         if any(hash_file(path / name) != expected for name, expected in manifest["files"].items()):
@@ -247,20 +240,20 @@ def load(path: Path) -> PackedCorpus | None:
 def _load_tokenizer(name: str) -> Any:
     unreachable = None
     try:
-        _, unreachable = (None, None) if Path(name).exists() else hub.commit_of(name, "model")
+        _, unreachable = (None, None) if Path(name).exists() else hub.commit_of(name.partition(":")[0], "model")
         with nullcontext() if unreachable is None else hub.offline():
-            found: Any = read_tokenizer(name)
-    except Exception as error:  # a tokenizer that does not load shows as half a dozen types
+            tokenizer: Any = read_tokenizer(name)
+    except Exception as error:  # loading a tokenizer raises half a dozen types
         reason = f"the hub cannot be reached ({unreachable})" if unreachable else reason_of(error)
         raise ConfigError(
             f"corpus.tokenizer {name!r} cannot be loaded: {reason.rstrip('.')}. Without network, give a directory that "
             "holds it, or a filled cache (HF_HOME)."
         ) from error
-    if not found.is_fast:
+    if not tokenizer.is_fast:
         raise ConfigError(f"corpus.tokenizer {name!r} has no tokenizer.json; a fast tokenizer is needed.")
-    if found.eos_token_id is None:
+    if tokenizer.eos_token_id is None:
         raise ConfigError(f"corpus.tokenizer {name!r} has no end-of-text token to put between documents.")
-    return found
+    return tokenizer
 
 
 def _build(
@@ -269,28 +262,27 @@ def _build(
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    held = os.open(folder, os.O_RDONLY)
+    lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX)  # goes when this process goes, however it does
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when this process ends, even if it is killed
         dropped = Dropped()
         documents = documents_of(source, config, "reading" if ready is None else "tokenising", progress, dropped)
         if ready is None:
-            # read once, kept on disk: the vocabulary must be learnt before the first token is written
+            # read once and stored on disk: the vocabulary must be learnt before the first token is written
             spool = folder / "text.jsonl"
             count, sample = _spooled(documents, spool, config.held_out)
             if not sample:
                 raise _too_few(config, 0, count)
-            if progress is not None:
-                progress("learning the vocabulary", 0, 1)
+            report = progress or (lambda what, done, total: None)
+            report("learning the vocabulary", 0, 1)
             ready = _train_tokenizer(sample, config.vocabulary)
-            if progress is not None:
-                progress("learning the vocabulary", 1, 1)
-            documents = _unspooled(spool, count, progress)
+            report("learning the vocabulary", 1, 1)
+            documents = _unspooled(spool, count, report)
         ready.save_pretrained(folder / "tokenizer")
         files = sorted(f"tokenizer/{item.name}" for item in (folder / "tokenizer").iterdir())
-        tally = _pack(ready, documents, folder, config.held_out)
-        if not tally.train_documents or not tally.held_out_documents:
-            raise _too_few(config, tally.train_documents, tally.held_out_documents)
+        counts = _pack(ready, documents, folder, config.held_out)
+        if not counts["train_documents"] or not counts["held_out_documents"]:
+            raise _too_few(config, counts["train_documents"], counts["held_out_documents"])
         (folder / "text.jsonl").unlink(missing_ok=True)
         for name in ("train", "held_out"):
             files += [f"{name}.npy", f"{name}_starts.npy", f"{name}_names.json"]
@@ -302,12 +294,8 @@ def _build(
             "request": request,
             "content_hash": hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16],
             "vocabulary": vocabulary_of(ready),
-            "documents": tally.train_documents + tally.held_out_documents,
-            "train_documents": tally.train_documents,
-            "held_out_documents": tally.held_out_documents,
-            "train_tokens": len(np.load(folder / "train.npy", mmap_mode="r")),
-            "held_out_tokens": len(np.load(folder / "held_out.npy", mmap_mode="r")),
-            "characters": tally.characters,
+            "documents": counts["train_documents"] + counts["held_out_documents"],
+            **counts,
             "empty_documents": dropped.empty,
             "repeated_documents": dropped.repeated,
             "files": hashes,
@@ -316,7 +304,7 @@ def _build(
         try:
             os.rename(folder, path)
         except OSError:
-            # another process finished the same corpus first, or a damaged one lies there
+            # another process finished the same corpus first, or the existing one is damaged
             if load(path) is None:
                 shutil.rmtree(path, ignore_errors=True)
                 os.rename(folder, path)
@@ -330,7 +318,7 @@ def _build(
         assert prepared is not None, f"a corpus just written to {path} must load"
         return prepared
     finally:
-        os.close(held)
+        os.close(lock)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -343,27 +331,21 @@ def _too_few(config: CorpusConfig, train: int, held_out: int) -> ValueError:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed processes left: staging folders that nobody holds."""
-    for left in folder.glob(".*.*"):
-        try:
-            if time.time() - left.stat().st_mtime < _STALE:
+    """Remove the staging folders of killed processes: those without a lock."""
+    for staging in folder.glob(".*.*"):
+        with suppress(OSError), ExitStack() as stack:
+            if time.time() - staging.stat().st_mtime < _STALE:
                 continue  # its owner may be about to lock it
-            handle = os.open(left, os.O_RDONLY)
-        except OSError:
-            continue
-        try:
+            handle = os.open(staging, os.O_RDONLY)
+            stack.callback(os.close, handle)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
-        except OSError:
-            pass
-        finally:
-            os.close(handle)
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _spooled(documents: Iterable[Document], path: Path, share: float) -> tuple[int, list[str]]:
-    """Write the texts to disk; their number, and training texts to learn the vocabulary from.
+    """Write the texts to disk; return their number, and a sample of training texts for the vocabulary.
 
-    The texts are those with the least hashes, until there are enough characters: a fixed random sample.
+    The sample is those texts with the smallest hashes that have enough characters: random and reproducible.
     """
     chosen: list[tuple[int, str]] = []  # a heap, the greatest hash first
     count = characters = 0
@@ -380,11 +362,11 @@ def _spooled(documents: Iterable[Document], path: Path, share: float) -> tuple[i
     return count, [text for _, text in sorted(chosen, reverse=True)]
 
 
-def _unspooled(path: Path, count: int, progress: Progress | None) -> Iterator[Document]:
+def _unspooled(path: Path, count: int, progress: Progress) -> Iterator[Document]:
     with path.open(encoding="utf-8") as stream:
         for number, line in enumerate(stream, 1):
             yield Document("", json.loads(line))
-            if progress is not None and (number % _BATCH == 0 or number == count):
+            if number % _BATCH == 0 or number == count:
                 progress("tokenising (documents)", number, count)
 
 
@@ -408,64 +390,57 @@ def _train_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
     )
 
 
-@dataclass
-class _Tally:
-    """What was packed."""
-
-    train_documents: int = 0
-    held_out_documents: int = 0
-    characters: int = 0
-
-
-def _pack(tokenizer: Any, documents: Iterable[Document], folder: Path, share: float) -> _Tally:
-    """Write the tokens, starts and names of both splits, document by document."""
+def _pack(tokenizer: Any, documents: Iterable[Document], folder: Path, share: float) -> dict[str, int]:
+    """Write the tokens, starts and names of both splits, document by document; return the counts of the manifest."""
     backend, end = tokenizer.backend_tokenizer, tokenizer.eos_token_id
-    backend.no_truncation()  # some tokenizers come with the length of their model
+    backend.no_truncation()  # some tokenizers truncate at the length of their model
     backend.no_padding()
     kind = np.dtype(np.uint16 if vocabulary_of(tokenizer) <= 2**16 else np.uint32)
-    tally = _Tally()
     held_out: list[tuple[str, int, int]] = []
-    trained = kept = 0  # tokens
+    characters = train_documents = train_tokens = held_out_tokens = 0
     with (
         (folder / "train.raw").open("wb") as tokens,
         (folder / "train_starts.raw").open("wb") as starts,
         (folder / "train_names.json").open("w") as names,
-        (folder / "unsorted.raw").open("wb") as held_out_tokens,
+        (folder / "unsorted.raw").open("wb") as unsorted,
     ):
         starts.write(np.int64(0).tobytes())
         names.write("[")
         for batch in _batches(documents):
             texts = [document.text for document in batch]
-            for document, encoding in zip(
-                batch, backend.encode_batch_fast(texts, add_special_tokens=False), strict=True
-            ):
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+            for document, encoding in zip(batch, encodings, strict=True):
                 ids = np.asarray([*encoding.ids, end], dtype=kind)
-                tally.characters += len(document.text)
+                characters += len(document.text)
                 if is_held_out(document, share):
-                    held_out.append((document.identity, kept, len(ids)))
-                    kept += held_out_tokens.write(ids.tobytes()) // kind.itemsize
+                    held_out.append((document.identity, held_out_tokens, len(ids)))
+                    held_out_tokens += unsorted.write(ids.tobytes()) // kind.itemsize
                 else:
-                    names.write(f'{", " if tally.train_documents else ""}"{document.identity}"')
-                    tally.train_documents += 1
-                    trained += tokens.write(ids.tobytes()) // kind.itemsize
-                    starts.write(np.int64(trained).tobytes())
+                    names.write(f'{", " if train_documents else ""}"{document.identity}"')
+                    train_documents += 1
+                    train_tokens += tokens.write(ids.tobytes()) // kind.itemsize
+                    starts.write(np.int64(train_tokens).tobytes())
         names.write("]")
     _saved(folder / "train.raw", kind)
     _saved(folder / "train_starts.raw", np.dtype(np.int64))
-    tally.held_out_documents = len(held_out)
-    # by identity, so that a budget of held-out tokens takes a random part of the source and not the first one
+    # sorted by identity, so that a budget of held-out tokens takes a random part of the source and not the first one
     held_out.sort()
-    lengths = array("q", [0, *(length for _, _, length in held_out)])
-    np.save(folder / "held_out_starts.npy", np.cumsum(lengths, dtype=np.int64))
+    np.save(folder / "held_out_starts.npy", np.cumsum([0, *(length for _, _, length in held_out)], dtype=np.int64))
     (folder / "held_out_names.json").write_text(json.dumps([name for name, _, _ in held_out]))
-    unsorted = _saved(folder / "unsorted.raw", kind)
-    found = np.load(unsorted, mmap_mode="r")
+    unsorted_path = _saved(folder / "unsorted.raw", kind)
+    unsorted_tokens = np.load(unsorted_path, mmap_mode="r")
     with (folder / "held_out.raw").open("wb") as tokens:
         for _, begin, length in held_out:
-            tokens.write(found[begin : begin + length].tobytes())
+            tokens.write(unsorted_tokens[begin : begin + length].tobytes())
     _saved(folder / "held_out.raw", kind)
-    unsorted.unlink()
-    return tally
+    unsorted_path.unlink()
+    return {
+        "train_documents": train_documents,
+        "held_out_documents": len(held_out),
+        "train_tokens": train_tokens,
+        "held_out_tokens": held_out_tokens,
+        "characters": characters,
+    }
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -482,7 +457,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _saved(raw: Path, kind: np.dtype[Any]) -> Path:
-    """Turn a file of bare values into the ``.npy`` file that ``np.save`` writes, without holding the values."""
+    """Convert a file of raw values to ``.npy``, in bounded memory."""
     path = raw.with_suffix(".npy")
     np.save(path, np.memmap(raw, kind, mode="r") if raw.stat().st_size else np.empty(0, kind))
     raw.unlink()

@@ -36,15 +36,15 @@ DATASETS: dict[str, tuple[str, str | None, str]] = {
     "imdb": ("stanfordnlp/imdb", None, "text"),
     "squad": ("rajpurkar/squad", None, "context"),
 }
-# a word is what NLTK's tokenizer would about take for one: punctuation marks count
+# approximately the words of NLTK's tokenizer: punctuation marks count
 _WORD = re.compile(r"\w+(?:[-'’]\w+)*|[^\w\s]+")
 
 
 class Rows(list[str]):
-    """Rows of text that all hold text, and the number of those that did not."""
+    """Rows that hold text, and the number of those that do not."""
 
     skipped: int = 0
-    """Records that were null, empty or nothing but white space."""
+    """Records that are null, empty or white space only."""
 
     def take(self, text: str) -> None:
         """Add a row if it holds text, else count it."""
@@ -56,14 +56,13 @@ class Rows(list[str]):
     def warn(self, source: object) -> None:
         """Warn of the rows that were skipped (:class:`~decondense.corpora.columns.TextWarning`)."""
         if self.skipped:
-            message = (
-                f"{source}: {self.skipped:,} of {self.skipped + len(self):,} records hold no text and are skipped."
-            )
+            total = self.skipped + len(self)
+            message = f"{source}: {self.skipped:,} of {total:,} records hold no text and are skipped."
             warnings.warn(message, TextWarning, stacklevel=4)
 
 
 def count_words(text: str) -> int:
-    """Number of words of a text, punctuation marks counted as words; no download of a tokenizer."""
+    """Number of words of a text, including punctuation marks; needs no tokenizer."""
     return sum(1 for _ in _WORD.finditer(text))
 
 
@@ -81,10 +80,11 @@ def sample_passages(
     Args:
         source: ``"embedded"``; ``"wikitext"``, ``"pubmed_qa"``, ``"imdb"`` or ``"squad"``; a hub id ``OWNER/NAME`` or
             ``OWNER/NAME:CONFIGURATION``; the path of a file of text, JSON, JSON lines, CSV or parquet (``.gz``,
-            ``.bz2``, ``.xz`` and ``.zst`` too), of a directory of them, or of a data set in the hub's format or
-            written by ``save_to_disk``; ``"-"`` for standard input; or the rows themselves.
+            ``.bz2``, ``.xz`` and ``.zst`` too), of a directory of them, or of a data set in the hub's format
+            (``PATH:CONFIGURATION`` where it has several) or written by ``save_to_disk``;
+            ``"-"`` for standard input; or the rows themselves.
         count: Number of passages.
-        words: Fewest and most words of a passage.
+        words: Least and greatest number of words of a passage.
         seed: Passage r is drawn with ``seed + r``.
         split: Split of a data set.
         field: Column that holds the text; None: the published one, else the rule of
@@ -110,21 +110,21 @@ def sample_passages(
 def _grow(rows: Sequence[str], rng: np.random.Generator, low: int, high: int, source: Any) -> str:
     first = int(rng.integers(0, max(1, int(len(rows) * 0.95))))
     parts: list[str] = []
-    found = 0
+    total = 0
     for step in range(len(rows)):
         row = rows[(first + step) % len(rows)]
-        # rows that carry their own line end are joined as they are
+        # a row that ends in white space needs no line end
         parts.append(row if not row or row[-1].isspace() else row + "\n")
-        found += count_words(row)
-        if found >= low:
+        total += count_words(row)
+        if total >= low:
             break
     else:
         raise PassageError(
-            f"{_named(source)} has {found} words, a passage needs at least {low}. Give more text, or shorter passages "
-            f"(words=({max(2, found // 2)}, {max(2, found)}), --words)."
+            f"{_named(source)} has {total} words, a passage needs at least {low}. Give more text, or shorter passages "
+            f"(words=({max(2, total // 2)}, {max(2, total)}), --words)."
         )
     text = "".join(parts)
-    if found > high:
+    if total > high:
         text = text[: next(m for n, m in enumerate(_WORD.finditer(text), 1) if n == high).end()]
     return text
 
@@ -146,7 +146,10 @@ def read_rows(source: str | Path | Sequence[str], *, split: str = "train", field
         return _hub(hub_id, configuration, split, field or published)
     path = Path(name)
     if path.exists():
-        return _local(path, split, field)
+        return _local(path, None, split, field)
+    base, _, subset = name.rpartition(":")
+    if subset and Path(base or name).is_dir():
+        return _local(Path(base), subset, split, field)
     if "://" in name:
         raise PassageError(f"{_named(name)} is a URL, and only local files are read; download it and give its path.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and not kind_of(path):
@@ -161,24 +164,24 @@ def read_rows(source: str | Path | Sequence[str], *, split: str = "train", field
 def read_each(
     source: str | Path | Sequence[str], *, split: str = "train", field: str | None = None, most: int | None = None
 ) -> Rows:
-    """The records of a source as passages of their own, at most ``most``; those without text are skipped and counted.
+    """At most ``most`` records of a source, each as a passage; those without text are skipped and counted.
 
     Raises:
         PassageError: the source cannot be used, or no record holds text.
     """
-    found = Rows()
+    rows = Rows()
     for row in read_rows(source, split=split, field=field):
-        if len(found) == most:
+        if len(rows) == most:
             break
-        found.take(row)
-    if not found:
+        rows.take(row)
+    if not rows:
         raise PassageError(f"{_named(source)} holds no text.")
-    found.warn(source)
-    return found
+    rows.warn(source)
+    return rows
 
 
 def paragraphs(stream: TextIO | str) -> list[str]:
-    """Paragraphs (separated by blank lines) of a text, each ending in a blank line of its own."""
+    """Paragraphs (separated by blank lines) of a text, each with a blank line at its end."""
     return list(iterate_paragraphs(io.StringIO(stream) if isinstance(stream, str) else stream))
 
 
@@ -195,12 +198,12 @@ def _of_files(files: Sequence[Path], field: str | None) -> Rows:
     return rows
 
 
-def _local(path: Path, split: str, field: str | None) -> Sequence[str]:
-    found = find_text(path, split=split)
-    if found is None:
-        return _hub(str(path), None, split, field)
-    found.warn()
-    rows = _of_files(found.files, field)
+def _local(path: Path, subset: str | None, split: str, field: str | None) -> Sequence[str]:
+    text = find_text(path, subset=subset, split=split)
+    if text is None:
+        return _hub(str(path), subset, split, field)
+    text.warn()
+    rows = _of_files(text.files, field)
     rows.warn(path)
     return rows
 
@@ -216,7 +219,7 @@ def _standard_input() -> list[str]:
 def _embedded() -> list[str]:
     from decondense.corpora.embedded import python_docs
 
-    # the standard library alone: two seconds, and the same text for everybody with the same Python
+    # the standard library only: two seconds, and the same text for every installation of a Python version
     return [row for document in python_docs("standard_library") for row in paragraphs(document.text)]
 
 
@@ -229,6 +232,6 @@ def _hub(hub_id: str, configuration: str | None, split: str, field: str | None) 
 
 
 def _named(source: Any) -> str:
-    return (
-        f"the source {without_credentials(str(source))!r}" if isinstance(source, (str, Path)) else "the list of texts"
-    )
+    if isinstance(source, (str, Path)):
+        return f"the source {without_credentials(str(source))!r}"
+    return "the list of texts"

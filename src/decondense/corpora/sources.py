@@ -1,7 +1,7 @@
-"""The documents that a corpus is made of, one after the other: embedded, local files, or a data set of the hub.
+"""The documents of a corpus: of the embedded corpus, of local files, or of a data set of the hub.
 
-A source has a revision that names its content without its being read as text, so that a corpus prepared once is found
-again at once. Documents are iterated and never held together: a source may be larger than memory.
+The revision of a source identifies its content without reading it as text, so that the cache lookup is fast. Documents
+are iterated one by one: a source may be larger than memory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, groupby
 from pathlib import Path
+from typing import TypeVar
 
 from decondense.config import ConfigError, CorpusConfig
 from decondense.corpora import hub
@@ -21,30 +22,31 @@ from decondense.corpora.directories import LocalText, find_text
 from decondense.corpora.embedded import Document, Progress, python_docs
 from decondense.corpora.files import RECORDS, Position, kind_of, read_texts
 
+T = TypeVar("T")
 END = "<|endoftext|>"
 _PIECE = 4_000
 """Characters after which an undivided text file is cut at the next paragraph."""
 # raise one when the code below would read other documents from the same files or rows
 _READER = {"files": 2, "hub": 1}
-_TOLD_EVERY = 64  # documents between two calls of progress
+_PROGRESS_EVERY = 64  # documents between two calls of progress
 _REMEDY = "Without network, give the path of a local copy in corpus.source, or a filled cache (HF_HOME)."
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the documents of a corpus come from."""
+    """The source of the documents of a corpus."""
 
     name: str
     revision: str | None
-    """Commit of a data set on the hub, hash of local files or documents; None: the hub is out of reach."""
+    """Commit of a data set on the hub, hash of local files or documents; None: the hub cannot be reached."""
     key: tuple[str, ...]
-    """What decides the documents, without the revision."""
+    """Everything that determines the documents, except the revision."""
     read: Callable[[], tuple[Iterable[Document], Position, str]]
-    """Opens the source: its documents as they come, how far their iteration has come, and in which unit."""
+    """Opens the source: an iterator of documents, its progress, and the unit of the progress."""
     open: Callable[[], Source] | None = None
-    """Only where the revision is not known: opens what the cache of the hub's library holds, and knows it then."""
+    """Set if the revision is unknown: opens the cached copy of the hub's library, whose revision is known."""
     unreachable: str | None = None
-    """Why the hub is out of reach."""
+    """Why the hub cannot be reached."""
 
 
 def find_source(config: CorpusConfig, *, cache: Path, progress: Progress | None = None) -> Source:
@@ -59,8 +61,8 @@ def find_source(config: CorpusConfig, *, cache: Path, progress: Progress | None 
             _no_hub_options(config)
             return _embedded(config, cache, progress)
         if path.exists():
-            found = find_text(path, subset=config.subset, split=config.split)
-            return _hub(config) if found is None else _files(config, found)
+            text = find_text(path, subset=config.subset, split=config.split)
+            return _hub(config) if text is None else _files(config, text)
         if hub.is_hub_id(config.source):
             return _hub(config)
     except PassageError as error:
@@ -77,10 +79,10 @@ def find_source(config: CorpusConfig, *, cache: Path, progress: Progress | None 
 
 @dataclass
 class Dropped:
-    """Documents that a source has and a corpus does not."""
+    """Documents of a source that are not in the corpus."""
 
     empty: int = 0
-    """Null, empty or nothing but white space."""
+    """Null, empty or white space only."""
     repeated: int = 0
     """Equal to an earlier one."""
 
@@ -88,10 +90,10 @@ class Dropped:
 def documents_of(
     source: Source, config: CorpusConfig, what: str, progress: Progress | None, dropped: Dropped | None = None
 ) -> Iterator[Document]:
-    """The documents of a source in its order: without empty and repeated ones, ``most_characters`` in all.
+    """The documents of a source in its order: without empty and repeated ones, ``most_characters`` in total.
 
-    The document in which ``most_characters`` is reached is cut there, and nothing is read after it. ``dropped`` counts
-    what is left out.
+    The document in which ``most_characters`` is reached is cut there and is the last. ``dropped`` counts the omitted
+    documents.
     """
     dropped = dropped or Dropped()
     try:
@@ -99,11 +101,11 @@ def documents_of(
         seen: set[int] = set()
         left = most = config.most_characters
         for number, document in enumerate(documents):
-            if progress is not None and number % _TOLD_EVERY == 0:
+            if progress is not None and number % _PROGRESS_EVERY == 0:
                 if most is not None and left is not None:
                     progress(f"{what} (characters)", most - left, most)
                 else:
-                    # a stream does not always say how long it is; then the end is one ahead of what is read
+                    # a stream may have no known length; its total is then one more than its progress
                     total = max(position.total, position.done + 1)
                     progress(f"{what} ({unit})", position.done, total)
             document = _encodable(document)
@@ -136,7 +138,7 @@ def documents_of(
 
 
 def _encodable(document: Document) -> Document:
-    """Halves of surrogate pairs, which JSON can spell and UTF-8 cannot, become question marks."""
+    """Replace halves of surrogate pairs, which JSON can hold and UTF-8 cannot, by question marks."""
     try:
         document.text.encode()
     except UnicodeEncodeError:
@@ -148,8 +150,8 @@ def _no_hub_options(config: CorpusConfig) -> None:
     for name in ("subset", "split"):
         if (value := getattr(config, name)) != CorpusConfig.model_fields[name].default:
             raise ConfigError(
-                f"corpus.{name} {value!r} has no effect on corpus.source {config.source!r}, which is no data set of "
-                "the hub's format; leave it away."
+                f"corpus.{name} {value!r} has no effect on corpus.source {config.source!r}, which has neither subsets "
+                "nor splits; omit it."
             )
 
 
@@ -165,33 +167,33 @@ def _embedded(config: CorpusConfig, cache: Path, progress: Progress | None) -> S
         position = Position(total=len(documents))
         return _counted(documents, position), position, "documents"
 
-    # named by the documents themselves: they are in memory anyway
-    kept = tuple(item.identity for item in documents_of(Source("python_docs", None, (), read), config, "", None))
-    digest = hashlib.sha256("".join(kept).encode()).hexdigest()[:16]
-    return Source("python_docs", f"documents:{digest}", kept, read)
+    # identified by the documents: they are in memory anyway
+    identities = tuple(item.identity for item in documents_of(Source("python_docs", None, (), read), config, "", None))
+    digest = hashlib.sha256("".join(identities).encode()).hexdigest()[:16]
+    return Source("python_docs", f"documents:{digest}", identities, read)
 
 
-def _counted(documents: Iterable[Document], position: Position) -> Iterator[Document]:
-    for document in documents:
+def _counted(items: Iterable[T], position: Position) -> Iterator[T]:
+    for item in items:
         position.done += 1
-        yield document
+        yield item
 
 
-def _files(config: CorpusConfig, found: LocalText) -> Source:
+def _files(config: CorpusConfig, text: LocalText) -> Source:
     def read() -> tuple[Iterable[Document], Position, str]:
-        found.warn()
-        position = Position(total=sum(file.stat().st_size for file in found.files))
-        return _documents_of_files(found.files, config.text_field, position), position, "bytes"
+        text.warn()
+        position = Position(total=sum(file.stat().st_size for file in text.files))
+        return _documents_of_files(text.files, config.text_field, position), position, "bytes"
 
     # the path of a copy is not part of the key
-    return Source(config.source, hub.files_hash(found.files, found.root), _request(config, "files"), read)
+    return Source(config.source, hub.files_hash(text.files, text.root), _request(config, "files"), read)
 
 
 def _documents_of_files(files: Sequence[Path], field: str | None, position: Position) -> Iterator[Document]:
-    """Documents of local files: a record each (or an article, where records are its lines), or a part of a text file.
+    """Documents of local files: records (or articles, if the records are their lines), or parts of a text file.
 
-    A text file is divided at ``<|endoftext|>``; one without any is a document when it stands in a directory with
-    others, and is cut between paragraphs when it is all there is, because a single document cannot be held out.
+    A text file is divided at ``<|endoftext|>``. Without this token it is one document, unless it is the only file: then
+    it is cut between paragraphs, because a single document cannot be held out.
     """
 
     def read(file: Path) -> Iterator[str]:
@@ -201,7 +203,7 @@ def _documents_of_files(files: Sequence[Path], field: str | None, position: Posi
     sizes = [file.stat().st_size for file in files]
     begins = dict(zip(files, accumulate([0, *sizes]), strict=False))
     for of_records, group in groupby(files, key=lambda file: kind_of(file) in RECORDS):
-        if of_records:  # an article may go over several files
+        if of_records:  # an article may span several files
             texts = hub.join_articles(text for file in group for text in read(file))
             for number, text in enumerate(texts):
                 yield Document(f"#{number}", text.strip())
@@ -214,40 +216,40 @@ def _documents_of_files(files: Sequence[Path], field: str | None, position: Posi
 
 
 def _divided(paragraphs: Iterable[str]) -> Iterator[str]:
-    held: list[str] = []
+    parts: list[str] = []
     for paragraph in paragraphs:
-        first, *others = paragraph.split(END)
-        held.append(first)
-        for part in others:
-            yield "".join(held)
-            held = [part]
-    yield "".join(held)
+        first, *rest = paragraph.split(END)
+        parts.append(first)
+        for part in rest:
+            yield "".join(parts)
+            parts = [part]
+    yield "".join(parts)
 
 
 def _cut(paragraphs: Iterable[str]) -> Iterator[str]:
-    held, length = [""], 0
+    parts, length = [""], 0
     for paragraph in paragraphs:
         if length >= _PIECE:
-            yield "".join(held)
-            held, length = [], 0
-        held.append(paragraph)
+            yield "".join(parts)
+            parts, length = [], 0
+        parts.append(paragraph)
         length += len(paragraph)
-    yield "".join(held)
+    yield "".join(parts)
 
 
 def _hub(config: CorpusConfig) -> Source:
-    found = hub.find(config.source, config.subset, config.split, remedy=_REMEDY)
-    open_rows = partial(hub.open_rows, found, config.text_field, streaming=config.streaming)
-    # streaming is not part of the key: it gives the same documents. Nor is the path of a local copy
-    names = ("subset", "split") if found.local else ("source", "subset", "split")
+    data = hub.find(config.source, config.subset, config.split, remedy=_REMEDY)
+    open_rows = partial(hub.open_rows, data, config.text_field, streaming=config.streaming)
+    # neither streaming, which gives the same documents, nor the path of a local copy is part of the key
+    names = ("subset", "split") if data.local else ("source", "subset", "split")
     source = Source(
         config.source,
-        found.revision,
+        data.revision,
         _request(config, "hub", *names),
         lambda: _documents_of_rows(open_rows()),
-        unreachable=found.unreachable,
+        unreachable=data.unreachable,
     )
-    if found.revision is not None:
+    if data.revision is not None:
         return source
 
     def open_cached() -> Source:
@@ -262,11 +264,5 @@ def _hub(config: CorpusConfig) -> Source:
 
 def _documents_of_rows(rows: hub.HubRows) -> tuple[Iterable[Document], Position, str]:
     position = Position(total=rows.count or 0)
-
-    def counted() -> Iterator[str]:
-        for row in rows:
-            position.done += 1
-            yield row
-
-    texts = hub.join_articles(counted())
+    texts = hub.join_articles(_counted(rows, position))
     return (Document(f"#{number}", text.strip()) for number, text in enumerate(texts)), position, "rows"

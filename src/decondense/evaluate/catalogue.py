@@ -1,12 +1,13 @@
-"""The benchmarks of the paper: what the harness calls them, their official sizes, their shots, their fields.
+"""The benchmarks of the paper: their names in the harness, official sizes, shots and fields.
 
 Section 3 of Liu et al. 2026 (arXiv:2602.00217) names ten benchmarks scored by ``acc`` and the word perplexity of
-Paloma's WikiText-103. The prompts and the scoring are the lm-evaluation-harness's own; what stands here is only what
-has to be known before the harness is started. Any other task of the harness can be asked for by its name.
+Paloma's WikiText-103. Prompts and scoring are those of the lm-evaluation-harness; this module holds only what must be
+known before the harness starts. Any other task of the harness can be requested by its name.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -26,140 +27,58 @@ class TaskInfo:
     source: str
     """Data set on the hub."""
     harness_folder: str
-    """Where the harness keeps the definition, below its own folder of tasks."""
+    """Folder of the definition, below the harness's folder of tasks."""
     split: str
     """The split that is scored."""
     rows: int | None
-    """Official rows of that split; None: not published as a number that can be cited."""
+    """Official rows of that split; None: no number is published."""
     fields: tuple[str, ...]
-    """Columns that prompts and scoring read; a dot goes into a structure."""
+    """Columns that prompts and scoring read; a dot separates a column from its subfield."""
     metric: str = "acc"
     """The metric that the paper reports."""
     few_shot_split: str | None = None
-    """Where the harness takes examples from; None: the task takes none."""
+    """The split that few-shot examples come from; None: the task takes none."""
     few_shot_rows: int | None = None
     """Official rows of that split."""
     stand_in: str | None = None
-    """The split that gives the examples where local data lack ``few_shot_split``; every table then says so."""
+    """Replaces ``few_shot_split`` where local data lack it; every table then says so."""
     folders: tuple[str, ...] = ()
-    """Further names that a folder of local data may have."""
+    """Alternative names of a folder of local data."""
     optional: bool = False
-    """Behind a form on the hub: a set of tasks does without it where local data have no folder for it."""
+    """Gated on the hub: a set of tasks omits it where local data have no folder for it."""
 
 
 _ARC = ("question", "choices.text", "choices.label", "answerKey")
 
+# fmt: off
 _INFOS = (
-    TaskInfo(
-        "anli_r2",
-        "facebook/anli",
-        "anli",
-        "test_r2",
-        1000,
-        ("premise", "hypothesis", "label"),
-        few_shot_split="train_r2",
-        few_shot_rows=45_460,
-        stand_in="dev_r2",
-    ),
+    TaskInfo("anli_r2", "facebook/anli", "anli", "test_r2", 1000, ("premise", "hypothesis", "label"),
+             few_shot_split="train_r2", few_shot_rows=45_460, stand_in="dev_r2"),
     TaskInfo("lambada_openai", "EleutherAI/lambada_openai", "lambada", "test", 5153, ("text",), folders=("lambada",)),
-    TaskInfo(
-        "openbookqa",
-        "allenai/openbookqa",
-        "openbookqa",
-        "test",
-        500,
-        ("question_stem", "choices.text", "choices.label", "answerKey"),
-        few_shot_split="train",
-        few_shot_rows=4957,
-        stand_in="validation",
-    ),
-    TaskInfo(
-        "piqa",
-        "baber/piqa",
-        "piqa",
-        "validation",
-        1838,
-        ("goal", "sol1", "sol2", "label"),
-        few_shot_split="train",
-        few_shot_rows=16_113,
-        stand_in="validation",
-    ),
-    TaskInfo(
-        "truthfulqa_mc2",
-        "truthfulqa/truthful_qa",
-        "truthfulqa",
-        "validation",
-        817,
-        ("question", "mc2_targets.choices", "mc2_targets.labels"),
-        folders=("truthfulqa_mc", "truthfulqa", "truthful_qa"),
-    ),
-    TaskInfo(
-        "winogrande",
-        "allenai/winogrande",
-        "winogrande",
-        "validation",
-        1267,
-        ("sentence", "option1", "option2", "answer"),
-        few_shot_split="train",
-        few_shot_rows=40_398,
-        stand_in="validation",
-        folders=("winogrande_xl",),
-    ),
-    TaskInfo(
-        "arc_easy",
-        "allenai/ai2_arc",
-        "arc",
-        "test",
-        2376,
-        _ARC,
-        few_shot_split="train",
-        few_shot_rows=2251,
-        folders=("ARC-Easy",),
-    ),
-    TaskInfo(
-        "arc_challenge",
-        "allenai/ai2_arc",
-        "arc",
-        "test",
-        1172,
-        _ARC,
-        few_shot_split="train",
-        few_shot_rows=1119,
-        folders=("ARC-Challenge",),
-    ),
-    TaskInfo(
-        "medmcqa",
-        "openlifescienceai/medmcqa",
-        "medmcqa",
-        "validation",
-        4183,
-        ("question", "opa", "opb", "opc", "opd", "cop"),
-        few_shot_split="train",
-        few_shot_rows=182_822,
-        stand_in="validation",
-    ),
-    TaskInfo(
-        "mmlu",
-        "cais/mmlu",
-        "mmlu/default",
-        "test",
-        14_042,
-        ("question", "subject", "choices", "answer"),
-        few_shot_split="dev",
-        few_shot_rows=285,
-    ),
-    TaskInfo(
-        "paloma_wikitext_103",
-        "allenai/paloma",
-        "paloma",
-        "test",
-        None,
-        ("text",),
-        metric="word_perplexity",
-        folders=("paloma", "wikitext_103"),
-        optional=True,
-    ),
+    TaskInfo("openbookqa", "allenai/openbookqa", "openbookqa", "test", 500,
+             ("question_stem", "choices.text", "choices.label", "answerKey"),
+             few_shot_split="train", few_shot_rows=4957, stand_in="validation"),
+    TaskInfo("piqa", "baber/piqa", "piqa", "validation", 1838, ("goal", "sol1", "sol2", "label"),
+             few_shot_split="train", few_shot_rows=16_113, stand_in="validation"),
+    TaskInfo("truthfulqa_mc2", "truthfulqa/truthful_qa", "truthfulqa", "validation", 817,
+             ("question", "mc2_targets.choices", "mc2_targets.labels"),
+             folders=("truthfulqa_mc", "truthfulqa", "truthful_qa")),
+    TaskInfo("winogrande", "allenai/winogrande", "winogrande", "validation", 1267,
+             ("sentence", "option1", "option2", "answer"),
+             few_shot_split="train", few_shot_rows=40_398, stand_in="validation", folders=("winogrande_xl",)),
+    TaskInfo("arc_easy", "allenai/ai2_arc", "arc", "test", 2376, _ARC,
+             few_shot_split="train", few_shot_rows=2251, folders=("ARC-Easy",)),
+    TaskInfo("arc_challenge", "allenai/ai2_arc", "arc", "test", 1172, _ARC,
+             few_shot_split="train", few_shot_rows=1119, folders=("ARC-Challenge",)),
+    TaskInfo("medmcqa", "openlifescienceai/medmcqa", "medmcqa", "validation", 4183,
+             ("question", "opa", "opb", "opc", "opd", "cop"),
+             few_shot_split="train", few_shot_rows=182_822, stand_in="validation"),
+    TaskInfo("mmlu", "cais/mmlu", "mmlu/default", "test", 14_042, ("question", "subject", "choices", "answer"),
+             few_shot_split="dev", few_shot_rows=285),
+    TaskInfo("paloma_wikitext_103", "allenai/paloma", "paloma", "test", None, ("text",),
+             metric="word_perplexity", folders=("paloma", "wikitext_103"), optional=True),
 )
+# fmt: on
 
 TASKS: dict[str, TaskInfo] = {info.name: info for info in _INFOS}
 """The benchmarks by the harness's name, in the paper's order."""
@@ -175,10 +94,10 @@ SHOTS: dict[str, dict[str, int]] = {
     "gpt2": {name: 1 if name in _WITH_EXAMPLES else 0 for name in TASKS},
     "qwen3": {name: 5 if name in _WITH_EXAMPLES else 0 for name in TASKS},
 }
-"""The paper's numbers of examples: one for GPT2 and five for Qwen3 on ARC, MedMCQA and MMLU, none elsewhere."""
+"""Few-shot examples of the paper: one for GPT2 and five for Qwen3 on ARC, MedMCQA and MMLU, none elsewhere."""
 
 FIXED_PROMPT = ("truthfulqa_mc2", "paloma_wikitext_103")
-"""Tasks whose prompt the harness fixes: they take no examples whatever is asked for."""
+"""Tasks with a fixed prompt, which take no examples."""
 
 
 def resolve_tasks(tasks: str | Iterable[str]) -> tuple[list[str], set[str]]:
@@ -187,22 +106,19 @@ def resolve_tasks(tasks: str | Iterable[str]) -> tuple[list[str], set[str]]:
     Args:
         tasks: ``paper``, ``ten``, names of harness tasks, separated by commas or as a sequence.
     """
-    asked = [tasks] if isinstance(tasks, str) else list(tasks)
-    names = [name.strip() for entry in asked for name in entry.split(",") if name.strip()]
+    entries = [tasks] if isinstance(tasks, str) else list(tasks)
+    names = [name.strip() for entry in entries for name in entry.split(",") if name.strip()]
     if not names:
         raise EvaluationError("no tasks named: give --tasks paper, --tasks ten, or names separated by commas.")
-    found: dict[str, bool] = {}
-    for name in names:
-        for member in SETS.get(name, (name,)):
-            found[member] = found.get(member, True) and name in SETS
-    for name in found:
-        if not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
+    members = list(dict.fromkeys(member for name in names for member in SETS.get(name, (name,))))
+    for name in members:
+        if not re.fullmatch(r"[\w.-]*[^\W_][\w.-]*", name):
             raise EvaluationError(f"{name!r} is not a valid name of a task.{suggest(name, [*TASKS, *SETS])}")
-    return list(found), {name for name, of_a_set in found.items() if of_a_set}
+    return members, set(members) - set(names)
 
 
 def resolve_shots(shots: str | int, task: str) -> int | None:
-    """Examples in the prompt of ``task``; None: what the harness says (tasks that are not the paper's).
+    """Examples in the prompt of ``task``; None: the harness's default (tasks that are not the paper's).
 
     Args:
         shots: ``gpt2`` or ``qwen3`` (the paper's), or a number for every task that takes examples.
@@ -222,7 +138,7 @@ def resolve_shots(shots: str | int, task: str) -> int | None:
 
 
 def spread(limit: int, sizes: Sequence[int]) -> list[int]:
-    """How many of ``limit`` items each part of a task gives: one in turn from each that still has some."""
+    """Split ``limit`` items over the parts of a task: one in turn from each part that has items left."""
     taken = [0] * len(sizes)
     left = min(limit, sum(sizes))
     while left:

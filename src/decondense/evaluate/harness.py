@@ -6,9 +6,9 @@
     OUT/table.md, .csv    the table
     OUT/evaluate.log      what the harness printed
 
-A finished task is kept as long as what it depends on is the same, so an interrupted evaluation resumes with the next
-task. The harness seeds the generators of Python, numpy and torch and takes seconds to import: both happen in the worker
-process, which speaks over files, so nothing of it reaches the caller.
+A finished task is reused while everything it depends on is unchanged, so an interrupted evaluation resumes with the
+next task. The harness seeds the generators of Python, numpy and torch and takes seconds to import: both happen in the
+worker process, which communicates through files, so neither affects the caller.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from decondense.checkpoints import ModelError, adapter_of, check_folder
+from decondense.checkpoints import ModelError, adapter_of, check_folder, locate
 from decondense.config import EvaluateConfig, suggest
 from decondense.evaluate.catalogue import SETS, TASKS, EvaluationError, resolve_shots, resolve_tasks
 from decondense.evaluate.local import LocalTask, find_tasks
 from decondense.evaluate.results import Evaluation, TaskResult
+from decondense.gguf_files import is_gguf, only_gguf
 from decondense.lifeline import Lifeline
 from decondense.records import RecordError, Row, atomic_write, read_rows, write_rows
 
@@ -43,14 +45,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Progress = Callable[[str, str, int, "int | None"], None]
 """Called with the task, what happens to it (``loading``, ``kept``, ``running``, ``done``, ``failed``), requests
-answered and their number (None where the harness does not say)."""
+answered and their number (None source the harness does not say)."""
 
 
 class EvaluationStopped(RuntimeError):
     """The evaluation ended before all tasks were done; finished tasks are kept and the same command resumes."""
-
-
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def evaluate(
@@ -79,13 +78,13 @@ def evaluate(
         shots: examples in the prompt: the paper's for ``gpt2`` or ``qwen3``, or a number for every task that takes any.
         limit: score the first ``limit`` items of each task only (a task of parts, like MMLU, gives the first items of
             each part in turn). Every table and row then says so.
-        data_dir: a folder of folders with the benchmarks in local files instead of the hub.
-        out: directory of the results; an interrupted evaluation resumes there. None: nothing is kept on disk.
+        data_dir: directory with one folder of local files per benchmark, read instead of the hub.
+        out: directory of the results; an interrupted evaluation resumes there. None: no files are kept.
         batch_size: requests of one forward pass; halved when memory runs out. Scores depend on it by rounding only.
         device: ``cpu``, ``cuda``, ``cuda:1``; None: a GPU when there is one.
         dtype: of the weights: ``auto`` (that of the checkpoint), ``float32``, ``bfloat16``, ``float16``.
         max_length: context in tokens; None: the model's own.
-        tokenizer: where the tokenizer is, if not with the model.
+        tokenizer: directory or hub id of the tokenizer, if it does not come with the model.
         trust_remote_code: run code that comes with the model.
         threads: CPU threads; None: what torch chooses. Scores depend on it by rounding only.
         identity: ``study``, ``study_fingerprint``, ``arm``, ``seed``, ``step``, ``tokens`` of the rows. None: those of
@@ -93,18 +92,17 @@ def evaluate(
         progress: called as the work proceeds.
 
     Raises:
-        EvaluationError: what was asked for cannot be run; the message says why and what to do.
+        EvaluationError: the evaluation cannot be run; the message names the reason and the remedy.
         EvaluationStopped: the worker ended early; finished tasks are kept in ``out``.
     """
     if limit is not None and limit < 1:
         raise EvaluationError(f"limit {limit} leaves nothing to score; give a number from 1, or no limit.")
     if dtype not in DTYPES:
         raise EvaluationError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
-    where = check_model(str(model))
-    wanted, local, notes = _plan(tasks, shots, data_dir)
-    names = list(wanted)
+    source = check_model(str(model))
+    shots_of, local, notes = _plan(tasks, shots, data_dir)
     settings = {
-        "model": _fingerprint(where),
+        "model": _fingerprint(source),
         "tokenizer": None if tokenizer is None else str(tokenizer),
         "dtype": dtype,
         "max_length": max_length,
@@ -112,12 +110,12 @@ def evaluate(
     keys = {
         name: {
             **settings,
-            "shots": wanted[name],
+            "shots": number,
             "limit": limit,
             "data": local[name].hash if name in local else "hub",
             "harness": metadata.version("lm_eval"),
         }
-        for name in names
+        for name, number in shots_of.items()
     }
     label = str(model).rstrip("/")
     report = progress or (lambda task, what, done, total: None)
@@ -125,52 +123,51 @@ def evaluate(
         folder = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         lock = stack.enter_context(_claimed(folder))
         _open_directory(folder, label, settings)
-        todo = []
-        for name in names:
-            if finished(folder, name, keys[name]) is None:
-                todo.append(name)
-            else:
+        todo = [name for name, key in keys.items() if finished(folder, name, key) is None]
+        for name in keys:
+            if name not in todo:
                 report(name, "kept", 1, 1)
         request = {
-            "model": where,
+            "model": source,
             "settings": settings,
             "batch_size": batch_size,
             "device": device,
             "trust_remote_code": trust_remote_code,
             "tasks": [
-                {"name": name, "key": keys[name], "local": local[name].to_json() if name in local else None}
+                {"name": name, "key": keys[name], "local": asdict(local[name]) if name in local else None}
                 for name in todo
             ],
         }
         failures = _work(folder, request, lock, report, threads) if todo else []
-        results = tuple(result for name in names if (result := finished(folder, name, keys[name])) is not None)
-        who = dict(identity) if identity is not None else _identity(where, label, settings)
-        evaluation = Evaluation(label, results, tuple(notes), who)
+        results = tuple(result for name, key in keys.items() if (result := finished(folder, name, key)) is not None)
+        run = dict(identity) if identity is not None else _identity(source, label, settings)
+        evaluation = Evaluation(label, results, tuple(notes), run)
         if results:
             write_rows(folder / "rows.jsonl", evaluation.rows())
             atomic_write(folder / "table.md", evaluation.to_markdown())
             atomic_write(folder / "table.csv", evaluation.to_csv())
         if failures:
-            kept = [f"Finished and kept: {', '.join(r.task for r in results)}."] if results and out is not None else []
-            raise EvaluationError("\n".join([*failures, *kept]))
+            if results and out is not None:
+                failures.append(f"Finished and kept: {', '.join(result.task for result in results)}.")
+            raise EvaluationError("\n".join(failures))
         return evaluation
 
 
 def _plan(
     tasks: str | Iterable[str], shots: str | int, data_dir: str | Path | None
 ) -> tuple[dict[str, int | None], dict[str, LocalTask], list[str]]:
-    """Task -> examples, task -> local files, and what is left out; whatever cannot be done is refused here."""
+    """Task -> examples in its prompt, task -> local files, and notes on omitted tasks."""
     names, of_a_set = resolve_tasks(tasks)
-    wanted = {name: resolve_shots(shots, name) for name in names}
+    shots_of = {name: resolve_shots(shots, name) for name in names}
     if importlib.util.find_spec("lm_eval") is None:
         raise EvaluationError(
             'the benchmarks are run by lm-evaluation-harness, which is not installed: pip install "decondense[eval]".'
         )
     if data_dir is None:
-        return wanted, {}, []
-    local, absent = find_tasks(data_dir, wanted, of_a_set)
-    left_out = [f"{name} is not among the local data and was left out." for name in absent]
-    return {name: wanted[name] for name in names if name not in absent}, local, left_out
+        return shots_of, {}, []
+    local, absent = find_tasks(data_dir, shots_of, of_a_set)
+    notes = [f"{name} is not among the local data and was omitted." for name in absent]
+    return {name: shots_of[name] for name in names if name not in absent}, local, notes
 
 
 def check_benchmarks(settings: EvaluateConfig) -> None:
@@ -215,15 +212,15 @@ def benchmark_rows(
 
     Args:
         model: directory of the trained model.
-        settings: the study's; without tasks there are no rows.
+        settings: settings of the study; without tasks there are no rows.
         identity: ``study``, ``study_fingerprint``, ``arm``, ``seed``, ``step``, ``tokens``.
-        out: where finished tasks are kept, so that an interrupted run does not score them again.
+        out: directory of finished tasks, which an interrupted run does not score again.
         threads: CPU threads.
-        progress: called as the work proceeds; what it raises ends the evaluation, which can be resumed.
+        progress: called as the work proceeds; an exception from it ends the evaluation, which can be resumed.
     """
     if not settings.tasks:
         return []
-    found = evaluate(
+    evaluation = evaluate(
         model,
         settings.tasks,
         shots=settings.shots,
@@ -235,12 +232,22 @@ def benchmark_rows(
         identity=identity,
         progress=progress,
     )
-    return found.rows("headline")
+    return evaluation.rows("headline")
 
 
 def check_model(source: str) -> str:
-    """The directory of a model (absolute) or a hub id; anything else is refused with a reason."""
+    """The absolute directory or GGUF file of a model, or a hub id.
+
+    Raises:
+        EvaluationError: ``source`` is neither.
+    """
     path = Path(source).expanduser()
+    if is_gguf(source) or (path.is_dir() and adapter_of(path) is None and only_gguf(path)):
+        try:
+            name, _ = locate(source)
+        except ModelError as error:
+            raise EvaluationError(str(error)) from error
+        return str(Path(name).resolve()) if Path(name).is_file() else source
     if path.is_dir():
         try:
             check_folder(path)
@@ -265,7 +272,7 @@ def check_model(source: str) -> str:
 
 
 def finished(folder: Path, task: str, key: Mapping[str, Any]) -> TaskResult | None:
-    """The result of a task if it is there and was measured as ``key`` says."""
+    """The stored result of a task that was measured with the settings ``key``; None: there is none."""
     try:
         data = json.loads((folder / "tasks" / f"{task}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -273,19 +280,20 @@ def finished(folder: Path, task: str, key: Mapping[str, Any]) -> TaskResult | No
     return TaskResult.from_json(data) if data.get("key") == dict(key) else None
 
 
+_MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
 _UNRELATED = re.compile(r"training_args\.bin|optimizer.*|scheduler.*|rng_state.*|trainer_state\.json")
 
 
-def _fingerprint(where: str) -> str:
-    """What tells one model from another: the content of its files, or its hub id."""
-    path = Path(where)
-    if not path.is_dir():
-        return where
+def _fingerprint(source: str) -> str:
+    """Identifies a model: the hash of its files, or its hub id."""
+    path = Path(source)
+    if not path.exists():
+        return source
     digest = hashlib.blake2b(digest_size=8)
     if (adapter := adapter_of(path)) is not None:
         digest.update(_fingerprint(adapter.base).encode())
-    for file in sorted(path.iterdir()):
-        of_the_model = file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        of_the_model = file == path or file.suffix in _MODEL_SUFFIXES
         if file.is_file() and of_the_model and not _UNRELATED.fullmatch(file.name):
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
             with file.open("rb") as handle:
@@ -294,41 +302,34 @@ def _fingerprint(where: str) -> str:
     return digest.hexdigest()
 
 
-def _identity(where: str, label: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    rows_path = Path(where).parent / "rows.jsonl"
-    if Path(where).is_dir() and rows_path.is_file():
+def _identity(source: str, label: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    rows_path = Path(source).parent / "rows.jsonl"
+    if Path(source).is_dir() and rows_path.is_file():
         with contextlib.suppress(RecordError):
             runs = [row for row in read_rows(rows_path) if row["kind"] == "run" and row["status"] == "finished"]
             if runs:
                 run = runs[-1]
-                who = {key: run[key] for key in ("study", "study_fingerprint", "arm", "seed")}
-                return {**who, "step": run["steps"] or 0, "tokens": run["tokens"] or 0}
-    text = json.dumps(settings, sort_keys=True)
-    return {
-        "study": "evaluate",
-        "study_fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "arm": label,
-        "seed": 0,
-        "step": 0,
-        "tokens": 0,
-    }
+                cell = {key: run[key] for key in ("study", "study_fingerprint", "arm", "seed")}
+                return {**cell, "step": run["steps"] or 0, "tokens": run["tokens"] or 0}
+    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return {"study": "evaluate", "study_fingerprint": fingerprint, "arm": label, "seed": 0, "step": 0, "tokens": 0}
 
 
 @contextlib.contextmanager
 def _claimed(folder: Path) -> Iterator[int]:
-    """Own the directory; the worker inherits the lock, so it is held until the last of the two has gone."""
+    """Lock the directory; the worker inherits the lock, which holds until both processes have ended."""
     if folder.exists() and not folder.is_dir():
         raise EvaluationError(f"{folder} is a file; --out names a directory.")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as handle:
-        # the worker of a killed command notices and goes, but not at once
-        until = time.monotonic() + _LOCK_SECONDS
+        # the worker of a killed command ends by itself, but not at once
+        deadline = time.monotonic() + _LOCK_SECONDS
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
-                if time.monotonic() > until:
+                if time.monotonic() > deadline:
                     raise EvaluationStopped(
                         f"{folder}: another process is evaluating there; wait for it or choose another --out."
                     ) from error
@@ -340,34 +341,31 @@ def _open_directory(folder: Path, label: str, settings: Mapping[str, Any]) -> No
     path = folder / "evaluation.json"
     if path.exists():
         try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-            same = there["settings"] == dict(settings)
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["settings"] == dict(settings):
+                return
         except (ValueError, KeyError, TypeError) as error:
             raise EvaluationError(f"{path} cannot be read ({error}); choose another directory with --out.") from error
-        # where nothing was scored, for want of a model that loads, there is nothing to keep apart
-        if not same and any((folder / "tasks").glob("*.json")):
+        # without a scored task (a model that does not load) there are no results to keep apart
+        if any((folder / "tasks").glob("*.json")):
             raise EvaluationError(
-                f"{folder} holds the results of {there['model']} ({_say(there['settings'])}; asked for: {label}, "
-                f"{_say(settings)}). Choose another directory with --out."
+                f"{folder} holds the results of {stored['model']} ({_listed(stored['settings'])}; requested: {label}, "
+                f"{_listed(settings)}). Choose another directory with --out."
             )
-        if not same:
-            atomic_write(path, json.dumps({"model": label, "settings": settings}, indent=1))
-        return
-    foreign = [item.name for item in folder.iterdir() if not item.name.startswith(".")]
-    if foreign:
+    elif foreign := sorted(item.name for item in folder.iterdir() if not item.name.startswith(".")):
         raise EvaluationError(
-            f"{folder} is not empty and holds no evaluation ({', '.join(sorted(foreign)[:3])}); choose a new or empty "
+            f"{folder} is not empty and holds no evaluation ({', '.join(foreign[:3])}); choose a new or empty "
             "directory with --out."
         )
     atomic_write(path, json.dumps({"model": label, "settings": settings}, indent=1))
 
 
-def _say(settings: Mapping[str, Any]) -> str:
+def _listed(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)
 
 
 def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress, threads: int | None) -> list[str]:
-    """Run the worker to its end and return what could not be done, in words."""
+    """Run the worker to its end and return the messages of failed tasks, then the remedies."""
     (folder / "tasks").mkdir(exist_ok=True)
     events, log = folder / ".events.jsonl", folder / "evaluate.log"
     events.write_bytes(b"")
@@ -390,15 +388,14 @@ def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress,
             while True:
                 alive = process.poll() is None
                 for event in _new_events(stream):
-                    what = event["event"]
-                    if what == "ended":
+                    kind = event["event"]
+                    if kind == "ended":
                         ended = True
-                    elif what == "failed":
+                        continue
+                    if kind == "failed":
                         failures.append(event["message"])
                         remedies.update({event["remedy"]: None} if "remedy" in event else {})
-                        report(event.get("task", ""), "failed", 0, None)
-                    else:
-                        report(event.get("task", ""), what, event.get("done", 0), event.get("total"))
+                    report(event.get("task", ""), kind, event.get("done", 0), event.get("total"))
                 if not alive:
                     break
                 time.sleep(_POLL_SECONDS)
@@ -411,10 +408,10 @@ def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress,
             path.unlink(missing_ok=True)
     if not ended:
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        said = f" Last line of the log: {last[0]}" if last else ""
+        detail = f" Last line of the log: {last[0]}" if last else ""
         raise EvaluationStopped(
             f"the evaluation stopped (exit status {process.returncode}; log: {log}). Finished tasks are kept: the same "
-            f"command resumes with the next.{said}"
+            f"command resumes with the next.{detail}"
         )
     return [*failures, *remedies]
 
@@ -425,11 +422,11 @@ _LAUNCHER = re.compile(
 
 
 def _environment(threads: int | None) -> dict[str, str]:
-    """Of the worker: it is one process by itself, also where its caller is one of many under a launcher."""
-    kept = {key: value for key, value in os.environ.items() if not _LAUNCHER.fullmatch(key)}
+    """The worker's environment, without a launcher's variables: it is a single process under ``torchrun`` too."""
+    variables = {key: value for key, value in os.environ.items() if not _LAUNCHER.fullmatch(key)}
     if threads is not None:
-        kept.update({"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)})
-    return {**kept, "TOKENIZERS_PARALLELISM": "false"}
+        variables |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return {**variables, "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _new_events(stream: Any) -> Iterator[dict[str, Any]]:

@@ -1,11 +1,11 @@
-r"""Scores of a checkpoint on text that it was not trained on.
+r"""Loss of a checkpoint on text that it was not trained on.
 
-The held-out loss is the cross-entropy in nats of every token of a document but the first of each window,
+The held-out loss is the cross-entropy in nats of every token of a document except the first of each window,
 
     loss = - (1 / M) \sum_d \sum_{t \in d} log p(x_t | x_{<t} in the window),
 
-over the M scored tokens of all documents. It is kept document by document, because the same documents are scored under
-every arm and a comparison pairs them.
+over the M scored tokens of all documents. It is reported per document, because a comparison pairs the documents that
+every arm is scored on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class DocumentLoss:
 
     @property
     def mean(self) -> float:
-        """Nats a token."""
+        """Nats per token."""
         return self.total / self.tokens
 
 
@@ -50,7 +50,7 @@ class HeldOutLoss:
 
     @property
     def mean(self) -> float:
-        """Nats a token over all scored tokens; perplexity is its exponential."""
+        """Nats per token over all scored tokens; perplexity is its exponential."""
         return math.fsum(item.total for item in self.documents) / self.tokens
 
 
@@ -62,19 +62,19 @@ def held_out_loss(
     batch_windows: int = 32,
     device: torch.device | str | None = None,
 ) -> HeldOutLoss:
-    """Cross-entropy of each document, cut into windows of ``window`` tokens that do not overlap.
+    """Cross-entropy of each document in non-overlapping windows of ``window`` tokens.
 
     Args:
         model: a causal language model that returns ``logits`` [B, T, V]; the mode of every submodule and every random
-            state are afterwards what they were before.
-        documents: (identity, token ids [n]); windows of a single token have nothing to predict and are left out.
+            state are restored afterwards.
+        documents: (identity, token ids [n]); windows of a single token have nothing to predict and are skipped.
         window: tokens of a window, at most the model's positions.
-        batch_windows: windows of one forward pass; the result does not depend on it beyond rounding.
-        device: where the batch goes; None: where the model's parameters are.
+        batch_windows: windows of one forward pass; it changes the result by rounding only.
+        device: device of the batches; None: that of the model's parameters.
 
     Raises:
         ValueError: no document has two tokens.
-        NotFiniteError: the loss of a document, which the message names, is NaN or infinite.
+        NotFiniteError: the loss of a document is NaN or infinite; the message names the document.
     """
     pieces = [
         (number, ids[first : first + window])
@@ -84,7 +84,7 @@ def held_out_loss(
     ]
     if not pieces:
         raise ValueError("no held-out document has two tokens: there is nothing to predict; give more text.")
-    # windows of like length share a batch, so that little is padded; a stable sort keeps the order reproducible
+    # windows of similar length share a batch, which saves padding; a stable sort keeps the order reproducible
     pieces.sort(key=lambda piece: -len(piece[1]))
     device = device or next(model.parameters()).device
     totals = [0.0] * len(documents)

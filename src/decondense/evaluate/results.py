@@ -1,10 +1,11 @@
-"""What an evaluation gives: scores of tasks, the items behind them, their rows and their table."""
+"""The results of an evaluation: scores of tasks, their items, rows and table."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from statistics import fmean
 from typing import Any
 
 from decondense.evaluate.catalogue import TEN
@@ -25,12 +26,12 @@ class Score:
     stderr: float | None
     higher_is_better: bool
     headline: bool
-    """Whether it is what the paper reports (or, for other tasks, the first that the harness reports)."""
+    """Whether the paper reports it (for other tasks: whether it is the first that the harness reports)."""
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """All that is known about one task."""
+    """Scores of one task, how they were measured, and their items."""
 
     task: str
     scores: tuple[Score, ...]
@@ -40,9 +41,9 @@ class TaskResult:
     official: int | None
     """Official rows of the scored split; None: unknown."""
     limit: int | None
-    """What was asked for; None: all items."""
+    """The requested number of items; None: all items."""
     notes: tuple[str, ...]
-    """What qualifies the scores, in words; every table shows them."""
+    """Qualifications of the scores, which every table shows."""
     per_item: dict[str, dict[str, tuple[float, float]]] = field(repr=False)
     """Metric -> item (hash of its content) -> (value, weight); the weighted mean is the score."""
     parts: dict[str, dict[str, float]] = field(repr=False)
@@ -50,10 +51,10 @@ class TaskResult:
     timing: dict[str, Any] = field(repr=False)
     provenance: dict[str, Any] = field(repr=False)
     gold: dict[str, tuple[float, float | None]] = field(repr=False, default_factory=dict)
-    """Item -> (bits per byte of the right answer, its margin over the best other one in bits), where they are known."""
+    """Item -> (bits per byte of the right answer, its margin over the best other one in bits), where known."""
 
     def score(self, metric: str | None = None) -> float:
-        """The value of a metric; None: the one that the paper reports."""
+        """The value of a metric; None: the headline metric."""
         for score in self.scores:
             if score.metric == metric or (metric is None and score.headline):
                 return score.value
@@ -62,23 +63,15 @@ class TaskResult:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TaskResult:
         """Read a task's file."""
-        return cls(
-            task=data["task"],
-            scores=tuple(Score(**score) for score in data["scores"]),
-            shots=data["shots"],
-            items=data["items"],
-            official=data["official"],
-            limit=data["limit"],
-            notes=tuple(data["notes"]),
-            per_item={
-                metric: {item: (float(value), float(weight)) for item, (value, weight) in items.items()}
-                for metric, items in data["per_item"].items()
-            },
-            parts=data["parts"],
-            timing=data["timing"],
-            provenance=data["provenance"],
-            gold={item: (bits, margin) for item, (bits, margin) in data.get("gold", {}).items()},
-        )
+        values = {item.name: data[item.name] for item in fields(cls) if item.name in data}
+        values["scores"] = tuple(Score(**score) for score in data["scores"])
+        values["notes"] = tuple(data["notes"])
+        values["per_item"] = {
+            metric: {item: (float(value), float(weight)) for item, (value, weight) in items.items()}
+            for metric, items in data["per_item"].items()
+        }
+        values["gold"] = {item: (bits, margin) for item, (bits, margin) in data.get("gold", {}).items()}
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -88,7 +81,7 @@ class Evaluation:
     model: str
     results: tuple[TaskResult, ...]
     notes: tuple[str, ...]
-    """What was asked for and is not here, and why."""
+    """Requested tasks that were omitted, and why."""
     identity: dict[str, Any] = field(repr=False)
     """Which run of which study, step and tokens the rows belong to."""
 
@@ -105,26 +98,25 @@ class Evaluation:
         if not all(name in by_name for name in TEN):
             return None
         scores = [next(s for s in by_name[name].scores if s.metric == "acc") for name in TEN]
-        errors = [score.stderr for score in scores]
-        known = [error for error in errors if error is not None]
-        error = math.sqrt(math.fsum(e * e for e in known)) / len(TEN) if len(known) == len(TEN) else None
-        return math.fsum(score.value for score in scores) / len(TEN), error
+        errors = [score.stderr for score in scores if score.stderr is not None]
+        return fmean(score.value for score in scores), math.hypot(*errors) / len(TEN) if len(errors) == len(
+            TEN
+        ) else None
 
     def rows(self, metrics: str = "all") -> list[Row]:
-        """``eval`` and ``eval_item`` rows. ``metrics``: ``all``, or ``headline`` for what the paper reports alone."""
+        """``eval`` and ``eval_item`` rows. ``metrics``: ``all``, or ``headline`` for those that the paper reports."""
         rows: list[Row] = []
-        step, tokens = self.identity["step"], self.identity["tokens"]
-        who = {key: value for key, value in self.identity.items() if key not in ("step", "tokens")}
+        run = {key: value for key, value in self.identity.items() if key != "tokens"}
         for result in self.results:
             for score in result.scores:
                 if metrics == "headline" and not score.headline:
                     continue
-                where = {**who, "step": step, "task": result.task, "metric": score.metric}
+                key = {**run, "task": result.task, "metric": score.metric}
                 rows.append(
                     make_row(
                         "eval",
-                        **where,
-                        tokens=tokens,
+                        **key,
+                        tokens=self.identity["tokens"],
                         value=score.value,
                         higher_is_better=score.higher_is_better,
                         items=result.items,
@@ -138,17 +130,8 @@ class Evaluation:
                 )
                 for item, (value, weight) in result.per_item.get(score.metric, {}).items():
                     bits, margin = result.gold.get(item, (None, None)) if score.headline else (None, None)
-                    rows.append(
-                        make_row(
-                            "eval_item",
-                            **where,
-                            item=item,
-                            value=value,
-                            weight=weight,
-                            bits_per_byte=bits,
-                            margin_bits=margin,
-                        )
-                    )
+                    measured = {"value": value, "weight": weight, "bits_per_byte": bits, "margin_bits": margin}
+                    rows.append(make_row("eval_item", **key, item=item, **measured))
         return rows
 
     def table(self) -> Table:
@@ -156,16 +139,13 @@ class Evaluation:
         notes: list[str] = []
         rows: list[tuple[Entry, ...]] = []
         for result in self.results:
-            marks = []
-            for note in result.notes:
-                if note not in notes:
-                    notes.append(note)
-                marks.append(str(notes.index(note) + 1))
+            notes += [note for note in result.notes if note not in notes]
+            marks = [str(notes.index(note) + 1) for note in result.notes]
             items = f"{result.items:,} of {result.official:,}" if result.official else f"{result.items:,}"
             items += f" [{','.join(marks)}]" if marks else ""
             for place, score in enumerate(result.scores):
-                about = (result.task, items, str(result.shots)) if place == 0 else ("", "", "")
-                rows.append((about[0], score.metric, _number(score.value), _number(score.stderr), *about[1:]))
+                task, *last = (result.task, items, str(result.shots)) if place == 0 else ("", "", "")
+                rows.append((task, score.metric, _number(score.value), _number(score.stderr), *last))
         mean = self.mean
         if mean is not None:
             ten = [result for result in self.results if result.task in TEN]

@@ -1,8 +1,8 @@
-"""Heat maps of token cosines over depth, and how condensation goes with model size, distillation and training.
+"""Heat maps of token cosines over depth, and condensation against model size, distillation and training.
 
 After figures 2, 4 and 5 of Liu et al. 2026, arXiv:2602.00217. A profile is plain data here: a mapping with
 
-    label          what the panel is called (str)
+    label          title of the panel (str)
     mean_cosine    mean cosine of each layer [L + 1]
     pooled, averaged   densities [L + 1, bins] over [-1, 1]; or ``histogram``, pooled counts, as in a ``profile`` row
     spearman, kendall  rank correlation of mean_cosine with depth
@@ -17,7 +17,7 @@ Every function returns a ``matplotlib.figure.Figure`` and writes nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -41,12 +41,12 @@ DENSITY_RANGE = (0.0, 10.0)
 _MAPS = {"reds": "Reds", "cividis": "cividis"}
 _LINE = {"reds": INK, "cividis": "white"}
 _NOTE = {"reds": "#5f6368", "cividis": "#d9dce0"}
-# blue and vermillion of Okabe and Ito: told apart under the common colour vision deficiencies, and by their markers
+# blue and vermillion of Okabe and Ito, which most colour-blind readers can tell apart; the markers differ too
 _TRENDS = (("spearman", "Spearman ρ", "#d55e00", "o"), ("kendall", "Kendall τ", BLUE, "s"))
 
 
 def density(profile: Profile, kind: Kind) -> NDArray[np.float64]:
-    """The density [L + 1, bins] of a profile mapping; ValueError when that kind is not in it."""
+    """The density [L + 1, bins] of a profile mapping; ValueError without a histogram of that kind."""
     one_of("histogram", kind, ("averaged", "pooled"))
     values = profile.get(kind)
     if values is not None:
@@ -73,9 +73,8 @@ def heatmap(
     values = density(profile, kind)
     layers, bins = values.shape
     half = 0.5 / max(1, layers - 1)
-    x = np.linspace(-half, 1 + half, layers + 1)
     mesh = axes.pcolormesh(
-        x,
+        np.linspace(-half, 1 + half, layers + 1),
         np.linspace(-1, 1, bins + 1),
         values.T,
         cmap=_MAPS[palette],
@@ -95,31 +94,22 @@ def heatmap(
     return mesh
 
 
-def _correlations(profile: Profile) -> str:
-    parts = [
+def _title(axes: Axes, profile: Profile) -> None:
+    correlations = "  ".join(
         f"{symbol} {value:+.2f}".replace("-", "−")
         for symbol, value in (("ρ", profile.get("spearman")), ("τ", profile.get("kendall")))
         if value is not None and math.isfinite(value)
-    ]
-    return "  ".join(parts)
-
-
-def _title(axes: Axes, profile: Profile) -> None:
-    # two texts, because the second line is smaller: four panels stand in a page's width
-    axes.set_title(str(profile.get("label", "")), loc="center", fontsize=8, pad=13)
-    axes.annotate(
-        _correlations(profile),
-        (0.5, 1),
-        xycoords="axes fraction",
-        xytext=(0, 3.5),
-        textcoords="offset points",
-        ha="center",
-        fontsize=7,
     )
+    # two texts, because the second line is smaller: four panels share the width of a page
+    axes.set_title(str(profile.get("label", "")), loc="center", fontsize=8, pad=13)
+    offset: dict[str, Any] = {"xycoords": "axes fraction", "xytext": (0, 3.5), "textcoords": "offset points"}
+    axes.annotate(correlations, (0.5, 1), ha="center", fontsize=7, **offset)
 
 
-def _colour_bar(figure: Figure, mesh: Any, axes: Any, **place: Any) -> None:
-    bar = figure.colorbar(mesh, ax=axes, extend="max", ticks=[0, 5, 10], **place)
+def colour_bar(figure: Figure, mesh: Any, axes: Any, ticks: Sequence[float] = (0, 5, 10), **place: Any) -> None:
+    """The colour bar of one or several heat maps."""
+    bar = figure.colorbar(mesh, ax=axes, extend="max", ticks=ticks, **place)
+    bar.ax.set_yticklabels([f"{tick:g}" for tick in ticks])
     bar.set_label("density")
     bar.outline.set_linewidth(0.5)
     bar.ax.tick_params(size=2)
@@ -141,14 +131,14 @@ def heatmap_figure(
         _title(axes, profile)
         axes.set_xlabel("layer fraction")
         axes.set_ylabel("cosine")
-        _colour_bar(figure, mesh, axes, fraction=0.06, pad=0.02)
+        colour_bar(figure, mesh, axes, fraction=0.06, pad=0.02)
         note = _caption(kind, [profile])
         axes.text(0.98, 0.02, note, transform=axes.transAxes, fontsize=6, ha="right", color=_NOTE[palette])
     return figure
 
 
 def _grid(profiles: Sequence[Profile], *, kind: Kind, palette: Palette) -> tuple[Figure, Axes]:
-    """Heat maps, at most four in a row so that they stay legible in a page's width, and an empty panel beside them."""
+    """Heat maps, at most four in a row so that they stay legible on a page, and an empty panel beside them."""
     rows = math.ceil(len(profiles) / 4)
     columns = math.ceil(len(profiles) / rows)
     engine = ConstrainedLayoutEngine(wspace=0.02, w_pad=0.03)
@@ -168,7 +158,7 @@ def _grid(profiles: Sequence[Profile], *, kind: Kind, palette: Palette) -> tuple
             axes.set_ylabel("cosine")
         if number + columns >= len(profiles):
             axes.set_xlabel("layer fraction")
-    _colour_bar(figure, mesh, maps, fraction=0.14 / columns, pad=0.015, aspect=18 * rows)
+    colour_bar(figure, mesh, maps, fraction=0.14 / columns, pad=0.015, aspect=18 * rows)
     trend = figure.add_subplot(spec[:, columns + 1])
     if rows > 1:
         trend.set_box_aspect(1.15)
@@ -196,10 +186,9 @@ def _trend(axes: Axes, x: Sequence[float], profiles: Sequence[Profile]) -> None:
 def family_figure(
     profiles: Sequence[Profile], *, family: str = "", kind: Kind = "averaged", palette: Palette = "reds"
 ) -> Figure:
-    """A model family: a heat map a model, and condensation against size (after figure 2 of the paper).
+    """A model family: one heat map per model, and condensation against size (after figure 2 of the paper).
 
-    The models are drawn from the smallest to the largest by ``parameters``. Bars and bands are 95 % bootstrap intervals
-    over passages.
+    Models are ordered by ``parameters``. Bars and bands are 95 % bootstrap intervals over passages.
     """
     if not profiles:
         raise ValueError("a family figure needs at least one profile.")
@@ -211,27 +200,31 @@ def family_figure(
     with figure_style():
         figure, axes = _grid(ordered, kind=kind, palette=palette)
         _trend(axes, sizes, ordered)
-        axes.set_xscale("log")
-        axes.set_xlim(sizes[0] / _margin(sizes), sizes[-1] * _margin(sizes))
-        axes.set_xticks(spread_ticks(sizes), [count(size, short=True) for size in spread_ticks(sizes)])
-        axes.minorticks_off()
-        axes.set_xlabel("parameters")
+        log_axis(axes, sizes, "parameters", lambda size: count(size, short=True))
         axes.set_title(family, loc="center")
     return figure
 
 
-def _margin(sizes: Sequence[float]) -> float:
-    return float((sizes[-1] / sizes[0]) ** 0.08) if sizes[-1] > 1.2 * sizes[0] else 1.5
+def spread_ticks(values: Sequence[float]) -> list[float]:
+    """Values that are far enough apart on a logarithmic axis for their labels."""
+    factor = max(1.02, (max(values) / min(values)) ** 0.24)
+    ticks: list[float] = []
+    for value in sorted(set(values)):
+        if not ticks or value >= ticks[-1] * factor:
+            ticks.append(value)
+    return ticks
 
 
-def spread_ticks(sizes: Sequence[float]) -> list[float]:
-    """Sizes that are far enough from each other on a logarithmic axis for their labels to stand side by side."""
-    factor = max(1.02, (max(sizes) / min(sizes)) ** 0.24)
-    kept: list[float] = []
-    for size in sorted(set(sizes)):
-        if not kept or size >= kept[-1] * factor:
-            kept.append(size)
-    return kept
+def log_axis(axes: Axes, values: Sequence[float], label: str, text: Callable[[float], str]) -> None:
+    """A logarithmic x-axis over sorted ``values``, with ticks at those whose labels do not overlap."""
+    ratio = values[-1] / values[0]
+    margin = ratio**0.08 if ratio > 1.2 else 1.5
+    ticks = spread_ticks(values)
+    axes.set_xscale("log")
+    axes.set_xlim(values[0] / margin, values[-1] * margin)
+    axes.set_xticks(ticks, [text(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(label)
 
 
 def pairs_figure(
@@ -255,14 +248,14 @@ def pairs_figure(
             table[1, column].set_xlabel("layer fraction")
         for row, name in enumerate(names):
             table[row, 0].set_ylabel(f"{name}\ncosine" if name else "cosine")
-        _colour_bar(figure, mesh, table.ravel().tolist(), fraction=0.035, pad=0.015, aspect=35)
+        colour_bar(figure, mesh, table.ravel().tolist(), fraction=0.035, pad=0.015, aspect=35)
     return figure
 
 
 def checkpoints_figure(
     profiles: Sequence[Profile], *, kind: Kind = "averaged", palette: Palette = "reds", maps: int = 4, title: str = ""
 ) -> Figure:
-    """Condensation over training: heat maps at up to ``maps`` steps, and its course (after figure 4 of the paper)."""
+    """Condensation over training: heat maps at up to ``maps`` steps, and the trend (after figure 4 of the paper)."""
     unknown = [str(p.get("label")) for p in profiles if p.get("step") is None]
     if unknown or not profiles:
         raise ValueError(
@@ -270,15 +263,15 @@ def checkpoints_figure(
         )
     ordered = sorted(profiles, key=lambda p: float(p["step"]))
     chosen = sorted({round(i) for i in np.linspace(0, len(ordered) - 1, min(maps, len(ordered)))})
-    shown = [{**ordered[i], "label": f"step {int(ordered[i]['step']):,}"} for i in chosen]
+    mapped = [{**ordered[i], "label": f"step {int(ordered[i]['step']):,}"} for i in chosen]
     steps = [float(p["step"]) for p in ordered]
     with figure_style():
-        figure, axes = _grid(shown, kind=kind, palette=palette)
+        figure, axes = _grid(mapped, kind=kind, palette=palette)
         _trend(axes, steps, ordered)
         if len(steps) > 2 and steps[-1] > 50 * max(1.0, steps[1]):
             start = max(1.0, steps[1])
             axes.set_xscale("symlog", linthresh=start, linscale=0.4)
-            # from zero on: the scale itself would go on to negative steps
+            # explicit limits: the scale would extend to negative steps
             axes.set_xlim(-0.15 * start if steps[0] <= 0 else steps[0] * 0.8, steps[-1] * 1.5)
             ticks = [10.0**e for e in range(math.ceil(math.log10(start)), math.floor(math.log10(steps[-1])) + 1)]
             ticks = ([0.0] if steps[0] <= 0 else []) + ticks

@@ -1,4 +1,4 @@
-"""One look for every figure: sizes that fit a column, fonts that stay legible there, colours that most eyes tell apart.
+"""The style of every figure: sizes that fit a column, legible fonts, colours that most readers can tell apart.
 
 Figures are made with ``matplotlib.figure.Figure`` (never pyplot), inside :func:`figure_style`, and written by
 :func:`render` or :func:`export`, which strip dates and versions: equal figures give equal bytes.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ PAGE = 6.9
 GREY = "#5f6368"
 BLUE = "#0072b2"
 INK = "#1a1a1a"
-_OTHERS = (
+_COLOURS = (
     "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b3294",
     "#7a3600", "#00503b", "#8a2f5e", "#5c4305", "#1b5e86", "#c08cd8",
 )  # fmt: skip
@@ -86,20 +87,20 @@ _RC: dict[str, Any] = {
 
 @contextlib.contextmanager
 def figure_style() -> Iterator[None]:
-    """Draw in the project's style; matplotlib's settings are what they were afterwards."""
+    """Draw in the project's style; matplotlib's settings are restored afterwards."""
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's matplotlibrc would change the figures; the backend is left alone
+        matplotlib.rcdefaults()  # a user's matplotlibrc would change the figures; the backend is unchanged
         matplotlib.rcParams.update(cast(Any, _RC))
         yield
 
 
-class Looks:
+class ArmStyle:
     """Colour, dash and marker of each arm: the baseline is grey, the first arm with a dispersion loss blue.
 
     Args:
         arms: ids of the arms.
         baseline: id of the baseline; None: there is none.
-        labels: what the arms are called; default: their ids.
+        labels: labels of the arms; default: their ids.
         dispersed: ids of the arms with a dispersion loss. Without any, the first treated arm is blue.
     """
 
@@ -111,35 +112,27 @@ class Looks:
         dispersed: Sequence[str] = (),
     ) -> None:
         self.labels = dict(labels or {})
-        self._colour: dict[str, str] = {}
-        self._number: dict[str, int] = {}
         treated = [arm for arm in arms if arm != baseline]
-        favourite = next((arm for arm in treated if arm in dispersed), treated[0] if treated else None)
-        spare = iter(range(10_000))
-        for arm in ([baseline] if baseline in arms else []) + treated:
-            assert arm is not None
-            if arm == baseline:
-                self._colour[arm] = GREY
-            elif arm == favourite:
-                self._colour[arm] = BLUE
-            else:
-                self._colour[arm] = _OTHERS[next(spare) % len(_OTHERS)]
-            self._number[arm] = len(self._number)
+        first = next((arm for arm in treated if arm in dispersed), treated[0] if treated else None)
+        ordered = [arm for arm in arms if arm == baseline] + treated
+        self._number = {arm: number for number, arm in enumerate(ordered)}
+        self._colour = dict(zip((arm for arm in treated if arm != first), itertools.cycle(_COLOURS), strict=False))
+        self._colour |= {arm: GREY if arm == baseline else BLUE for arm in ordered if arm in (baseline, first)}
 
     def colour(self, arm: str) -> str:
         """Hexadecimal colour."""
         return self._colour.get(arm, INK)
 
     def dash(self, arm: str) -> Any:
-        """Line style; it tells arms apart in black and white."""
+        """Line style; it distinguishes arms in black and white."""
         return _DASHES[self._number.get(arm, 0) % len(_DASHES)]
 
     def marker(self, arm: str) -> str:
-        """Marker; it tells arms apart in black and white."""
+        """Marker; it distinguishes arms in black and white."""
         return _MARKERS[self._number.get(arm, 0) % len(_MARKERS)]
 
     def line(self, arm: str) -> dict[str, Any]:
-        """The keywords of matplotlib's ``plot`` and ``errorbar`` that tell the arm's line apart and name it."""
+        """Keywords of matplotlib's ``plot`` and ``errorbar`` for the arm's line, its label included."""
         return {
             "color": self.colour(arm),
             "linestyle": self.dash(arm),
@@ -148,13 +141,16 @@ class Looks:
         }
 
     def label(self, arm: str) -> str:
-        """How the arm is called in a legend, cut to 36 characters."""
+        """The arm's label in a legend, truncated to 36 characters."""
         text = self.labels.get(arm) or arm
         return text if len(text) <= 36 else text[:35].rstrip() + "…"
 
     def tick(self, arm: str) -> str:
-        """How the arm is called beside an axis: at most two short lines."""
+        """The arm's label beside an axis: at most two short lines."""
         return textwrap.fill(self.labels.get(arm) or arm, 18, max_lines=2, placeholder="…")
+
+
+Looks = ArmStyle  # its earlier name
 
 
 def new_figure(width: float, height: float, panels: int = 1, **keywords: Any) -> tuple[Figure, list[Axes]]:
@@ -164,6 +160,21 @@ def new_figure(width: float, height: float, panels: int = 1, **keywords: Any) ->
     return figure, list(axes)
 
 
+def panel_grid(panels: int, row_height: float, extra_height: float) -> tuple[Figure, Iterator[tuple[Axes, bool, bool]]]:
+    """A page-wide grid of panels that share both axes, at most four in a row.
+
+    Returns:
+        The figure, and for each panel its axes, whether it is the first of its row, and the last of its column.
+    """
+    columns = min(4, panels)
+    rows = math.ceil(panels / columns)
+    figure = Figure(figsize=(PAGE, row_height * rows + extra_height), layout="constrained")
+    table = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes in table[panels:]:
+        axes.set_visible(False)
+    return figure, ((table[n], n % columns == 0, n + columns >= panels) for n in range(panels))
+
+
 def grid(axes: Axes, which: Literal["x", "y", "both"] = "y") -> None:
     """Faint lines behind the data."""
     axes.grid(True, axis=which)
@@ -171,20 +182,20 @@ def grid(axes: Axes, which: Literal["x", "y", "both"] = "y") -> None:
 
 def legend_above(figure: Figure, axes: Sequence[Axes]) -> None:
     """One legend above all panels, where it hides no data, in as many rows as it needs."""
-    found: dict[str, Any] = {}
-    for place in axes:
-        for handle, label in zip(*place.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    if not found:
+    entries: dict[str, Any] = {}
+    for panel in axes:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if not entries:
         return
     room = 16 * figure.get_figwidth()  # characters that fit a row
-    columns = len(found)
-    while columns > 1 and sum(sorted(len(label) + 7 for label in found)[-columns:]) > room:
+    columns = len(entries)
+    while columns > 1 and sum(sorted(len(label) + 7 for label in entries)[-columns:]) > room:
         columns -= 1
-    rows = math.ceil(len(found) / columns)
-    if rows > 2:  # a high legend must not eat the panels
+    rows = math.ceil(len(entries) / columns)
+    if rows > 2:  # a tall legend must not shrink the panels
         figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 2))
-    figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=columns, columnspacing=1.4)
+    figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=columns, columnspacing=1.4)
 
 
 _METADATA: dict[str, dict[str, Any]] = {
@@ -205,10 +216,8 @@ def render(figure: Figure, kind: str, *, dpi: int = 300) -> bytes:
 
 
 def export(figure: Figure, stem: Path, kinds: Sequence[str] = ("png", "pdf"), *, dpi: int = 300) -> list[Path]:
-    """Write ``stem.png`` and so on, each whole or not at all."""
-    paths = []
-    for kind in kinds:
-        path = stem.parent / f"{stem.name}.{kind}"
+    """Write ``stem.png`` and so on, each file atomically."""
+    paths = [stem.parent / f"{stem.name}.{kind}" for kind in kinds]
+    for path, kind in zip(paths, kinds, strict=True):
         atomic_write(path, render(figure, kind, dpi=dpi))
-        paths.append(path)
     return paths

@@ -18,7 +18,7 @@ else:
 
 
 class DispersionArgs(BaseModel):
-    """What the plugin adds to Axolotl's configuration."""
+    """Fields that the plugin adds to Axolotl's configuration."""
 
     dispersion: dict[str, Any] = Field(default_factory=dict)
     """Fields of :class:`decondense.config.DispersionConfig`: weight, layers, loss, schedule, ..."""
@@ -28,14 +28,14 @@ class DispersionPlugin(BasePlugin):  # type: ignore[misc]
     """Attaches the dispersion loss to the trainer that Axolotl builds (SFT and pre-training)."""
 
     def get_input_args(self) -> str:
-        """Where Axolotl finds the fields."""
+        """Dotted path of the class of the fields."""
         return f"{__name__}.DispersionArgs"
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Attach, once the trainer stands."""
+        """Attach, after the trainer is created."""
         from decondense.integrations.huggingface import attach_trainer
 
-        # Axolotl hands over nested dictionaries of its own kind, which answer None for any missing key
+        # Axolotl passes nested dictionaries of its own class, which return None for a missing key
         settings = dict(cfg["dispersion"] or {})
         for name in ("loss", "schedule"):
             if settings.get(name) is not None:

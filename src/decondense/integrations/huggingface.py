@@ -5,15 +5,16 @@ gradient of
 
 .. math:: L_{CE} + \lambda \, \frac{1}{S} \sum_{s=1}^{S} D_s
 
-over all S sequences of the step: of all micro-batches and of all ranks, however they are cut. A term that is merely
-added to ``outputs.loss`` comes out (accumulation steps x ranks) times too large, because the Trainer does not divide a
-loss that the model has divided by ``num_items_in_batch`` already.
+over all S sequences of the step, of all micro-batches and of all ranks. A term that is simply added to
+``outputs.loss`` is (accumulation steps x ranks) times too large, because the Trainer does not divide a loss that the
+model has already divided by ``num_items_in_batch``.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,22 +38,22 @@ def attach_trainer(trainer: Any, *arguments: Any, **keywords: Any) -> Dispersion
     Returns:
         The handle. The values go through ``trainer.log`` beside ``loss``: ``loss`` includes the weighted term,
         ``cross_entropy`` is the trainer's own loss without it, reduced in the same way. The schedule follows the
-        trainer's steps, and checkpoints keep the settings. ``handle.detach()`` gives the trainer back as it was.
+        trainer's steps, and checkpoints store the settings. ``handle.detach()`` restores the trainer.
 
     Raises:
-        AttachError: where the gradient would not be exact: ``nn.DataParallel``, tensor or context parallelism, trainers
-            that run the model twice for one loss (DPO, GRPO).
+        AttachError: the gradient would not be exact: ``nn.DataParallel``, tensor or context parallelism, trainers that
+            run the model twice for one loss (DPO, GRPO).
 
-    Exact for any number of sequences per micro-batch and rank, packed ones included (a document counts as a sequence),
+    Exact for any number of sequences per micro-batch and rank, for packed sequences (a document counts as a sequence),
     for ``average_tokens_across_devices`` on or off, label smoothing and ``compute_loss_func``. A run that
-    ``auto_find_batch_size`` starts again counts from its own first step.
+    ``auto_find_batch_size`` restarts counts from its own first step.
     """
     _refuse(trainer)
     return _TrainerHandle(trainer, attach(trainer.model, *arguments, **keywords)).handle
 
 
 class _TrainerHandle:
-    """Ties one handle to one trainer: wraps three methods of this instance, and takes the wraps off again."""
+    """Connects one handle to one trainer: wraps three methods of this instance, and unwraps them again."""
 
     def __init__(self, trainer: Any, handle: DispersionHandle) -> None:
         self.trainer, self.handle = trainer, handle
@@ -60,6 +61,7 @@ class _TrainerHandle:
         self.sequences: Tensor | None = None  # of the whole optimizer step, over all ranks
         self.expected = self.seen = torch.zeros(())
         self.plain = PlainLoss(trainer.args.device)
+        self.reduce = partial(_sum_over_ranks, device=trainer.args.device)
         self.run: Any = None  # the state object of the run: the Trainer makes a new one at each start
         self.logged_step = 0
         self.callback = DispersionState(handle)
@@ -89,7 +91,7 @@ class _TrainerHandle:
         self.handle.set_progress(state.global_step, max(state.max_steps, 1))
 
     def restart(self) -> None:
-        """A run begins: the first one, or another attempt after the last one ran out of memory."""
+        """Reset for a new run: the first one, or another attempt after running out of memory."""
         self.run = self.trainer.state
         self.logged_step = self.run.global_step
         self.expected, self.seen = torch.zeros_like(self.expected), torch.zeros_like(self.seen)
@@ -97,7 +99,7 @@ class _TrainerHandle:
         self.handle.restart()
 
     def count_step(self, *arguments: Any, **keywords: Any) -> Any:
-        """The trainer has fetched all micro-batches of one optimizer step: count their sequences, over all ranks."""
+        """Count the sequences of an optimizer step over all ranks, once the trainer has its micro-batches."""
         batches, items = self.get_batch_samples(*arguments, **keywords)
         self.sequences = None
         if self.run is not self.trainer.state:
@@ -140,10 +142,10 @@ class _TrainerHandle:
         total, count = taken
         if handle.config.loss.pairs == "all":  # a random subset may hold no pair of a short sequence: that adds 0
             self.seen = self.seen.to(count.device) + count
-        # the factors undo what comes later: the mean over ranks of the gradients, the division of an unscaled loss
+        # the factors undo later steps: the mean of the gradients over ranks, the division of an unscaled loss
         if self.sequences is not None:
             share = total / self.sequences.clamp(min=1).to(total.dtype) * (_world_size() * divided_later)
-        else:  # training_step called by hand: one micro-batch is all that is known
+        else:  # training_step called directly: only one micro-batch is known
             share = total / count.clamp(min=1) * (divided_later / steps)
         extra = handle.weighted(share)
         handle.measure_gradient_ratio(loss, extra)
@@ -151,7 +153,7 @@ class _TrainerHandle:
         return (loss, result[1]) if return_outputs else loss
 
     def is_scaled(self, num_items_in_batch: Any) -> bool:
-        """Whether ``training_step`` takes the loss for divided already: transformers' own rule."""
+        """Whether ``training_step`` treats the loss as already divided: the rule of transformers."""
         trainer = self.trainer
         declared = getattr(trainer, "loss_is_scaled_for_ga", None)
         if declared is not None:
@@ -162,15 +164,10 @@ class _TrainerHandle:
     def add_to_log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> Any:
         if "loss" in logs:
             self.check_counts()
-            logs = {**logs, **self.handle.pop(self.reduce), **self.cross_entropy()}
+            steps = self.trainer.state.global_step - self.logged_step
+            self.logged_step += steps
+            logs = {**logs, **self.handle.pop(self.reduce), **_cross_entropy(self.plain, steps, self.reduce)}
         return self.log(logs, *arguments, **keywords)
-
-    def cross_entropy(self) -> dict[str, float]:
-        """The mean over steps and ranks of the sum over micro-batches, as transformers makes ``loss``."""
-        total, _ = self.plain.pop(self.reduce)
-        step = self.trainer.state.global_step
-        steps, self.logged_step = step - self.logged_step, step
-        return {"cross_entropy": total / (_world_size() * steps)} if steps > 0 else {}
 
     def check_counts(self) -> None:
         seen, expected = float(self.seen), float(self.expected)
@@ -181,19 +178,11 @@ class _TrainerHandle:
                 "changes its batches between fetching and the forward, so the mean over sequences would be wrong."
             )
 
-    def reduce(self, values: Tensor) -> Tensor:
-        """Sum over ranks."""
-        if _world_size() == 1:
-            return values
-        values = values.to(self.trainer.args.device)
-        torch.distributed.all_reduce(values)
-        return values
-
 
 class DispersionState(TrainerCallback, ExportableState):
-    """Keeps the settings of the loss in the trainer's checkpoints, and notices a resume with other settings.
+    """Stores the settings of the loss in the trainer's checkpoints, and warns when a run resumes with other settings.
 
-    The schedule itself needs no state: it follows the trainer's step, which the Trainer restores.
+    The schedule needs no state: it follows the trainer's step, which the Trainer restores.
     """
 
     def __init__(self, handle: DispersionHandle | None = None) -> None:
@@ -201,11 +190,11 @@ class DispersionState(TrainerCallback, ExportableState):
         self.saved: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
-        """The state in the form of transformers' exportable callbacks."""
+        """The state in the format of transformers' exportable callbacks."""
         return {"args": {}, "attributes": {"saved": None if self.handle is None else self.handle.state_dict()}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **keywords: Any) -> None:
-        """Compare with what a checkpoint says."""
+        """Compare with the settings of a checkpoint."""
         if self.handle is None and model is not None:  # rebuilt by the Trainer from the checkpoint
             self.handle = attached(model)
         stored = state.stateful_callbacks.get(type(self).__name__) or {}
@@ -223,11 +212,11 @@ class DispersionState(TrainerCallback, ExportableState):
 
 
 class DispersionCallback(TrainerCallback):
-    """For launchers that take callbacks and hide the trainer (LLaMA-Factory). Attaches when training begins.
+    """For launchers that accept callbacks but hide the trainer (LLaMA-Factory). Attaches when training begins.
 
-    Takes the arguments of :func:`decondense.attach`. The loss is added inside the model, where the sequences of the
-    other micro-batches are not seen: exact if all micro-batches have the same number of sequences. With access to the
-    trainer, prefer :func:`attach_trainer`, which is exact without this condition.
+    Takes the arguments of :func:`decondense.attach`. The loss is added inside the model, which does not see the other
+    micro-batches: exact if all micro-batches have the same number of sequences. With access to the trainer, prefer
+    :func:`attach_trainer`, which is exact without this condition.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -238,7 +227,7 @@ class DispersionCallback(TrainerCallback):
         self._micro_batches = self._ranks = 1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **keywords: Any) -> None:
-        """Attach to the model that is trained; on another attempt after running out of memory, start counting anew."""
+        """Attach to the trained model; on another attempt after running out of memory, reset the counts."""
         if getattr(args, "n_gpu", 1) > 1:
             raise AttachError("nn.DataParallel is not supported; start with torchrun or accelerate launch.")
         if getattr(args, "label_smoothing_factor", 0):
@@ -256,12 +245,12 @@ class DispersionCallback(TrainerCallback):
         )
 
     def _keep(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
-        """With what the Trainer does to a loss afterwards: multiply a divided one by the ranks, divide the others."""
+        """Scale as the Trainer later does: a divided loss is multiplied by the ranks, any other is divided."""
         scaled = inputs.get("num_items_in_batch") is not None
         self.plain.add(loss, self._ranks if scaled else 1 / self._micro_batches)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
-        """Move the weight schedule and say how many micro-batches this step has."""
+        """Move the weight schedule and set the number of micro-batches of this step."""
         if self.handle is None:
             return
         self.handle.set_progress(state.global_step, max(state.max_steps, 1))
@@ -269,7 +258,7 @@ class DispersionCallback(TrainerCallback):
         loader = keywords.get("train_dataloader")
         if loader is not None and hasattr(loader, "__len__"):
             steps_of_epoch = -(-len(loader) // micro_batches)
-            # the last step takes what is left of the epoch
+            # the last step takes the remainder of the epoch
             if state.global_step % steps_of_epoch == steps_of_epoch - 1:
                 micro_batches = len(loader) % micro_batches or micro_batches
         # with this setting the Trainer multiplies the whole loss by the number of ranks
@@ -278,14 +267,11 @@ class DispersionCallback(TrainerCallback):
         self.handle.micro_batches = micro_batches * ranks
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **keywords: Any) -> None:
-        """Add the values to the log. Callbacks that ran before this one have not seen them; the history has."""
+        """Add the values to the log and its history. Callbacks that ran before this one do not see them."""
         if self.handle is not None and logs is not None and "loss" in logs:
-            reduce = _sum_over_ranks(args.device)
-            values = self.handle.pop(reduce)
-            total, _ = self.plain.pop(reduce)
+            reduce = partial(_sum_over_ranks, device=args.device)
             steps, self._logged_step = state.global_step - self._logged_step, state.global_step
-            if steps > 0:
-                values["cross_entropy"] = total / (_world_size() * steps)
+            values = {**self.handle.pop(reduce), **_cross_entropy(self.plain, steps, reduce)}
             logs.update(values)
             if state.log_history:
                 state.log_history[-1].update(values)
@@ -296,16 +282,18 @@ class DispersionCallback(TrainerCallback):
             self.handle.detach()
 
 
-def _sum_over_ranks(device: torch.device) -> Callable[[Tensor], Tensor] | None:
+def _sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
     if _world_size() == 1:
-        return None
-
-    def reduce(values: Tensor) -> Tensor:
-        values = values.to(device)
-        torch.distributed.all_reduce(values)
         return values
+    values = values.to(device)
+    torch.distributed.all_reduce(values)
+    return values
 
-    return reduce
+
+def _cross_entropy(plain: PlainLoss, steps: int, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """The mean over steps and ranks of the sum over micro-batches, as transformers computes ``loss``."""
+    total, _ = plain.pop(reduce)
+    return {"cross_entropy": total / (_world_size() * steps)} if steps > 0 else {}
 
 
 def _refuse(trainer: Any) -> None:

@@ -42,7 +42,7 @@ class DispersionCallback(Callback):  # type: ignore[misc]
         self._logged = 0
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Attach; a resumed run goes on with the state of the checkpoint."""
+        """Attach; a resumed run restores the state of the checkpoint."""
         names = dict(pl_module.named_modules())
         if self.module not in names:
             top = ", ".join(name for name in names if name and "." not in name)
@@ -55,7 +55,7 @@ class DispersionCallback(Callback):  # type: ignore[misc]
         self.handle = keep_plain_loss(
             unwrap(model), lambda: attach(model, *self.arguments, **self.keywords), KeepPlainLoss(self._keep)
         )
-        self.handle.set_progress(0, 1)  # for what runs the model before training begins, such as BatchSizeFinder
+        self.handle.set_progress(0, 1)  # for forwards before training begins, such as those of BatchSizeFinder
         if self._restored is not None:
             self.handle.load_state_dict(self._restored)
 
@@ -63,7 +63,7 @@ class DispersionCallback(Callback):  # type: ignore[misc]
         self.plain.add(loss)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Count from here."""
+        """Start counting at the current step."""
         self._logged = _steps_done(trainer, pl_module)
         if self.handle is not None:
             self.plain.reset()
@@ -86,8 +86,8 @@ class DispersionCallback(Callback):  # type: ignore[misc]
         if self.handle is not None and every and step != self._logged and step % every == 0:
             self._logged = step
             total, count = self.plain.pop()
-            own = {"cross_entropy": total / count} if count else {}
-            pl_module.log_dict({**own, **self.handle.pop()}, on_step=True, on_epoch=False)
+            values = {"cross_entropy": total / count} if count else {}
+            pl_module.log_dict({**values, **self.handle.pop()}, on_step=True, on_epoch=False)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach."""
@@ -108,16 +108,16 @@ class DispersionCallback(Callback):  # type: ignore[misc]
 
 
 def _steps_done(trainer: Any, pl_module: Any) -> int:
-    """In what Lightning's ``log_every_n_steps`` counts: optimizer steps, or batches with manual optimization."""
+    """Steps done, in the unit of Lightning's ``log_every_n_steps``: optimizer steps, or batches if manual."""
     return int(trainer.global_step if pl_module.automatic_optimization else trainer.fit_loop.total_batch_idx + 1)
 
 
 def _step(trainer: Any, pl_module: Any) -> tuple[int, int | None]:
-    """The step that comes next, from 0, and the number of steps of the training (None: without end)."""
+    """The next step, from 0, and the number of steps of the training (None: unlimited)."""
     if pl_module.automatic_optimization:
         total = trainer.estimated_stepping_batches
         return trainer.global_step, None if total in (-1, math.inf) else int(total)
-    # global_step and max_steps count the steps of every optimizer then, epochs count batches: all in batches here
+    # with manual optimization global_step and max_steps count the steps of every optimizer; convert to batches
     batch = max(trainer.fit_loop.total_batch_idx, 0)
     ends: list[float] = []
     if trainer.max_epochs not in (None, -1):

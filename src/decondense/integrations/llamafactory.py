@@ -25,7 +25,7 @@ def dispersion_callback(settings: dict[str, Any] | None = None, **keywords: Any)
 
 
 def main(arguments: list[str]) -> None:
-    """Run LLaMA-Factory's training with the ``dispersion`` section of the YAML file taken out and obeyed."""
+    """Run LLaMA-Factory's training, and attach the loss of the YAML file's ``dispersion`` section."""
     if len(arguments) != 1:
         raise ConfigError("usage: python -m decondense.integrations.llamafactory CONFIG.yaml")
     config = yaml.safe_load(Path(arguments[0]).read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from decondense.attaching import DispersionHandle
 
 
 class PlainLoss:
-    """Running sum of losses since the last log; what the sum is divided by is the trainer's business."""
+    """Running sum of losses since the last log; the caller chooses the divisor."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         device = torch.device(device)
@@ -48,7 +48,7 @@ class KeepPlainLoss:
         self.add = add
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Pass the one differentiable scalar of the output on; a model that returns none is left to ``attach``."""
+        """Pass the one differentiable scalar of the output to ``add``; :func:`attach` refuses a model without one."""
         if not module.training or not torch.is_grad_enabled():
             return
         if isinstance(output, dict):
@@ -62,11 +62,11 @@ class KeepPlainLoss:
 
 def keep_plain_loss(root: nn.Module, attach: Callable[[], DispersionHandle], hook: KeepPlainLoss) -> DispersionHandle:
     """Attach with ``hook`` in front; detaching the handle removes both."""
-    kept = root.register_forward_hook(hook, with_kwargs=True)
+    registered = root.register_forward_hook(hook, with_kwargs=True)
     try:
         handle = attach()
     except BaseException:
-        kept.remove()
+        registered.remove()
         raise
-    handle.on_detach(kept.remove)
+    handle.on_detach(registered.remove)
     return handle

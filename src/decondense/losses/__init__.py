@@ -9,10 +9,10 @@ r"""Dispersion objectives: one function, one module, every form (:data:`FORMS`).
 Shape suffixes: ``B`` sequences, ``T`` tokens, ``D`` features; ``U`` segments, that is sequences, or the documents of
 packed sequences.
 
-Every loss is a mean over the segments that have at least two real tokens; :func:`sum_and_count` returns the two halves
-of that mean for whoever has to divide by a global count. Only ``z_BTD`` is differentiated, once (``impl="reference"``:
-any number of times); its gradient has the dtype of ``z_BTD``. All statistics are float32 (float64 for float64 input)
-whatever comes in, inside autocast too.
+Every loss is a mean over the segments that have at least two real tokens; :func:`sum_and_count` returns numerator and
+denominator of that mean, for a division by a global count. Only ``z_BTD`` is differentiated, once
+(``impl="reference"``: any number of times); its gradient has the dtype of ``z_BTD``. All statistics are float32
+(float64 for float64 input), inside autocast too.
 """
 
 from decondense.forms import COMPAT, FORMS, FormInfo

@@ -27,8 +27,6 @@ from decondense.losses.pair_forms import PairForm
 from decondense.losses.pair_mask import PairMask, differentiated_once
 from decondense.losses.vectors import Chunk, assemble_gradient, chunks, products
 
-__all__ = ["pair_sums", "scale_gradient", "sweep"]
-
 
 def _overlap(label_RN: Tensor, tile: int) -> list[list[bool]]:
     """Whether any row's label ranges of two blocks of tokens overlap (CPU only: it looks at values)."""
@@ -48,16 +46,15 @@ def sweep(
     rows, n, width = z_RND.shape
     dtype, device = statistics_dtype(z_RND.dtype), z_RND.device
     sums_RN = torch.zeros(rows, n, dtype=dtype, device=device)
-    # half precision has too little range for a gradient that a loss scale has not multiplied yet
-    kept = torch.bfloat16 if z_RND.dtype == torch.bfloat16 else dtype
-    gradient = torch.empty(rows, n, width, dtype=kept, device=device) if want_gradient else None
+    saved = vectors.gradient_dtype(z_RND.dtype)
+    gradient = torch.empty(rows, n, width, dtype=saved, device=device) if want_gradient else None
     factor_RN = None
     if want_gradient and form.space == "sphere":
         factor_RN = torch.empty(rows, n, dtype=dtype, device=device)
     for chunk in chunks(z_RND, valid_RN, label_RN, form):
         G = None
         if gradient is not None:
-            G = gradient[chunk.rows] if kept == dtype else torch.empty(chunk.p.x.shape, dtype=dtype, device=device)
+            G = gradient[chunk.rows] if saved == dtype else torch.empty(chunk.p.x.shape, dtype=dtype, device=device)
         weight_sum = sums_RN[chunk.rows]
         if G is not None and not form.proportional:
             weight_sum = torch.zeros_like(weight_sum)
@@ -67,7 +64,7 @@ def sweep(
             assemble_gradient(G, chunk.p, form, weight_sum, gap_sum)
             if factor_RN is not None and chunk.p.factor is not None:
                 factor_RN[chunk.rows] = chunk.p.factor
-            if kept != dtype:
+            if saved != dtype:
                 gradient[chunk.rows] = G
     return sums_RN, gradient, factor_RN
 
@@ -109,7 +106,7 @@ def _sweep_chunk(
                 _accumulate(weight_sum, E, real, i, j)
         if form.space == "sphere":
             _accumulate(gap_sum, S.mul_(E), real, i, j)
-        # tiles come row by row: the first row touches every block for the first time, so nothing has to be zeroed
+        # tiles come row by row: the first row writes every block for the first time, so no zeroing is needed
         fresh = i.start == 0 and overlap is None
         G[:, i].baddbmm_(E, x[:, j], beta=0 if fresh and not above else 1)
         if above:
@@ -119,21 +116,16 @@ def _sweep_chunk(
 def _accumulate(sums: Tensor, E: Tensor, real: Tensor | None, i: slice, j: slice) -> None:
     """Add a tile's sums over partners to its tokens' and, above the diagonal, over tokens to its partners'."""
     above = i.start != j.start
-    if real is None:
-        sums[:, i] += E.sum(dim=2)
-        if above:
-            sums[:, j] += E.sum(dim=1)
-    else:
-        sums[:, i] += torch.bmm(E, real[:, j]).squeeze(2)
-        if above:
-            sums[:, j] += torch.bmm(E.mT, real[:, i]).squeeze(2)
+    sums[:, i] += E.sum(dim=2) if real is None else torch.bmm(E, real[:, j]).squeeze(2)
+    if above:
+        sums[:, j] += E.sum(dim=1) if real is None else torch.bmm(E.mT, real[:, i]).squeeze(2)
 
 
 class _PairSums(torch.autograd.Function):
     """Sums over pairs per token, differentiated once.
 
-    The backward formula holds for an incoming gradient that is the same for all tokens of a segment, which is what
-    comes back through the sum over a segment.
+    The backward formula holds for an incoming gradient that is the same for all tokens of a segment, as it is after the
+    sum over a segment.
     """
 
     @staticmethod
@@ -150,7 +142,7 @@ class _PairSums(torch.autograd.Function):
         gradient, factor_RN = ctx.made
         ctx.made = (None, None)
         if gradient is None:
-            # recompute mode, or a second backward through a retained graph: the first one used the buffer up
+            # recompute mode, or a second backward through a retained graph: the first one consumed the buffer
             _, gradient, factor_RN = sweep(z_RND, ctx.pairs.valid_RN, ctx.pairs.label_RN, ctx.form, True)
         assert gradient is not None
         return scale_gradient(gradient, grad_output_RN, factor_RN, ctx.pairs.valid_RN, z_RND.dtype), None, None, None

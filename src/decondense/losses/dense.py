@@ -1,4 +1,4 @@
-"""What the definitions of the forms are written with: dense matrices and plain autograd, never optimised.
+"""Building blocks of the definitions of the forms: dense matrices and plain autograd, never optimised.
 
 Shape suffixes: ``U`` segments, ``N`` tokens of a segment, ``D`` features. ``z_UND`` are the hidden states,
 ``pairs_UNN`` the ordered pairs that count (bool), ``valid_UN`` the real tokens (bool).
@@ -14,17 +14,6 @@ from torch import Tensor
 from decondense.config import LossConfig
 from decondense.geometry import unit
 from decondense.losses.pair_forms import compat_epsilon, shrink
-
-__all__ = [
-    "angle",
-    "centred",
-    "correlation",
-    "cosine",
-    "log_mean_exp",
-    "mean",
-    "off_diagonal_square",
-    "square_distance",
-]
 
 
 def mean(values_UNN: Tensor, pairs_UNN: Tensor) -> Tensor:
@@ -55,9 +44,7 @@ def angle(z_UND: Tensor, pairs_UNN: Tensor, s: LossConfig) -> Tensor:
 
 def square_distance(z_UND: Tensor, valid_UN: Tensor) -> Tensor:
     """|z_i - z_j|^2; around the mean of the segment, where less cancels."""
-    n = valid_UN.sum(dim=1).clamp(min=1)[:, None, None]
-    x = torch.where(valid_UN.unsqueeze(-1), z_UND, 0.0)
-    x = torch.where(valid_UN.unsqueeze(-1), x - x.sum(dim=1, keepdim=True) / n, 0.0)
+    x, _ = centred(z_UND, valid_UN)
     q = x.square().sum(dim=-1)
     return (q.unsqueeze(2) + q.unsqueeze(1) - 2 * (x @ x.mT)).clamp(min=0)
 

@@ -1,4 +1,4 @@
-"""Which implementation computes a loss, and the call of it."""
+"""Chooses the implementation that computes a loss, and calls it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from decondense.losses.forms import form_of
 from decondense.losses.online import log_sums
 from decondense.losses.pair_forms import loss_from_sums, needs_maximum
 from decondense.losses.pair_mask import PairMask
-
-__all__ = ["choose", "kernels_agree", "per_segment"]
 
 
 def choose(s: LossConfig, z: Tensor) -> str:
@@ -50,11 +48,11 @@ def _triton_installed() -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def kernels_agree(device: str, dtype: torch.dtype) -> bool:
-    """Whether the compiled kernels give the tiled engine's value and gradient on this device: tried once for each.
+    """Whether the compiled kernels give the tiled engine's value and gradient; tested once per device and dtype.
 
-    Kernels are compiled on the user's machine, by whatever triton and driver it has, so ``impl="auto"`` tries them on
-    a small input before it trusts them. No random number is drawn, and the caller's modes (no gradients, inference,
-    autocast) do not matter.
+    Kernels are compiled on the user's machine with its versions of triton and the driver, so ``impl="auto"`` tests
+    them on a small input first. No random number is drawn, and the caller's modes (no gradients, inference, autocast)
+    have no effect.
     """
     return _kernels_agree_once(device, dtype)
 
@@ -80,7 +78,7 @@ def _kernels_agree_once(device: str, dtype: torch.dtype) -> bool:
         (value, gradient), (expected, exact) = results["fused"], results["chunked"]
         agree = bool((value - expected).abs() < 1e-3) and bool((gradient - exact).norm() < 3e-2 * exact.norm())
         reason = "they do not agree with the tiled engine"
-    except Exception as error:  # whatever a compiler, a driver or a kernel can raise
+    except Exception as error:  # a compiler, a driver or a kernel can raise anything
         agree, reason = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if not agree:
         warnings.warn(
@@ -97,14 +95,14 @@ def per_segment(
 ) -> Tensor:
     """Loss of each segment by an implementation, ``[U]``; 0 for segments without a pair."""
     form = form_of(s)
-    drawn = None
+    drawn: tuple[Tensor, ...] = ()
     if form.draw is not None:
         assert generator is not None
-        drawn = form.draw(z_RND.shape[-1], s, generator, z_RND)
+        drawn = (form.draw(z_RND.shape[-1], s, generator, z_RND),)
     if engine == "reference":
-        return reference.per_segment(z_RND, pairs, s, drawn)
+        return reference.per_segment(z_RND, pairs, s, *drawn)
     if form.per_segment is not None:
-        return form.per_segment(z_RND, pairs, s, drawn)
+        return form.per_segment(z_RND, pairs, s, *drawn)
     assert form.pair_form is not None, s.form
     pair = form.pair_form(s)
     if needs_maximum(pair, pairs.pairs_U.dtype):

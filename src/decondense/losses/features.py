@@ -1,4 +1,4 @@
-r"""For the forms that need no pairs: centred features, and norms of Gram matrices by the smaller side.
+r"""Tools of the forms without pairs: centred features, and norms of Gram matrices by the smaller side.
 
 :math:`\|X^\top X\|_F^2 = \|X X^\top\|_F^2`, features against features (D x D) when there are more tokens than
 features, else tokens against tokens in tiles; packed documents always in tiles.
@@ -17,13 +17,10 @@ from decondense.losses.chunked import pair_sums
 from decondense.losses.pair_forms import SQUARE
 from decondense.losses.pair_mask import PairMask, differentiated_once
 
-__all__ = ["centred", "correlation_square", "gram_square", "off_diagonal", "or_zero", "real_tokens", "safe_count"]
-
 
 def real_tokens(z_RND: Tensor, pairs: PairMask) -> Tensor:
     """The states in the dtype of the statistics, zero where not real."""
-    x = z_RND.to(pairs.pairs_U.dtype)
-    return x if pairs.valid_RN is None else torch.where(pairs.valid_RN.unsqueeze(-1), x, 0.0)
+    return pairs.real(z_RND.to(pairs.pairs_U.dtype))
 
 
 def safe_count(pairs: PairMask) -> Tensor:
@@ -68,21 +65,20 @@ def gram_square(x_RND: Tensor, pairs: PairMask) -> Tensor:
 
 def centred(x_RND: Tensor, pairs: PairMask) -> Tensor:
     """Tokens minus the mean of their segment; zero where not real."""
-    mean_UD = pairs.features_to_segments(x_RND) / pairs.tokens_U.clamp(min=1).unsqueeze(1)
-    x = x_RND - pairs.to_tokens(mean_UD)
-    return x if pairs.valid_RN is None else torch.where(pairs.valid_RN.unsqueeze(-1), x, 0.0)
+    mean_UD = pairs.to_segments(x_RND) / pairs.tokens_U.clamp(min=1).unsqueeze(1)
+    return pairs.real(x_RND - pairs.to_tokens(mean_UD))
 
 
 def off_diagonal(x_RND: Tensor, pairs: PairMask) -> Tensor:
     """Sum over a != b of the squared elements of X'X of each segment, ``[U]``."""
-    diagonal_UD = pairs.features_to_segments(x_RND.square())
+    diagonal_UD = pairs.to_segments(x_RND.square())
     return gram_square(x_RND, pairs) - diagonal_UD.square().sum(dim=1)
 
 
 def correlation_square(x_RND: Tensor, pairs: PairMask) -> Tensor:
     """Sum over a != b of the squared correlations of the features of each segment, ``[U]``."""
     x = centred(x_RND, pairs)
-    square_UD = pairs.features_to_segments(x.square())
+    square_UD = pairs.to_segments(x.square())
     varies = square_UD > 0
     inverse_UD = torch.where(varies, torch.where(varies, square_UD, 1.0).rsqrt(), 0.0)
     return off_diagonal(x * pairs.to_tokens(inverse_UD), pairs)

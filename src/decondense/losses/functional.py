@@ -1,4 +1,4 @@
-"""The loss as functions of hidden states: :func:`dispersion_loss`, and its two halves, :func:`sum_and_count`."""
+"""The loss as functions of hidden states: :func:`dispersion_loss` and :func:`sum_and_count`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from decondense.losses.pair_mask import PairMask, gather_rows
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["configured_sum_and_count", "dispersion_loss", "show_options", "sum_and_count"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def show_options(function: F, options: type[Any]) -> F:
-    """Have ``help()`` and notebooks list the keywords of ``**options``, with the types and defaults of LossConfig.
+    """List the keywords of ``**options`` in ``help()``, with types and defaults of :class:`LossConfig`.
 
     Type checkers and editors read ``Unpack[...]`` themselves.
     """
@@ -44,7 +42,7 @@ def show_options(function: F, options: type[Any]) -> F:
 def _configure(options: Mapping[str, Any], where: str) -> LossConfig:
     if "seed" in options:
         raise ValueError(
-            f"{where} keeps no state that a seed could start: pass generator=, or use DispersionLoss(seed=...)."
+            f"{where} has no state that a seed could initialise: pass generator=, or use DispersionLoss(seed=...)."
         )
     return LossConfig.parse(dict(options), where=where)
 
@@ -59,7 +57,7 @@ def sum_and_count(
 ) -> tuple[Tensor, Tensor]:
     """Sum of the segment losses and number of segments with at least two real tokens: two 0-dim tensors.
 
-    For whoever divides by a count over micro-batches or ranks; arguments as of :func:`dispersion_loss`.
+    For a division by a count over micro-batches or ranks; arguments as of :func:`dispersion_loss`.
     """
     s = _configure(options, "sum_and_count()")
     return configured_sum_and_count(s, z_BTD, mask_BT, segments_BT, generator)
@@ -87,7 +85,7 @@ def dispersion_loss(
 
     Args:
         z_BTD: hidden states ``[B, T, D]``, floating point, D at least 2. The only argument that is differentiated.
-        mask_BT: true (or 1) for real tokens; the rest has no part in value or gradient, whatever it holds.
+        mask_BT: true (or 1) for real tokens; other tokens never change value or gradient, even if NaN.
         segments_BT: integer number of the document of each token of a packed sequence. Pairs stay within a document,
             and a document counts as a sequence does.
         generator: source of all random choices (groups, subsets, directions). The global generator is never used.
@@ -115,9 +113,9 @@ def configured_sum_and_count(
     """:func:`sum_and_count` of validated options."""
     _check_input(z, mask, segments)
     if s.draws and generator is None:
-        what = f"pairs={s.pairs!r}" if s.pairs != "all" else f"form {s.form!r}"
+        source = f"pairs={s.pairs!r}" if s.pairs != "all" else f"form {s.form!r}"
         raise ValueError(
-            f"{what} draws at random and never from the global generator: pass generator=torch.Generator(), "
+            f"{source} draws random numbers, never from the global generator: pass generator=torch.Generator(), "
             "or use DispersionLoss, which has its own."
         )
     chosen = engine.choose(s, z)

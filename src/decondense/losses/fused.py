@@ -42,8 +42,6 @@ from decondense.geometry import ZERO_NORM
 from decondense.losses import vectors
 from decondense.losses.pair_forms import PairForm
 
-__all__ = ["available", "sweep"]
-
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _PI = tl.constexpr(math.pi)
@@ -128,19 +126,9 @@ def _norms(
 
 @triton.jit
 def _operand(
-    z_p,
-    valid_p,
-    inverse_p,
-    mean_p,
-    out_p,
-    square_p,
-    N,
-    D,
-    HAS_VALID: tl.constexpr,
-    TF32: tl.constexpr,
-    BM: tl.constexpr,
-    BD: tl.constexpr,
-):
+    z_p, valid_p, inverse_p, mean_p, out_p, square_p, N, D,
+    HAS_VALID: tl.constexpr, TF32: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """d = z/|z| - mean in the operand's dtype (0 where not real), and |d|^2 of what was stored."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -183,29 +171,10 @@ def _arccos(one_minus, x):
 
 @triton.jit
 def _weights(
-    s_p,
-    w_p,
-    valid_p,
-    label_p,
-    inverse_p,
-    square_p,
-    sum_p,
-    weight_sum_p,
-    gap_sum_p,
-    N,
-    rate,
-    kappa,
-    floor,
-    margin,
-    KIND: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    HAS_LABEL: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    TF32: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
+    s_p, w_p, valid_p, label_p, inverse_p, square_p, sum_p, weight_sum_p, gap_sum_p, N, rate, kappa, floor, margin,
+    KIND: tl.constexpr, DIAGONAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_LABEL: tl.constexpr,
+    GRADIENT: tl.constexpr, TF32: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """For BM tokens against all of their row: f summed per token, W = f'/slope stored and summed per token."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -343,11 +312,10 @@ def sweep(
     rows, n, width = z_RND.shape
     device = z_RND.device
     operand = torch.float32 if z_RND.dtype == torch.float32 else torch.bfloat16
-    # half precision has too little range for a gradient that a loss scale has not multiplied yet
-    kept = torch.bfloat16 if z_RND.dtype == torch.bfloat16 else torch.float32
     new = {"dtype": torch.float32, "device": device}
     sums_RN, inverse_RN = torch.empty(rows, n, **new), torch.empty(rows, n, **new)  # type: ignore[call-overload]
-    gradient = torch.empty(rows, n, width, dtype=kept, device=device) if want_gradient else None
+    saved = vectors.gradient_dtype(z_RND.dtype)
+    gradient = torch.empty(rows, n, width, dtype=saved, device=device) if want_gradient else None
     valid = None if valid_RN is None else valid_RN.to(torch.uint8).contiguous()
     label = None if label_RN is None else label_RN.to(torch.int32).contiguous()
     narrow = operand == torch.float32 and vectors.rounds_products(z_RND)
@@ -380,29 +348,11 @@ def sweep(
         W = S if operand == torch.float32 else torch.empty(S.shape, dtype=operand, device=device)
         weight_sum, gap_sum = torch.empty(2, count, n, **new)  # type: ignore[call-overload]
         _weights[grid](
-            S,
-            W,
-            v,
-            q,
-            inverse,
-            square,
-            sums,
-            weight_sum,
-            gap_sum,
-            n,
-            kernel.rate,
-            kernel.kappa,
-            floor,
-            kernel.margin,
-            KIND=_FUNCTIONS[kernel.function],
-            DIAGONAL=form.diagonal,
-            HAS_VALID=has_valid,
-            HAS_LABEL=has_label,
-            GRADIENT=want_gradient,
-            TF32=narrow,
-            BM=block_m,
-            BN=min(128, triton.next_power_of_2(n)),
-        )
+            S, W, v, q, inverse, square, sums, weight_sum, gap_sum,
+            n, kernel.rate, kernel.kappa, floor, kernel.margin,
+            KIND=_FUNCTIONS[kernel.function], DIAGONAL=form.diagonal, HAS_VALID=has_valid, HAS_LABEL=has_label,
+            GRADIENT=want_gradient, TF32=narrow, BM=block_m, BN=min(128, triton.next_power_of_2(n)),
+        )  # fmt: skip
         if gradient is not None:
             A = _product(W, x)
             _tangent[grid](

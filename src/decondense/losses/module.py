@@ -14,8 +14,6 @@ from decondense.seeding import generator as named_generator
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["DispersionLoss"]
-
 
 class DispersionLoss(nn.Module):
     """:func:`dispersion_loss` as a module without parameters: ``loss = DispersionLoss(tau=0.3); loss(z_BTD, mask_BT)``.

@@ -20,23 +20,14 @@ from decondense.losses.pair_forms import PairForm
 from decondense.losses.pair_mask import PairMask, differentiated_once
 from decondense.losses.vectors import Chunk, assemble_gradient, chunks, products
 
-__all__ = ["log_sums"]
-
 
 def _masked_logits(chunk: Chunk, form: PairForm, i: slice, j: slice, S: Tensor, E: Tensor) -> None:
     """Exponents of a tile into E, -inf for pairs that do not count; S keeps the products."""
     products(chunk.p, i, j, form, S)
     form.logit(S, E)
-    if i.start == j.start:
-        diagonal = E.diagonal(dim1=1, dim2=2)
-        if not form.diagonal:
-            diagonal.fill_(-math.inf)
-        elif form.space == "euclid":
-            diagonal.zero_()
-    if chunk.valid is not None:
-        E.masked_fill_(~chunk.valid[:, j].unsqueeze(1), -math.inf)
-    if chunk.label is not None:
-        E.masked_fill_(chunk.label[:, i].unsqueeze(2) != chunk.label[:, j].unsqueeze(1), -math.inf)
+    if form.diagonal and form.space == "euclid" and i.start == j.start:
+        E.diagonal(dim1=1, dim2=2).zero_()
+    chunk.exclude(E, i, j, diagonal=not form.diagonal)
 
 
 def _sweep(
@@ -82,7 +73,7 @@ def _sweep_chunk(chunk: Chunk, form: PairForm, G: Tensor | None) -> Tensor:
             G[:, i].mul_(fade.unsqueeze(2)).baddbmm_(E, x[:, j])
     if G is not None:
         assemble_gradient(G, chunk.p, form, weight_sum, gap_sum)
-        # relative to the token's own sum: all factors stay moderate however far the tokens are apart
+        # relative to the token's own sum: no factor underflows, however far apart the tokens are
         G.div_(torch.where(total > 0, total, 1.0).unsqueeze(2))
     return torch.where(total > 0, top + total.log(), -math.inf)
 

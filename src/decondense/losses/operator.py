@@ -1,8 +1,8 @@
 """The sweep over pairs as one operator of torch: opaque to ``torch.compile``, with shapes and a derivative of its own.
 
-Inside ``torch.compile(fullgraph=True)`` the tiles must not be traced; the operator carries either engine, the chunked
-one or the Triton one, past the tracer. The number that it differentiates is a sum per token; the incoming gradient
-must be the same for all tokens of a segment, which it is behind a sum over the segment.
+Inside ``torch.compile(fullgraph=True)`` the tiles must not be traced; the operator hides either engine, the chunked or
+the Triton one, from the tracer. It returns a sum per token; the incoming gradient must be the same for all tokens of a
+segment, as it is after the sum over a segment.
 
 ``options`` are the values of the options that the form uses, in the order of :attr:`decondense.forms.FormInfo.uses`.
 """
@@ -21,8 +21,7 @@ from decondense.losses import chunked
 from decondense.losses.forms import FORMS, form_of
 from decondense.losses.pair_forms import PairForm
 from decondense.losses.pair_mask import DOUBLE_BACKWARD, PairMask
-
-__all__ = ["pair_sums"]
+from decondense.losses.vectors import gradient_dtype
 
 
 @torch.library.custom_op(
@@ -50,8 +49,7 @@ def _pair_sums(
         sums, gradient, factor = chunked.sweep(z, valid, label, pair, want_gradient)
         if factor is None and want_gradient:
             factor = torch.ones_like(sums)
-    nothing = sums.new_empty(0)
-    return sums, nothing if gradient is None else gradient, nothing.clone() if factor is None else factor
+    return sums, sums.new_empty(0) if gradient is None else gradient, sums.new_empty(0) if factor is None else factor
 
 
 @lru_cache
@@ -65,27 +63,18 @@ def _pair_form(form: str, options: tuple[float, ...], compat: str | None) -> Pai
 
 
 @_pair_sums.register_fake
-def _(
-    z: Tensor,
-    valid: Tensor | None,
-    label: Tensor | None,
-    form: str,
-    options: list[float],
-    compat: str | None,
-    engine: str,
-    want_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(z: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, want_gradient = inputs
     dtype = statistics_dtype(z.dtype)
     sums = z.new_empty(z.shape[:2], dtype=dtype)
     if not want_gradient:
         return sums, z.new_empty(0, dtype=dtype), z.new_empty(0, dtype=dtype)
-    kept = torch.bfloat16 if z.dtype == torch.bfloat16 else dtype
-    return sums, z.new_empty(z.shape, dtype=kept), z.new_empty(z.shape[:2], dtype=dtype)
+    return sums, z.new_empty(z.shape, dtype=gradient_dtype(z.dtype)), z.new_empty(z.shape[:2], dtype=dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     z, valid, label, *ctx.rest, ctx.made = inputs
-    # not materialised: a gradient buffer of zeros for an output that nobody differentiates would be as large as z
+    # not materialised: the zero gradient of an output that is not differentiated would be as large as z
     ctx.set_materialize_grads(False)
     if ctx.made:
         ctx.save_for_backward(None, valid, None, output[1], output[2])
@@ -97,16 +86,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 def _backward(ctx: Any, grad_output_RN: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(DOUBLE_BACKWARD)
-    nothing = (None,) * 7
     if grad_output_RN is None:
-        return None, *nothing
+        return (None,) * 8
     z, valid, label, gradient, factor = ctx.saved_tensors
     if gradient is None:
         _, gradient, factor = _pair_sums(z, valid, label, *ctx.rest, True)
     scale_RN = grad_output_RN * factor
     if valid is not None:
         scale_RN = torch.where(valid, scale_RN, 0.0)
-    return (gradient * scale_RN.unsqueeze(-1)).to(ctx.dtype), *nothing
+    return (gradient * scale_RN.unsqueeze(-1)).to(ctx.dtype), *(None,) * 7
 
 
 _pair_sums.register_autograd(_backward, setup_context=_setup)

@@ -1,4 +1,4 @@
-r"""What a sum over pairs is to the engines: a function of one number per pair, its derivative, its constants.
+r"""A sum over pairs as the engines see it: a function of one number per pair, its derivative, its constants.
 
 :mod:`chunked <decondense.losses.chunked>` and :mod:`online <decondense.losses.online>` read a :class:`PairForm`, the
 Triton kernels its :class:`Kernel`. A form's file in ``losses/forms`` makes one from the options.
@@ -20,39 +20,26 @@ from decondense.config import LossConfig
 from decondense.forms import COMPAT_EPSILON
 from decondense.losses.pair_mask import PairMask
 
-__all__ = [
-    "SQUARE",
-    "Distance",
-    "Exponential",
-    "Kernel",
-    "PairForm",
-    "SmoothedAngle",
-    "compat_epsilon",
-    "loss_from_sums",
-    "needs_maximum",
-    "shrink",
-]
-
 Space = Literal["sphere", "euclid", "raw"]
 
 
 def shrink(s: LossConfig) -> float:
-    """The factor on the cosine inside the angle: of the smoothing; 1 with ``compat``, where the clamp protects."""
+    """Factor of the smoothing on the cosine inside the angle; 1 with ``compat``, which clamps instead."""
     return geometry.shrink(s.delta) if s.clamp is None else 1.0
 
 
 def compat_epsilon(s: LossConfig) -> float:
-    """What is added to a norm before dividing by it and inside the log-sum-exp: 0 but with ``compat``."""
+    """Added to a norm before dividing by it, and to the log-sum-exp; 0 without ``compat``."""
     return 0.0 if s.clamp is None else COMPAT_EPSILON
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the Triton kernel needs of a form: which of its functions of 1 - c, and their constants."""
+    """A form for the Triton kernel: one of its functions of 1 - c, and the constants."""
 
     function: Literal["angular", "orthogonalization", "exponential", "hinge"]
     slope: float
-    """Constant factor of f'(c) that the kernel leaves out."""
+    """Constant factor of f'(c) that the kernel omits."""
     rate: float = 0.0
     """Rate of the exponential, per radian or per unit of 1 - c."""
     kappa: float = 1.0
@@ -68,7 +55,7 @@ class PairForm:
     """A sum over pairs of a function of a number per pair. Tiles are changed in place.
 
     The number S is, on the sphere, ``(1 - kappa) + kappa (1 - c)``, kappa = ``scale**2``: the distance of the shrunk
-    cosine from 1, which has digits left where the cosine has none; for distances, ``-d slope / 2``; raw, the product.
+    cosine from 1, which keeps its precision near 1; for distances, ``-d slope / 2``; raw, the product.
     """
 
     space: Space = "sphere"
@@ -81,18 +68,18 @@ class PairForm:
     epsilon: float = 0.0
     """Added to the norms (compatibility)."""
     slope: float = 1.0
-    """Constant factor of df/dc that :meth:`weight` leaves out."""
+    """Constant factor of df/dc that :meth:`weight` omits."""
     log: bool = True
     """The segment's loss is a log-mean-exp; else a mean."""
     max_exponent: float = 0.0
     """Greatest magnitude of the exponent of a log form."""
     offset: float = 0.0
-    """Added to the logarithm: what the engine's exponents leave out."""
+    """Added to the logarithm: the constant that the engine's exponents omit."""
     proportional: bool = False
-    """f' is a constant times f: :meth:`weight` has nothing to do."""
+    """f' is a constant times f: :meth:`weight` does nothing."""
 
     def kernel(self) -> Kernel | None:
-        """The form for the Triton kernels; None: they do not have it."""
+        """The form for the Triton kernels; None: not supported there."""
         return None
 
     def logit(self, S: Tensor, out: Tensor) -> None:

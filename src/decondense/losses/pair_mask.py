@@ -1,8 +1,8 @@
-"""Which pairs of tokens a loss is about: masks, packed documents, random groups and subsets, one sequence or a batch.
+"""Which pairs of tokens a loss includes: masks, packed documents, random groups and subsets, one sequence or a batch.
 
-Every implementation works on *rows* of tokens ``z_RND`` and a :class:`PairMask` that says which of the pairs within a
-row count and to which *segment* (what gets one log-mean-exp or one mean: a sequence, or a document of a packed
-sequence) they belong. Nothing here looks at the value of a tensor from Python, so nothing waits for a device.
+Every implementation works on *rows* of tokens ``z_RND`` and a :class:`PairMask`, which defines the pairs of a row that
+count and their *segment* (a sequence, or a document of a packed sequence: one log-mean-exp or one mean). Python never
+reads the value of a tensor here, so no function waits for a device.
 
 Shape suffixes: ``B`` sequences, ``T`` tokens of a sequence, ``D`` features, ``R`` rows, ``N`` tokens of a row,
 ``U`` segments.
@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-__all__ = ["DOUBLE_BACKWARD", "PairMask", "differentiated_once", "gather_rows", "sum_by_index"]
 
 DOUBLE_BACKWARD = (
     "the dispersion loss is differentiated once: its gradient is a saved number, not a graph, and create_graph=True "
@@ -40,17 +38,8 @@ def differentiated_once(backward: Backward) -> Backward:
     return checked
 
 
-def sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """``out[u] = sum of values where index == u``, deterministic on every device; differentiable."""
-    out = values.new_zeros(size)
-    if values.device.type == "cpu":
-        return out.index_add(0, index.reshape(-1), values.reshape(-1))
-    # index_add uses atomics on CUDA, whose order varies; accumulating index_put sorts first
-    return out.index_put((index.reshape(-1),), values.reshape(-1), accumulate=True)
-
-
 def _dense(label_BT: Tensor) -> Tensor:
-    """Renumber the labels of each row 0, 1, ... in sorted order, without a data-dependent shape."""
+    """Renumber the labels of each row 0, 1, ... in sorted order; no shape depends on the data."""
     ordered, order = label_BT.sort(dim=1, stable=True)
     step = torch.zeros_like(ordered)
     step[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).to(step.dtype)
@@ -82,33 +71,29 @@ class PairMask:
         assert self.segment_RN is None
         return self.rows // self.n_segments
 
-    def count_U(self, *, least: int = 1) -> Tensor:
-        """1.0 for segments that have at least ``least`` ordered pairs, else 0.0."""
-        return (self.pairs_U >= least).to(self.pairs_U.dtype)
+    def count_U(self) -> Tensor:
+        """1.0 for segments that have a pair, else 0.0."""
+        return (self.pairs_U >= 1).to(self.pairs_U.dtype)
 
-    def to_segments(self, values_RN: Tensor) -> Tensor:
-        """Sum a quantity per token over the real tokens of each segment: ``[R, N]`` to ``[U]``."""
-        if self.valid_RN is not None:
-            values_RN = torch.where(self.valid_RN, values_RN, 0.0)
-        if self.segment_RN is None:
-            return values_RN.reshape(self.n_segments, -1).sum(dim=1)
-        return sum_by_index(values_RN, self.segment_RN, self.n_segments)
+    def real(self, values: Tensor) -> Tensor:
+        """Values of tokens, ``[R, N]`` or ``[R, N, D]``, with zeros where a token is not real."""
+        if self.valid_RN is None:
+            return values
+        return torch.where(self.valid_RN if values.dim() == 2 else self.valid_RN.unsqueeze(-1), values, 0.0)
 
-    def features_to_segments(self, values_RND: Tensor) -> Tensor:
-        """Sum a vector per token over the real tokens of each segment: ``[R, N, D]`` to ``[U, D]``."""
-        width = values_RND.shape[-1]
-        if self.valid_RN is not None:
-            values_RND = torch.where(self.valid_RN.unsqueeze(-1), values_RND, 0.0)
+    def to_segments(self, values: Tensor) -> Tensor:
+        """Sum over the real tokens of each segment, deterministic on every device: ``[R, N, ...]`` to ``[U, ...]``."""
+        values, rest = self.real(values), values.shape[2:]
         if self.segment_RN is None:
-            return values_RND.reshape(self.n_segments, -1, width).sum(dim=1)
-        out = values_RND.new_zeros(self.n_segments, width)
-        index = self.segment_RN.reshape(-1)
+            return values.reshape(self.n_segments, -1, *rest).sum(dim=1)
+        out, index = values.new_zeros(self.n_segments, *rest), self.segment_RN.reshape(-1)
         if out.device.type == "cpu":
-            return out.index_add(0, index, values_RND.reshape(-1, width))
-        return out.index_put((index,), values_RND.reshape(-1, width), accumulate=True)
+            return out.index_add(0, index, values.reshape(-1, *rest))
+        # index_add uses atomics on CUDA, whose order varies; accumulating index_put sorts first
+        return out.index_put((index,), values.reshape(-1, *rest), accumulate=True)
 
     def to_tokens(self, values_U: Tensor) -> Tensor:
-        """Give every token the value of its segment: ``[U, ...]`` to ``[R, N, ...]`` (a view where it can be)."""
+        """The value of each token's segment: ``[U, ...]`` to ``[R, N, ...]`` (a view where possible)."""
         if self.segment_RN is not None:
             return values_U[self.segment_RN]
         rest = values_U.shape[1:]
@@ -141,10 +126,8 @@ class PairMask:
         rows, size = shape
         valid = None if mask_BT is None else mask_BT.bool()
         if segments_BT is None:
-            if valid is None:
-                tokens = torch.full((rows,), float(size), dtype=dtype, device=device)
-            else:
-                tokens = valid.sum(dim=1).to(dtype)
+            every = torch.full((rows,), float(size), dtype=dtype, device=device)
+            tokens = every if valid is None else valid.sum(dim=1).to(dtype)
             return cls(rows, size, rows, valid, None, None, tokens, tokens * (tokens - 1))
         label = _dense(segments_BT.long())
         real = torch.ones_like(label) if valid is None else valid.long()

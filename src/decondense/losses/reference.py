@@ -15,10 +15,8 @@ from decondense.config import LossConfig
 from decondense.losses.forms import form_of
 from decondense.losses.pair_mask import PairMask
 
-__all__ = ["per_segment"]
 
-
-def per_segment(z_RND: Tensor, pairs: PairMask, s: LossConfig, drawn: Tensor | None = None) -> Tensor:
+def per_segment(z_RND: Tensor, pairs: PairMask, s: LossConfig, *drawn: Tensor) -> Tensor:
     """Loss of each segment, ``[U]``; 0 for segments without a pair. Differentiable, twice too."""
     definition = form_of(s).definition
     z_RND = z_RND.to(pairs.pairs_U.dtype)
@@ -29,7 +27,7 @@ def per_segment(z_RND: Tensor, pairs: PairMask, s: LossConfig, drawn: Tensor | N
     pairs_RNN = pairs.pairs_RNN(diagonal=s.diagonal, device=device)
 
     if pairs.segment_RN is None and pairs.rows_per_segment == 1 and pairs.valid_RN is None and pairs.row_size > 1:
-        return definition(z_RND, pairs_RNN, valid_RN, s, drawn)
+        return definition(z_RND, pairs_RNN, valid_RN, s, *drawn)
 
     # the general case, one segment at a time: its tokens, which may lie in several rows, and the pairs within its rows
     segment_RN = pairs.segment_RN
@@ -46,5 +44,5 @@ def per_segment(z_RND: Tensor, pairs: PairMask, s: LossConfig, drawn: Tensor | N
         same_row = row.unsqueeze(1) == row.unsqueeze(0)
         together = same_row & pairs_RNN[row.unsqueeze(1), place.unsqueeze(1), place.unsqueeze(0)]
         one = torch.ones(1, len(row), dtype=torch.bool, device=device)
-        values[u] = definition(z_RND[member].unsqueeze(0), together.unsqueeze(0), one, s, drawn).squeeze(0)
+        values[u] = definition(z_RND[member].unsqueeze(0), together.unsqueeze(0), one, s, *drawn).squeeze(0)
     return torch.stack(values)

@@ -24,19 +24,6 @@ from decondense import geometry
 from decondense.geometry import statistics_dtype
 from decondense.losses.pair_forms import PairForm
 
-__all__ = [
-    "Chunk",
-    "Prepared",
-    "assemble_gradient",
-    "chunks",
-    "prepare",
-    "products",
-    "rounds_products",
-    "tile_size",
-    "to_tf32",
-    "unit_rows",
-]
-
 
 def tile_size(n: int, device: torch.device) -> int:
     """Edge of a tile: two tiles of 256 x 256 stay in a CPU's second-level cache; a GPU wants larger products."""
@@ -60,11 +47,16 @@ def rounds_products(x: Tensor) -> bool:
         return True
 
 
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of a saved gradient: float16 lacks the range for one that a loss scale has not multiplied yet."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else statistics_dtype(dtype)
+
+
 def to_tf32(x: Tensor) -> Tensor:
     """Round to TF32 (10 bits of mantissa, nearest even), in place.
 
-    Products that round their operands behind our back would leave the sums around them with other numbers, and equal
-    tokens would no longer cancel; rounded beforehand, the products are exact.
+    A product that rounds its operands internally would use other numbers than the sums around it, and equal tokens
+    would no longer cancel. With operands rounded beforehand the products are exact.
     """
     bits = x.view(torch.int32)
     bits.add_(((bits >> 13) & 1) + 0xFFF).bitwise_and_(-0x2000)
@@ -81,14 +73,14 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass
 class Prepared:
-    """Vectors of a chunk and what the gradient needs of their making."""
+    """Vectors of a chunk, and the constants that the gradient needs."""
 
     x: Tensor
     """``[C, N, D]``, zero for tokens that are not real; around the row's mean on the sphere and for distances."""
     half: Tensor | None = None
     """``[C, N, 1]``: |x|^2 / 2, on the sphere with the constants of S."""
     factor: Tensor | None = None
-    """``[C, N]``: the gradient in z is this times what :func:`assemble_gradient` leaves. None: 1."""
+    """``[C, N]``: the gradient in z is this times the result of :func:`assemble_gradient`. None: 1."""
     mean: Tensor | None = None
     """``[C, 1, D]``: what was subtracted from ``scale`` times the unit vectors."""
     radial: Tensor | None = None
@@ -118,7 +110,7 @@ def unit_rows(z: Tensor, valid_CN: Tensor | None, epsilon: float = 0.0) -> tuple
 
 
 def prepare(z: Tensor, valid_CN: Tensor | None, form: PairForm) -> Prepared:
-    """Make the vectors whose products a form takes."""
+    """The vectors whose products a form takes."""
     if form.space == "sphere":
         x, inverse, norm = unit_rows(z, valid_CN, form.epsilon)
         if form.scale != 1.0:
@@ -187,10 +179,10 @@ def assemble_gradient(G: Tensor, p: Prepared, form: PairForm, weight_sum: Tensor
 
 @dataclass
 class Chunk:
-    """A few rows, prepared, and which of their pairs count."""
+    """A few prepared rows, and which of their pairs count."""
 
     rows: slice
-    """Which rows of the input."""
+    """Rows of the input."""
     p: Prepared
     valid: Tensor | None
     """``[C, N]``, true for real tokens; None: all."""
@@ -203,9 +195,18 @@ class Chunk:
         return self.p.x.new_empty(count, self.p.x.shape[0] * self.tile * self.tile)
 
     def view(self, buffer: Tensor, i: slice, j: slice) -> Tensor:
-        """The part of a buffer that a tile takes, ``[C, |i|, |j|]``."""
+        """The part of a buffer for a tile, ``[C, |i|, |j|]``."""
         shape = (self.p.x.shape[0], i.stop - i.start, j.stop - j.start)
         return buffer[: math.prod(shape)].view(shape)
+
+    def exclude(self, E: Tensor, i: slice, j: slice, *, diagonal: bool) -> None:
+        """Set the pairs of a tile that do not count to -inf, in place; ``diagonal``: exclude the pairs i = i too."""
+        if diagonal and i.start == j.start:
+            E.diagonal(dim1=1, dim2=2).fill_(-math.inf)
+        if self.valid is not None:
+            E.masked_fill_(~self.valid[:, j].unsqueeze(1), -math.inf)
+        if self.label is not None:
+            E.masked_fill_(self.label[:, i].unsqueeze(2) != self.label[:, j].unsqueeze(1), -math.inf)
 
     def tiles(self, *, symmetric: bool) -> Iterator[tuple[slice, slice]]:
         """Tiles row by row; ``symmetric``: on and above the diagonal only."""

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from decondense.losses.pair_mask import differentiated_once
 
-__all__ = ["gather"]
-
 
 class _Gather(torch.autograd.Function):
     @staticmethod

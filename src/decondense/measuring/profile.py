@@ -13,9 +13,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from decondense.atlas import Verdict, find_reference, judge
 from decondense.config import MeasureConfig, one_of, suggest
 from decondense.layers import Layer, parse
 from decondense.measuring import depth
+from decondense.measuring.sides import Sides, mean_of_known
+from decondense.measuring.sinks import Sinks
 from decondense.records import atomic_path, atomic_write
 
 _D = MeasureConfig()
@@ -61,7 +64,9 @@ class Profile:
     norm_max: Array
     """Largest token norm [states, P]."""
     metrics: dict[str, Array] = field(default_factory=dict)
-    """Side metrics by name, each [states, P]; see ``decondense.measuring.METRICS``."""
+    """Side metrics of the passages by name, each [states, P]; see ``decondense.measuring.METRICS``."""
+    sides: Sides = field(default_factory=Sides)
+    """Side metrics of the corpus and between layers."""
     pooled: Counts | None = None
     """Fine counts of the cosines of the ordered pairs i != j of all passages [states, 2048]."""
     summed: Array | None = None
@@ -70,6 +75,10 @@ class Profile:
     """Why there is no averaged histogram, when there is none."""
     final: Literal["after", "before", "all"] = "after"
     """Which state the last layer is: after or before the final norm (``"all"``: every measured state is a layer)."""
+    sinks: Sinks | None = None
+    """The sink tokens, and the numbers without them; None: not recorded."""
+    last_block: bool = True
+    """Whether the last block's state before the final norm is there; not in states as Hugging Face lists them."""
     info: dict[str, Any] = field(default_factory=dict)
     """What was measured: model, passages' source, settings, versions."""
 
@@ -100,7 +109,8 @@ class Profile:
             return list(range(len(self.states)))
         rows = [i for i, state in enumerate(self.states) if state.counts_as_depth]
         if self.final == "after" and self.has_final_norm:
-            rows[-1] = next(i for i, state in enumerate(self.states) if state.follows_blocks)
+            last = next(i for i, state in enumerate(self.states) if state.follows_blocks)
+            rows[len(rows) - self.last_block :] = [last]
         return rows
 
     def row(self, layer: str | int) -> int:
@@ -117,11 +127,21 @@ class Profile:
     def at(self, final: Final) -> Profile:
         """The same measurement with the last layer taken ``"after"`` or ``"before"`` the final norm."""
         one_of("place of the last layer", final, ("after", "before"))
+        if final == "before" and not self.last_block:
+            raise ValueError("these states hold the last block's only after the final norm; take final='after'.")
         return replace(self, final=final)
 
     def with_all_layers(self) -> Profile:
         """The same measurement with every measured state listed: both last layers, and the logits if measured."""
         return replace(self, final="all")
+
+    def without_sinks(self) -> Profile:
+        """The same with means and norms over the tokens that are no sinks; without histograms and side metrics."""
+        if self.sinks is None:
+            raise ValueError("this profile was made before sink tokens were recorded; measure again.")
+        reason = "histograms are of all tokens; to measure without the first N: skip_tokens=N."
+        kept: dict[str, Any] = {"cosine": self.sinks.cosine, "norm": self.sinks.norm}
+        return replace(self, **kept, metrics={}, sides=Sides(), pooled=None, summed=None, no_averaged=reason)
 
     @property
     def layers(self) -> list[str]:
@@ -145,14 +165,31 @@ class Profile:
         """Mean token norm of each layer [L + 1]."""
         return np.asarray(self.norm[self._rows()].mean(axis=1))
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The measured side metrics, as :meth:`metric` takes them."""
+        return (*self.metrics, *self.sides.names)
+
     def metric(self, name: str) -> Array:
-        """A side metric of each layer, averaged over passages [L + 1]."""
-        if name not in self.metrics:
+        """A side metric of each layer [L + 1].
+
+        Of the passages: the mean over those that have a value, nan if none has. Of the corpus: its value. Between
+        layers: of each layer and the one before it, nan for the first.
+        """
+        if name not in self.metric_names:
             raise ValueError(
-                f"metric {name!r} was not measured.{suggest(name, self.metrics)} Measured: "
-                f"{', '.join(self.metrics) or 'none'}. Ask for it: measure(..., metrics=[{name!r}])."
+                f"metric {name!r} was not measured.{suggest(name, self.metric_names)} Measured: "
+                f"{', '.join(self.metric_names) or 'none'}. Ask for it: measure(..., metrics=[{name!r}])."
             )
-        return np.asarray(self.metrics[name][self._rows()].mean(axis=1))
+        if name in self.metrics:
+            return mean_of_known(self.metrics[name][self._rows()])
+        return self.sides.values(name, self._rows())
+
+    def between_layers(self, name: str = "cka") -> Array:
+        """A side metric of each pair of layers [L + 1, L + 1]."""
+        if name not in self.sides.between:
+            raise ValueError(f"no metric {name!r} between layers was measured: measure(..., metrics=['cka']).")
+        return self.sides.matrix(name, self._rows())
 
     def last(self, n: int | None = None) -> float:
         """Mean of the last ``n`` layers' mean cosines; None: half of the blocks (Liu et al. 2026, "last n")."""
@@ -193,6 +230,8 @@ class Profile:
             (low, high): arrays over the layers, or floats. nan with a single passage, which says nothing of others.
         """
         rows = self._rows()
+        if what in self.sides.names:
+            raise ValueError(f"{what!r} has no interval over passages: it has no value of one passage.")
         known = ["mean_cosine", "mean_cosine_others", "norms", "spearman", "kendall", "last 1", *self.metrics]
         name, _, number = what.partition(" ")
         if name == "last" and number.isdigit() and 1 <= int(number) <= len(rows):
@@ -207,7 +246,12 @@ class Profile:
         if self.n_passages < 2:
             nan = float("nan") if scalar else np.full(len(rows), np.nan)
             return nan, nan
-        samples = depth.resample_weights(self.n_passages, resamples, seed) @ values.T
+        weights = depth.resample_weights(self.n_passages, resamples, seed)
+        samples = weights @ values.T
+        if np.isnan(values).any():
+            known = ~np.isnan(values)  # as in metric(): passages without a value do not count
+            with np.errstate(invalid="ignore"):
+                samples = (weights @ np.where(known, values, 0).T) / (weights @ known.T)
         if what == "spearman":
             samples = depth.spearman(samples)
         elif what == "kendall":
@@ -216,6 +260,22 @@ class Profile:
             samples = samples[:, 0]
         low, high = depth.percentile_interval(samples, confidence)
         return (float(low), float(high)) if scalar else (low, high)
+
+    def verdict(self, reference: str | Path | None = None) -> Verdict:
+        """How condensed the model is, against what is known of others, and where metrics point apart.
+
+        The scale and the rules stand in the guide to measuring; :func:`decondense.atlas.sentences` makes three
+        sentences of the result.
+
+        Args:
+            reference: name of a shipped reference, or the path of a profile or of an atlas entry; None: the nearest
+                shipped reference, if one is near.
+
+        Raises:
+            ValueError: there is no such reference, or it takes the last layer elsewhere than this profile.
+        """
+        chosen = None if reference is None else find_reference(reference)
+        return judge((self.at("after") if self.final == "all" else self).summary(), chosen)
 
     # ---- distributions ---------------------------------------------------------------------------------------------
 
@@ -282,15 +342,15 @@ class Profile:
         """
         every = (self, *others)
         for other in others:
-            if other.states != self.states:
+            if (other.states, other.last_block) != (self.states, self.last_block):
                 raise ValueError(
                     f"profiles of different layers cannot be merged: {len(self.all_layers)} states ending in "
                     f"{self.all_layers[-1]!r} against {len(other.all_layers)} ending in {other.all_layers[-1]!r}."
                 )
-            if set(other.metrics) != set(self.metrics):
+            if set(other.metric_names) != set(self.metric_names):
                 raise ValueError(
-                    f"profiles with different metrics cannot be merged: {sorted(self.metrics)} against "
-                    f"{sorted(other.metrics)}."
+                    f"profiles with different metrics cannot be merged: {sorted(self.metric_names)} against "
+                    f"{sorted(other.metric_names)}."
                 )
 
         def joined(name: str) -> Array:
@@ -314,9 +374,11 @@ class Profile:
             metrics={
                 name: np.concatenate([profile.metrics[name] for profile in every], axis=1) for name in self.metrics
             },
+            sides=Sides.merged([profile.sides for profile in every]),
             pooled=np.sum(pooled, axis=0) if len(pooled) == len(every) else None,
             summed=np.sum(summed, axis=0) if len(summed) == len(every) and one_length else None,
             no_averaged=reason,
+            sinks=Sinks.merged([profile.sinks for profile in every]),
         )
 
     # ---- files -----------------------------------------------------------------------------------------------------
@@ -344,12 +406,16 @@ class Profile:
         result["mean_cosine_others"] = self.mean_cosine_others.tolist()
         result["last"] = {str(n): self.last(n) for n in range(1, min(5, len(self.layers)) + 1)}
         result["last"]["half"] = self.last()
-        result["metrics"] = {name: [_number(v) for v in self.metric(name)] for name in self.metrics}
+        result["metrics"] = {name: [_number(v) for v in self.metric(name)] for name in self.metric_names}
+        result["between_layers"] = {
+            name: [[_number(v) for v in row] for row in self.between_layers(name)] for name in self.sides.between
+        }
         result["quantiles"] = None if self.pooled is None else self.quantiles().tolist()
         result["all_layers"] = {
             name: {"mean_cosine": float(self.cosine[i].mean()), "norm": float(self.norm[i].mean())}
             for i, name in enumerate(self.all_layers)
         }
+        result["sinks"] = None if self.sinks is None else self.sinks.summary(self)
         result["final"] = self.final
         result["info"] = self.info
         return result
@@ -357,8 +423,8 @@ class Profile:
     def save(self, path: str | Path, *, sums: bool = True) -> Path:
         """Write ``PATH.json`` (readable summary) and ``PATH.npz`` (all arrays); a suffix on ``path`` is replaced.
 
-        ``sums=False`` leaves out the position-wise sums, by far the largest part; the loaded profile then has no
-        averaged histogram.
+        ``sums=False`` leaves out the position-wise sums and the second moments, by far the largest parts; the loaded
+        profile then has no averaged histogram, and with metrics of the corpus it cannot be merged.
 
         Returns:
             The path of the JSON file.
@@ -374,6 +440,7 @@ class Profile:
             "norm_max": self.norm_max,
         }
         arrays.update({f"metric:{name}": values for name, values in self.metrics.items()})
+        arrays |= self.sides.arrays(sums=sums) | (self.sinks.arrays() if self.sinks else {})
         if self.pooled is not None:
             arrays["pooled"] = self.pooled
         if self.summed is not None and sums:
@@ -383,6 +450,7 @@ class Profile:
             "all_layers": list(self.all_layers),
             "no_averaged": self.no_averaged if sums or self.summed is None else "the sums were not saved (sums=False).",
             "final": self.final,
+            "last_block": self.last_block,
             "summary": self.summary(),
         }
         stem.parent.mkdir(parents=True, exist_ok=True)
@@ -414,8 +482,11 @@ class Profile:
                 return cls(
                     states=tuple(parse(label) for label in head["all_layers"]),
                     metrics={n.removeprefix("metric:"): arrays.pop(n) for n in list(arrays) if n.startswith("metric:")},
+                    sides=Sides.taken(arrays, len(head["all_layers"])),
                     no_averaged=head["no_averaged"],
                     final=head["final"],
+                    last_block=head.get("last_block", True),
+                    sinks=Sinks.taken(arrays),
                     info=head["summary"]["info"],
                     **arrays,
                 )
@@ -444,25 +515,3 @@ def unequal(lengths: Any) -> str:
 def _number(value: Any) -> float | None:
     number = float(value)
     return number if math.isfinite(number) else None
-
-
-def as_mapping(profile: Profile, *, bins: int = _D.bins) -> dict[str, Any]:
-    """A profile as the plain arrays that ``decondense.figures.condensation`` takes."""
-    result: dict[str, Any] = {
-        "label": profile.info.get("model", "model"),
-        "layers": profile.layers,
-        "mean_cosine": profile.mean_cosine,
-        "spearman": profile.spearman,
-        "kendall": profile.kendall,
-        "spearman_interval": profile.interval("spearman"),
-        "kendall_interval": profile.interval("kendall"),
-        "parameters": profile.info.get("parameters"),
-        "passages": profile.n_passages,
-    }
-    kinds: tuple[Kind, ...] = ("pooled", "averaged")
-    for kind in kinds:
-        try:
-            result[kind] = profile.histogram(kind, bins=bins)[0]
-        except ValueError:
-            result[kind] = None
-    return result

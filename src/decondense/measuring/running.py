@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +15,15 @@ from decondense.blocks import Blocks, base_model, find_blocks, unwrap
 from decondense.config import MeasureConfig, one_of
 from decondense.formatting import plural
 from decondense.layers import LOGITS, Layer
-from decondense.layout import StateReader
+from decondense.layout import StateReader, why_not_three, why_other_tokens
 from decondense.limits import model_positions, text_config, vocabulary_size
-from decondense.measuring.metrics import resolve_metrics
+from decondense.measuring.metrics import LayerPairs, resolve_metrics
 from decondense.measuring.profile import Profile, unequal
+from decondense.measuring.sides import Sides
+from decondense.measuring.sinks import Sinks
 from decondense.measuring.states import StateTap, accepts
 from decondense.measuring.statistics import LayerStatistics
+from decondense.metrics import Metric
 from decondense.seeding import undisturbed
 from decondense.sequences import SequencesError, is_batch_first
 
@@ -44,6 +47,7 @@ def measure(
     input_ids: Tensor | Sequence[Any] | None = None,
     attention_mask: Tensor | None = None,
     tokens: int | None = None,
+    skip_tokens: int = 0,
     histograms: Sequence[str] = _D.histograms,
     metrics: str | Iterable[str] = _D.metrics,
     logits: bool = _D.logits,
@@ -67,9 +71,10 @@ def measure(
         input_ids: Instead of texts: a tensor [P, T] or a list of lists of token ids.
         attention_mask: [P, T], for a tensor of ``input_ids``: 1 marks a token, 0 padding on either side.
         tokens: Length to which passages are truncated. None: 512, or the model's positions if it has fewer.
+        skip_tokens: Leave the first tokens of each passage out of every statistic; the model still reads them.
         histograms: ``"pooled"`` (all pairs of all passages) and/or ``"averaged"`` (of the matrix averaged over
             passages, as published; needs passages of one length). ``()``: means only.
-        metrics: Names of side metrics (``decondense.measuring.METRICS``), or ``"all"``.
+        metrics: Names of side metrics (``decondense.metric_names()``), or ``"all"``.
         logits: Measure the logits as one more state (needs a model with a head).
         blocks: Dotted path of the list of blocks, where it cannot be found.
         tokens_first: Whether the blocks return [tokens, batch, width]. None: told by the shapes; given, it is checked.
@@ -89,24 +94,27 @@ def measure(
     chosen = resolve_metrics(metrics)
     found = find_blocks(model, blocks)
     passages = _passages(model, tokenizer, texts, input_ids, attention_mask, tokens)
+    for number, ids in enumerate(passages):
+        check_length(number, len(ids), skip_tokens)
     lengths = np.array([len(ids) for ids in passages], dtype=np.int64)
     averaged = "averaged" in histograms
     no_averaged = ""
     if averaged and len(set(lengths.tolist())) > 1:
-        averaged, no_averaged = False, unequal(lengths)
+        averaged, no_averaged = False, unequal(lengths - skip_tokens)
         if tuple(histograms) == ("averaged",):
             raise MeasureError(no_averaged)
 
-    def attempt(size: int | None) -> tuple[dict[Layer, LayerStatistics], int]:
+    def attempt(size: int | None) -> tuple[dict[Layer, LayerStatistics], LayerPairs, int]:
         return _run(
-            found, tokens_first, passages, lengths, size, chosen, "pooled" in histograms, averaged, logits, progress
-        )
+            found, tokens_first, passages, lengths, size, chosen, "pooled" in histograms, averaged, logits, progress,
+            skip_tokens,
+        )  # fmt: skip
 
     with undisturbed(model):
         size = batch_size
         while True:
             try:
-                layers, size = attempt(size)
+                layers, between, size = attempt(size)
                 break
             except torch.cuda.OutOfMemoryError:
                 # a clean restart: half a batch may have been counted already
@@ -115,9 +123,28 @@ def measure(
                 size = max(1, (size or 64) // 2)
                 torch.cuda.empty_cache()
 
+    info = _info(model) | ({"skip_tokens": skip_tokens} if skip_tokens else {})
+    return assembled(layers, lengths - skip_tokens, chosen, between, no_averaged=no_averaged, info=info)
+
+
+def assembled(
+    layers: dict[Layer, LayerStatistics],
+    lengths: np.ndarray[Any, Any],
+    metrics: Mapping[str, Metric],
+    between: LayerPairs,
+    *,
+    no_averaged: str,
+    info: dict[str, Any],
+    last_block: bool = True,
+) -> Profile:
+    """The profile of what the layers took in; ``lengths``: the tokens that were counted of each passage [P]."""
     rows = list(layers.values())
     pooled = [row.pairs.pooled_counts() for row in rows if row.pairs is not None]
     summed = [row.pairs.packed_sum() for row in rows if row.pairs is not None]
+    moments = [None if row.moments is None else row.moments.moments() for row in rows]
+    positions = np.zeros((len(rows), max(len(row.sink_positions_N) for row in rows)), dtype=np.int64)
+    for number, row in enumerate(rows):
+        positions[number, : len(row.sink_positions_N)] = row.sink_positions_N
     return Profile(
         states=tuple(layers),
         lengths=lengths,
@@ -126,12 +153,38 @@ def measure(
         norm=np.stack([row.norm_P for row in rows]),
         norm_sd=np.stack([row.norm_sd_P for row in rows]),
         norm_max=np.stack([row.norm_max_P for row in rows]),
-        metrics={name: np.stack([row.metric_P[name] for row in rows]) for name in chosen},
-        pooled=np.stack([c for c in pooled if c is not None]) if "pooled" in histograms else None,
-        summed=np.stack([s for s in summed if s is not None]) if averaged else None,
+        metrics={name: np.stack([row.metric_P[name] for row in rows]) for name in rows[0].metric_P},
+        sides=Sides.collected(
+            metrics, [None if row.moments is None else row.moments.moments() for row in rows], between
+        ),
+        pooled=np.stack([c for c in pooled if c is not None]) if pooled and pooled[0] is not None else None,
+        summed=np.stack([s for s in summed if s is not None]) if summed and summed[0] is not None else None,
         no_averaged=no_averaged,
-        info=_info(model),
+        sinks=Sinks(
+            count=np.stack([row.sinks_P for row in rows]).astype(np.int64),
+            cosine=np.stack([row.kept_P for row in rows]),
+            norm=np.stack([row.kept_norm_P for row in rows]),
+            positions=positions,
+        ),
+        last_block=last_block,
+        info=info,
     )
+
+
+def check_length(number: int, tokens: int, skipped: int) -> None:
+    """Refuse a passage that has fewer than two tokens to measure.
+
+    Raises:
+        MeasureError: as said, or a negative number of skipped tokens.
+    """
+    if skipped < 0:
+        raise MeasureError(f"skip_tokens={skipped}: give the number of tokens to leave out, 0 or more.")
+    if tokens - skipped < 2:
+        after = f" after the first {skipped}" if skipped else ""
+        raise MeasureError(
+            f"passage {number} has {plural(max(tokens - skipped, 0), 'token')}{after}; a cosine needs two. Omit it, "
+            "or give a longer text."
+        )
 
 
 # ---- passages --------------------------------------------------------------------------------------------------------
@@ -178,11 +231,7 @@ def _passages(
         raise MeasureError("there are no passages to measure; give at least one text.")
     vocabulary = vocabulary_size(model)
     for number, ids in enumerate(passages):
-        if len(ids) < 2:
-            raise MeasureError(
-                f"passage {number} has {plural(len(ids), 'token')}; a cosine needs two. Leave it "
-                "out, or give a longer text."
-            )
+        check_length(number, len(ids), 0)
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or (vocabulary is not None and high >= vocabulary):
             bad = low if low < 0 else high
@@ -239,15 +288,17 @@ def _run(
     passages: list[Tensor],
     lengths: np.ndarray[Any, Any],
     batch_size: int | None,
-    metrics: dict[str, Callable[[Tensor, Tensor], float]],
+    metrics: dict[str, Metric],
     pooled: bool,
     averaged: bool,
     logits: bool,
     progress: Progress | None,
-) -> tuple[dict[Layer, LayerStatistics], int]:
+    skipped: int,
+) -> tuple[dict[Layer, LayerStatistics], LayerPairs, int]:
     root = found.root
     target = _forward_module(root, logits)
     layers: dict[Layer, LayerStatistics] = {}
+    between = LayerPairs(metrics)
     batch: list[int] = []
     longest = int(lengths.max())
 
@@ -258,10 +309,14 @@ def _run(
     def observe(layer: Layer, state: Tensor) -> None:
         wanted = (len(batch), int(lengths[batch[0]]))
         if state.ndim != 3 or tuple(state.shape[:2]) != wanted:
+            shape = tuple(state.shape)
+            why = (
+                why_not_three(len(shape))
+                if len(shape) != 3
+                else why_other_tokens((shape[0], shape[1]), wanted, root) + "."
+            )
             raise MeasureError(
-                f"layer '{layer}' has states of shape {tuple(state.shape)} for {wanted[0]} passages of {wanted[1]} "
-                "tokens: its tokens are not those of the passage (prompt tuning, merged or flattened tokens), so they "
-                "cannot be compared."
+                f"{layer} has states of shape {shape} for {wanted[0]} passages of {plural(wanted[1], 'token')}: {why}"
             )
         if layer not in layers:
             layers[layer] = LayerStatistics(
@@ -270,10 +325,13 @@ def _run(
                 device=state.device,
                 pooled=pooled,
                 averaged=averaged,
-                tokens=longest,
+                tokens=longest - skipped,
                 metrics=metrics,
+                first=skipped,
             )
-        layers[layer].add(state, batch)
+        kept = state[:, skipped:]
+        layers[layer].add(kept, batch)
+        between.take(kept)
 
     device = _input_device(root)
     size = batch_size or _batch_size(root, found, longest, logits, device)
@@ -298,13 +356,14 @@ def _run(
                 )
             if logits:
                 observe(LOGITS, orient(_logits(output, root)))
+            between.reduce(batch)
             del output
             done += len(batch)
             if progress is not None:
                 progress("measuring", done, len(order))
     if any(np.isnan(row.cosine_P).any() for row in layers.values()):
         raise MeasureError("the model did not run the same layers for every passage; it cannot be measured.")
-    return layers, size
+    return layers, between, size
 
 
 def _is_peft(root: nn.Module) -> bool:
@@ -374,7 +433,7 @@ def _logits(output: Any, root: nn.Module) -> Tensor:
         found = next((item for item in output if isinstance(item, Tensor) and item.ndim == 3), None)
     if not isinstance(found, Tensor):
         raise MeasureError(
-            f"{type(root).__name__} returns no logits; load it with its head (AutoModelForCausalLM), or leave out "
+            f"{type(root).__name__} returns no logits; load it with its head (AutoModelForCausalLM), or omit "
             "logits=True."
         )
     return found

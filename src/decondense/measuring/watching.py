@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from decondense.blocks import find_blocks
 from decondense.geometry import inverse_norm
 from decondense.layers import EMBEDDING, Layer, block
 from decondense.layout import Call, StateReader, hidden_state
+from decondense.measuring.alarm import GRACE, PATIENCE, PREFIX, Action, Alarm
 from decondense.measuring.depth import spearman
 from decondense.measuring.states import StateError, first_state
 from decondense.measuring.statistics import exact_matmul
@@ -32,8 +33,6 @@ else:
         from transformers import TrainerCallback
     except ImportError:  # the watch and the Lightning callback work without transformers
         TrainerCallback = object
-
-_PREFIX = "condensation"
 
 
 def batch_means(
@@ -94,14 +93,29 @@ class CondensationWatch:
                 ...
                 if numbers := watch.step():
                     tracker.log(numbers)
+                if watch.should_stop:
+                    break
+
+    ``alarm``, ``action``, ``patience`` and ``grace`` are those of :class:`decondense.measuring.Alarm`. Processes of one
+    training watch their own batches: agree on ``should_stop`` before one of them breaks.
     """
 
     def __init__(
-        self, model: nn.Module, *, every: int = 50, blocks: str | None = None, tokens_first: bool | None = None
+        self,
+        model: nn.Module,
+        *,
+        every: int = 50,
+        blocks: str | None = None,
+        tokens_first: bool | None = None,
+        alarm: Mapping[str, float] | None = None,
+        action: Action = "warn",
+        patience: int = PATIENCE,
+        grace: int = GRACE,
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}.")
         self.every = every
+        self._alarm = None if alarm is None else Alarm(alarm, action, patience=patience, grace=grace)
         found = find_blocks(model, blocks)
         self._reader = StateReader(found, tokens_first)
         self._steps = 0
@@ -110,6 +124,9 @@ class CondensationWatch:
         self._call: Call | None = None
         self._sequences: tuple[Tensor | None, Tensor | None] | None = None  # of this pass: real tokens, documents
         self._pending: dict[Layer, tuple[Tensor, Tensor]] = {}
+        if self._alarm is not None:
+            states = [EMBEDDING, *(block(number) for number in range(1, len(found.modules) + 1))]
+            self._alarm.check(_numbers(states, [(0.0, 0.0)] * len(states), every_key=True))
         parts = found.path.split(".")
         # whichever of them is called first owns the pass: Lightning calls the model inside the module, not the module
         owners = [found.root.get_submodule(".".join(parts[:end])) for end in range(len(parts))]
@@ -127,32 +144,40 @@ class CondensationWatch:
     def step(self) -> dict[str, float]:
         """After an optimizer step: the numbers of the pass that was watched, if one was; arms every ``every`` steps."""
         self._steps += 1
-        numbers = self.read()
+        numbers = self.read(self._steps)
         if self._steps % self.every == 0:
             self.arm()
         return numbers
 
-    def read(self) -> dict[str, float]:
+    @property
+    def should_stop(self) -> bool:
+        """Whether an alarm with ``action="stop"`` was raised."""
+        return self._alarm is not None and self._alarm.should_stop
+
+    def read(self, step: int | None = None) -> dict[str, float]:
         """The numbers of the last watched pass, once; empty when there was none since.
 
         Keys: ``condensation/mean_cosine/embedding``, ``.../block_01`` and on, ``condensation/norm/...``,
-        ``condensation/mean_cosine`` (mean over blocks) and ``condensation/spearman``. The states are those of the
-        residual stream: the last one is taken before the final norm.
+        ``condensation/mean_cosine`` (mean over blocks), ``condensation/deep_half`` (mean over the last L/2 of them) and
+        ``condensation/spearman``; ``condensation/alarm`` at the reading that raises an alarm. The states are those of
+        the residual stream: the last one is taken before the final norm.
+
+        Args:
+            step: optimizer step of the reading, for the alarm; None: as many as :meth:`step` was called.
+
+        Raises:
+            ValueError: there is an alarm, and no step was given or counted.
         """
         if not self._pending or self._owner is not None:
             return {}
         values = torch.stack([torch.stack(pair) for pair in self._pending.values()]).tolist()
         layers, self._pending = list(self._pending), {}
-        numbers: dict[str, float] = {}
-        for layer, (cosine, norm) in zip(layers, values, strict=True):
-            name = layer.key(len(layers) - 1)
-            numbers[f"{_PREFIX}/mean_cosine/{name}"] = cosine
-            numbers[f"{_PREFIX}/norm/{name}"] = norm
-        means = [cosine for cosine, _ in values]
-        numbers[f"{_PREFIX}/mean_cosine"] = sum(means[1:]) / max(1, len(means) - 1)
-        rho = float(spearman(means))
-        if math.isfinite(rho):
-            numbers[f"{_PREFIX}/spearman"] = rho
+        numbers = _numbers(layers, values)
+        if self._alarm is not None:
+            step = step or self._steps
+            if not step:
+                raise ValueError("an alarm counts optimizer steps: call step() after each of them, or read(step).")
+            self._alarm.act(step, numbers)
         return numbers
 
     def close(self) -> None:
@@ -209,6 +234,26 @@ class CondensationWatch:
             self._owner = self._call = self._sequences = None
 
 
+def _numbers(
+    layers: Sequence[Layer], values: Sequence[Sequence[float]], *, every_key: bool = False
+) -> dict[str, float]:
+    """What a reading logs, of the (cosine, norm) of each state."""
+    numbers: dict[str, float] = {}
+    for layer, (cosine, norm) in zip(layers, values, strict=True):
+        name = layer.key(len(layers) - 1)
+        numbers[f"{PREFIX}/mean_cosine/{name}"] = cosine
+        numbers[f"{PREFIX}/norm/{name}"] = norm
+    means = [cosine for cosine, _ in values]
+    blocks = max(1, len(means) - 1)
+    half = max(1, blocks // 2)
+    numbers[f"{PREFIX}/mean_cosine"] = sum(means[1:]) / blocks
+    numbers[f"{PREFIX}/deep_half"] = sum(means[-half:]) / half
+    rho = float(spearman(means))
+    if every_key or math.isfinite(rho):
+        numbers[f"{PREFIX}/spearman"] = rho
+    return numbers
+
+
 class CondensationCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
     """Log condensation during training with the Hugging Face Trainer (or any trainer that takes its callbacks).
 
@@ -217,19 +262,32 @@ class CondensationCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
     behind them: the numbers then reach ``trainer.state.log_history`` and the callbacks after it only.
 
     Of a step that is logged, the first forward pass is watched (see :class:`CondensationWatch`): exact for that
-    micro-batch, on rank 0.
+    micro-batch, on rank 0. ``alarm``, ``action`` and ``patience`` are those of :class:`decondense.measuring.Alarm`;
+    ``grace=None`` stands for 100 steps, or the warm-up of the learning rate where that is longer. ``action="stop"``
+    ends the training through ``control.should_training_stop``: at the logged step, or one step later where several
+    processes have to agree.
     """
 
-    def __init__(self, *, blocks: str | None = None, tokens_first: bool | None = None) -> None:
-        self.blocks, self.tokens_first = blocks, tokens_first
+    def __init__(
+        self,
+        *,
+        blocks: str | None = None,
+        tokens_first: bool | None = None,
+        alarm: Mapping[str, float] | None = None,
+        action: Action = "warn",
+        patience: int = PATIENCE,
+        grace: int | None = None,
+    ) -> None:
+        self.blocks, self.tokens_first, self.grace = blocks, tokens_first, grace
+        # the same on every rank; what cannot be used is refused here and not when training begins
+        self._alarm: dict[str, Any] = {"alarm": alarm, "action": action, "patience": patience}
+        self._stops = alarm is not None and Alarm(alarm, action, patience=patience, grace=grace or 0).action == "stop"
         self._watch: CondensationWatch | None = None
 
     @classmethod
-    def add_to(
-        cls, trainer: Any, *, blocks: str | None = None, tokens_first: bool | None = None
-    ) -> CondensationCallback:
-        """Create the callback and put it before the trainer's trackers."""
-        callback = cls(blocks=blocks, tokens_first=tokens_first)
+    def add_to(cls, trainer: Any, **options: Any) -> CondensationCallback:
+        """Create the callback with its options and put it before the trainer's trackers."""
+        callback = cls(**options)
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
 
@@ -237,21 +295,38 @@ class CondensationCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         """Install the hooks."""
         model = keywords.get("model")
         if model is not None and self._watch is None and getattr(state, "is_world_process_zero", True):
-            self._watch = CondensationWatch(model, blocks=self.blocks, tokens_first=self.tokens_first)
+            warm_up = int(args.get_warmup_steps(state.max_steps)) if hasattr(args, "get_warmup_steps") else 0
+            self._watch = CondensationWatch(
+                model,
+                blocks=self.blocks,
+                tokens_first=self.tokens_first,
+                grace=max(GRACE, warm_up) if self.grace is None else self.grace,
+                **self._alarm,
+            )
             self._watch._armed = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         """Arm when the step that begins will be logged."""
-        if self._watch is not None and self._is_logged(args, state):
+        if self._watch is not None and self._is_logged(args, state, state.global_step + 1):
             self._watch.arm()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **keywords: Any) -> None:
         """Add the numbers to what is logged."""
-        numbers = self._watch.read() if self._watch is not None else {}
+        numbers = self._watch.read(state.global_step) if self._watch is not None else {}
         if numbers and logs is not None:
             logs.update(numbers)
             if state.log_history:
                 state.log_history[-1].update(numbers)
+        if self._watch is not None and self._watch.should_stop and not _several():
+            control.should_training_stop = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        """Where several processes train, end all of them at the step after the alarm: only rank 0 watches."""
+        # a logged step's numbers are read after this call, so the decision is taken with the step that follows
+        if self._stops and _several() and self._is_logged(args, state, state.global_step - 1):
+            stop = torch.tensor(float(self._watch is not None and self._watch.should_stop), device=args.device)
+            torch.distributed.all_reduce(stop, op=torch.distributed.ReduceOp.MAX)
+            control.should_training_stop |= bool(stop)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         """Remove the hooks."""
@@ -260,14 +335,27 @@ class CondensationCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
             self._watch = None
 
     @staticmethod
-    def _is_logged(args: Any, state: Any) -> bool:
-        step = state.global_step + 1
+    def _is_logged(args: Any, state: Any, step: int) -> bool:
         every = max(1, int(getattr(state, "logging_steps", 0) or getattr(args, "logging_steps", 1) or 1))
         return step % every == 0 or (step == 1 and bool(getattr(args, "logging_first_step", False)))
 
 
-def lightning_callback(*, every: int = 50, blocks: str | None = None, tokens_first: bool | None = None) -> Any:
-    """A Lightning callback that logs the same numbers through ``LightningModule.log_dict`` every ``every`` steps."""
+def _several() -> bool:
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    )
+
+
+def lightning_callback(**options: Any) -> Any:
+    """A Lightning callback that logs the same numbers through ``LightningModule.log_dict``.
+
+    ``options`` are those of :class:`CondensationWatch` (``every``, ``blocks``, ``tokens_first``, ``alarm``, ...).
+    ``action="stop"`` sets ``trainer.should_stop`` when any process raises the alarm.
+    """
+    if options.get("alarm") is not None:  # refused here and not when training begins
+        Alarm(options["alarm"], **{name: options[name] for name in ("action", "patience", "grace") if name in options})
     for package in ("lightning.pytorch", "pytorch_lightning"):
         try:
             base: Any = importlib.import_module(package).Callback
@@ -283,11 +371,14 @@ def lightning_callback(*, every: int = 50, blocks: str | None = None, tokens_fir
         watch: CondensationWatch | None = None
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            self.watch = CondensationWatch(pl_module, every=every, blocks=blocks, tokens_first=tokens_first)
+            self.watch = CondensationWatch(pl_module, **options)
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             if self.watch is not None and (numbers := self.watch.step()):
                 pl_module.log_dict(numbers, on_step=True, on_epoch=False)
+                if options.get("action") == "stop" and options.get("alarm") is not None:
+                    stop = trainer.strategy.reduce_boolean_decision(self.watch.should_stop, all=False)
+                    trainer.should_stop = trainer.should_stop or stop
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             if self.watch is not None:

@@ -53,6 +53,21 @@ TEXTS: dict[NoteKind, str] = {
         "The held-out loss rests on {items} documents, by their weights on as few as {effective} of equal length; "
         "other text may give another difference. Raise evaluate.validation_tokens."
     ),
+    "seeds added": (
+        "{seeds} seeds, of which {added} were added: the study adds seeds until the held-out loss of each arm is "
+        "decided (margin {margin} nats/token). Intervals and p hold at every number of seeds and over all arms at once "
+        "(a t-mixture confidence sequence), so looking after every seed does no harm."
+    ),
+    "not decided": "Not decided: {arms}. The study takes at most {most} seeds; it resumes with a larger --most-seeds.",
+    "hardly decides": (
+        "At this size the accuracy of {tasks} hardly decides which model is better (the share of pairs of training "
+        "sets that models of 150 M parameters rank by it as models of 1 B do; 0.5 is a coin: arXiv:2508.13144). The "
+        "bits per byte of the right answers say more, where the rows have them."
+    ),
+    "scaled-down trials": (
+        "The trials of the sweep kept the warm-up as a share of their own steps: {trial} steps where the runs have "
+        "{run}. A rate that is best after the short warm-up need not be the best one after the long one."
+    ),
 }
 KNOBS = {"learning_rate": "learning rate", "warmup": "warm-up", "gradient_clip": "largest gradient norm"}
 """Settings of training for people, by their name in the configuration."""

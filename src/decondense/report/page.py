@@ -52,23 +52,20 @@ def _limits(study: Study, comparison: Comparison | None) -> list[str]:
     lines = []
     if comparison is not None:
         n = max((d.n for m in measures(comparison) for d in m.differences), default=0)
+        floor = next((d.p_sign_flip_smallest for m in measures(comparison) for d in m.differences if d.n == n), None)
         if n == 1 and comparison.measured:
             lines.append("One choice of passages: no interval and no test is possible.")
         elif n == 1:
             lines.append(
                 "One seed: no interval and no test is possible; a difference of this size may be the luck of the start."
             )
-        elif n:
-            floor = next(
-                (d.p_sign_flip_smallest for m in measures(comparison) for d in m.differences if d.n == n), None
-            )
-            weak = floor is not None and floor > 0.05
+        elif floor is not None:
             lines.append(
                 f"{n} seeds: the sign-flip test cannot give a p below {probability(floor)} with that many"
                 + (
                     ", so that it can never detect anything here; what is said in words rests on the interval, which "
                     "takes the seeds' differences to be about normally distributed."
-                    if weak
+                    if floor > 0.05
                     else "."
                 )
             )
@@ -199,7 +196,8 @@ def write_report(study: Study, comparison: Comparison | None, problems: list[str
     pictures = Pictures(study, comparison, out / "figures").draw()
     tables = all_tables(comparison)
     written = [path for table in tables.values() for path in table.write(out / "tables")]
-    page = _render(
+    page = render(
+        "report.html",
         study=study,
         comparison=comparison,
         problems=problems,
@@ -220,7 +218,8 @@ def write_report(study: Study, comparison: Comparison | None, problems: list[str
     return {"report": path, "figures": pictures.files, "tables": written}
 
 
-def _render(**context: Any) -> str:
+def render(template: str, **context: Any) -> str:
+    """A page of this package's templates; everything is escaped but what a template marks as ``drawn``."""
     import jinja2
     from markupsafe import Markup
 
@@ -233,4 +232,4 @@ def _render(**context: Any) -> str:
     )
     # the only text that is not escaped: pictures and tables that this package made itself, from escaped text
     environment.filters["drawn"] = Markup
-    return environment.get_template("report.html").render(**context)
+    return environment.get_template(template).render(**context)

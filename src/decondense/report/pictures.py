@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from decondense.compare import VALIDATION, Comparison, Study
+from decondense.compare.quantity import METRIC_TITLES
 from decondense.figures import comparison as draw
 from decondense.figures.style import COLUMN, export, render
 
@@ -192,9 +193,10 @@ class Pictures:
             tasks = [task for task in benchmarks if task.metric == metric]
             means = [m.measure for m in comparison.means if m.metric == metric and m.measure.differences]
             names = [task.task for task in tasks] + ["mean"] * len(means)
-            figure = draw.forest([*tasks, *means], comparison, xlabel=f"Δ {metric}", names=names)
+            title = METRIC_TITLES.get(metric, metric)
+            figure = draw.forest([*tasks, *means], comparison, xlabel=f"Δ {title}", names=names)
             slug = re.sub(r"[^A-Za-z0-9]+", "-", metric)
-            caption = f"Difference in {metric} to {self._baseline} by task. {dots}"
+            caption = f"Difference in {title} to {self._baseline} by task. {dots}"
             self._show("differences", f"forest-{slug}", caption, figure, wide=figure.get_figwidth() > COLUMN)
             self._write(f"difference_tasks_{slug}", figure)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from decondense.compare import VALIDATION, Comparison, Difference, Measure, TaskMeasure
+from decondense.compare import VALIDATION, Comparison, Difference, Measure, TaskMean, TaskMeasure
+from decondense.compare.quantity import METRIC_TITLES
 from decondense.formatting import MINUS, NONE, number, probability
 from decondense.report import words
 from decondense.report.cells import bounds, mean_and_sd, spread
-from decondense.report.selection import MANY, main_measures, names_of, qualified, task_head
+from decondense.report.selection import MANY, flags, main_measures, names_of, qualified, task_head
 from decondense.table import Entry, Table
 
 
@@ -79,13 +80,18 @@ def headline(comparison: Comparison) -> Table | None:
         if comparison.equal_time
         else ""
     )
-    caption = (
-        f"{what}{loss}p is that of the interval shown{holm}; the sign-flip test assumes less and needs six seeds "
+    added = any(note.kind == "seeds added" for note in comparison.notes)
+    tests = (
+        "Seeds were added until every arm was decided: intervals and p hold at every number of seeds and for all arms "
+        f"at once. equivalent: the whole interval lies within {comparison.margin:g} nats/token."
+        if added
+        else f"p is that of the interval shown{holm}; the sign-flip test assumes less and needs six seeds "
         "or more to reach 0.05. detectable: the smallest true difference that n seeds detect in 80 % of studies; "
         f"seeds needed: to detect {comparison.margin:g} nats/token. equivalent: the whole interval lies within that."
-        f"{equal}"
     )
-    return Table("headline", qualified(caption, comparison), columns, tuple(rows), 2)
+    table = Table("headline", qualified(f"{what}{loss}{tests}{equal}", comparison), columns, tuple(rows), 2)
+    fixed = ("p, sign flip", "detectable", "seeds needed")
+    return table.select([name for name in columns if name not in fixed]) if added else table
 
 
 def _equal_cost(comparison: Comparison) -> list[tuple[Entry, ...]]:
@@ -215,26 +221,46 @@ def task_table(comparison: Comparison) -> Table | None:
     for mean in comparison.means:
         add(names[mean.measure.quantity], mean.measure)
         ranks: list[Entry] = [(number(mean.mean_rank.get(arm), 2), mean.mean_rank.get(arm)) for arm in comparison.arms]
-        rows.append((f"mean rank ({mean.metric})", NONE, *ranks, *[NONE] * (3 * len(comparison.treated))))
+        rows.append(
+            (
+                _rank_of(mean),
+                NONE,
+                *ranks,
+                *[NONE] * (3 * len(comparison.treated)),
+            )
+        )
     columns = ["task", "items", *(comparison.labels[arm] for arm in comparison.arms)]
     for arm in comparison.treated:
         name = f"Δ {comparison.labels[arm]}"
         columns += [name, f"95 % interval of {name}", f"p of {name}"]
     return Table(
         "tasks",
-        qualified("Benchmarks at the final checkpoint, paired by seed and by item; rank 1 is best.", comparison),
+        qualified(_BENCHMARKS, comparison),
         tuple(columns),
         tuple(rows),
+        notes=flags(tasks),
     )
+
+
+def _rank_of(mean: TaskMean) -> str:
+    return f"mean rank ({METRIC_TITLES.get(mean.metric, mean.metric)})"
+
+
+_BENCHMARKS = (
+    "Benchmarks at the final checkpoint, paired by seed and by item; p is corrected over arms and tasks, each metric "
+    "for itself; rank 1 is best. Bits per byte are those of the right answer, its margin is over the likeliest wrong "
+    "one."
+)
 
 
 def _tasks_by_arm(comparison: Comparison, tasks: Sequence[TaskMeasure]) -> Table:
     """A row an arm, a column a task, as benchmarks of many models are usually printed."""
     names = names_of(comparison)
+    tasks = [task for task in tasks if not task.gold]  # of these the mean has a column; every one would be too many
     columns: list[tuple[str, Measure | None, dict[str, float]]] = [(task_head(task), task, {}) for task in tasks]
     for mean in comparison.means:
         columns.append((names[mean.measure.quantity], mean.measure, {}))
-        columns.append((f"mean rank ({mean.metric})", None, mean.mean_rank))
+        columns.append((_rank_of(mean), None, mean.mean_rank))
     rows: list[tuple[Entry, ...]] = []
     for arm in comparison.arms:
         row: list[Entry] = [comparison.labels[arm]]
@@ -248,10 +274,11 @@ def _tasks_by_arm(comparison: Comparison, tasks: Sequence[TaskMeasure]) -> Table
         rows.append(tuple(row))
     caption = (
         "Benchmarks at the final checkpoint, mean over seeds; + and − mark a detected difference to the baseline for "
-        "the better and the worse, paired by seed and by item and corrected over arms (the table of every difference "
-        "has the intervals); rank 1 is best."
+        "the better and the worse, paired by seed and by item, corrected over arms and tasks (the table of every "
+        "difference has the intervals); rank 1 is best."
     )
-    return Table("tasks", qualified(caption, comparison), ("arm", *(name for name, _, _ in columns)), tuple(rows))
+    head = ("arm", *(name for name, _, _ in columns))
+    return Table("tasks", qualified(caption, comparison), head, tuple(rows), notes=flags(tasks))
 
 
 def difference_table(comparison: Comparison) -> Table | None:

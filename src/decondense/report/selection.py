@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from decondense.compare import Comparison, Measure, TaskMeasure
+from decondense.compare.quantity import METRIC_TITLES
 
 MANY = 3
 """With more arms than that beside the baseline, sentences group them, and tables have a row instead of columns for
@@ -38,5 +41,13 @@ def qualified(caption: str, comparison: Comparison) -> str:
 
 
 def task_head(task: TaskMeasure) -> str:
-    """How a column or a row of a benchmark is called."""
-    return f"{task.task} ({task.metric}{f'; {task.deviation}' if task.deviation else ''})"
+    """How a column or a row of a benchmark is called; an accuracy that hardly decides at this size has a dagger."""
+    metric = METRIC_TITLES.get(task.metric, task.metric) + (" †" if task.hardly_decides else "")
+    return f"{task.task} ({metric}{f'; {task.deviation}' if task.deviation else ''})"
+
+
+def flags(tasks: Iterable[TaskMeasure]) -> tuple[str, ...]:
+    """The line below a table that explains its daggers."""
+    if not any(task.hardly_decides for task in tasks):
+        return ()
+    return ("† an accuracy that is known to decide hardly anything at this size (arXiv:2508.13144).",)

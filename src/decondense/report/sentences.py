@@ -24,14 +24,15 @@ def _score_clause(d: Difference, label: str) -> str:
     if not d.tested:
         return f"{label} differs by {number(d.mean, sign=True)} {d.unit}".strip() + f" ({words.outcome(d)})"
     better = sum((x > 0) == bool(d.higher_is_better) and x != 0 for x in d.differences)
+    power = f"; {strength}" if (strength := words.power([d])) else ""
     evidence = (
         f"95{NBSP}% interval of the difference {interval(d.interval)}, n = {_seeds(d.n)}, better in {better} of "
-        f"{d.n}; {words.power([d])}"
+        f"{d.n}{power}"
     )
     if d.detected:
         return f"{label} is {words.direction(d)}, by {size} ({evidence})"
     signed = f"{number(d.mean, sign=True)} {d.unit}".strip()
-    corrected = " after correction for several arms" if d.p is not None and d.p <= 0.05 else ""
+    corrected = " after correction for several comparisons" if d.p is not None and d.p <= 0.05 else ""
     within = f" within {number(d.margin)} {d.unit}".rstrip() if d.outcome == "equivalent" else ""
     return f"{label} is {d.outcome}{within}{corrected} ({signed}, {evidence})"
 
@@ -42,7 +43,8 @@ def _cosine_clause(d: Difference, label: str) -> str:
         return f"{label} moves it from {values} ({words.outcome(d)})"
     tail = f"95{NBSP}% interval of the difference {interval(d.interval)}"
     if not d.detected:
-        return f"{label} is {d.outcome} ({values}, {tail}; {words.power([d])})"
+        power = f"; {strength}" if (strength := words.power([d])) else ""
+        return f"{label} is {d.outcome} ({values}, {tail}{power})"
     return f"{label} {'lowers' if d.mean < 0 else 'raises'} it from {values} ({tail})"
 
 
@@ -75,7 +77,7 @@ def _grouped_scores(differences: Sequence[Difference], label: dict[str, str], *,
             span = f"{number(members[0].mean, sign=True)} to {number(members[-1].mean, sign=True)}"
             members_text = f"{', '.join(label[d.arm] for d in members)} ({span})"
         lost = [label[d.arm] for d in members if not d.detected and d.p is not None and d.p <= 0.05]
-        tail = f", of which {listed(lost)} would differ without the correction for several arms" if lost else ""
+        tail = f", of which {listed(lost)} would differ without the correction for several comparisons" if lost else ""
         parts.append(f"{len(members)} {words.outcome(members[0])}: {members_text}{tail}")
     strength = words.power(differences) if power else ""
     return "; ".join(parts) + (f". Power: {strength}" if strength else "")
@@ -216,9 +218,10 @@ def sentences(comparison: Comparison) -> list[str]:
         return [f"Only {base} has finished runs, so there is nothing to compare it with."]
     lines: list[str] = []
     many = len(comparison.treated) > MANY
-    scores = [("Held-out loss" if task is comparison.validation else task.title, task) for task in comparison.tasks]
+    own = [task for task in comparison.tasks if not task.gold]
+    scores = [("Held-out loss" if task is comparison.validation else task.title, task) for task in own]
     # with many tasks their mean speaks for them
-    wanted = scores if len(comparison.tasks) < 3 else [pair for pair in scores if pair[1] is comparison.validation]
+    wanted = scores if len(own) < 3 else [pair for pair in scores if pair[1] is comparison.validation]
     for name, measure in [*wanted, *((f"The {mean.measure.title}", mean.measure) for mean in comparison.means)]:
         lead = f"{name} at the end of training, paired with {base}"
         if many and measure.differences:

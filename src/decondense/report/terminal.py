@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from decondense.compare import QUANTITIES, Comparison, Cost, Difference
+from decondense.compare import QUANTITIES, Comparison, Cost, Difference, TaskMeasure
 from decondense.formatting import NONE, count, fitting, fitting_interval, number
 from decondense.report.cells import median_of
 from decondense.report.selection import MANY, main_measures, measures
@@ -62,6 +62,8 @@ def terminal_table(comparison: Comparison) -> Table:
     for measure in main_measures(comparison) if many and comparison.means else measures(comparison):
         if layered and measure.quantity == "mean_cosine.last":
             continue  # the last of the layers below
+        if isinstance(measure, TaskMeasure) and measure.metric == "margin_bits":
+            continue  # beside accuracy and bits per byte, for which there is room
         name = QUANTITIES[measure.quantity].short_title if measure.quantity in QUANTITIES else measure.title
         for d in measure.differences:
             add_difference(name, d, outcome=True)

@@ -65,6 +65,17 @@ def refuse_credentials(study: StudyConfig) -> None:
             )
 
 
+def committed_rows(study: StudyConfig) -> Path | None:
+    """The rows of a shipped study at its scale, where this is a checkout of the repository that holds them."""
+    results = Path(__file__).parents[3] / "benchmarks" / "results"
+    if study.name not in shipped_studies():
+        return None
+    places = [results / "studies" / f"{study.name}-{study.scale}.jsonl.gz"]
+    if (study.name, study.scale) == ("demo", "tiny"):
+        places.append(results / "demo.jsonl")
+    return next((path for path in places if path.is_file()), None)
+
+
 def scales_of(name_or_path: str | Path) -> list[str]:
     """The scales that a study file offers, in its order."""
     data, scales, _ = _file(str(name_or_path))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -139,7 +139,7 @@ def open_directory(study: StudyConfig, out: Path, *, resume: bool = False) -> St
             return study
     there = study_of(out)
     if resume or there.fingerprint() == study.fingerprint():
-        return there
+        return _updated(there, study, out, margin=not resume)
     if _unused(there, out):
         _write_study(study, out, new=False)
         return study
@@ -149,6 +149,28 @@ def open_directory(study: StudyConfig, out: Path, *, resume: bool = False) -> St
         f"fingerprint {study.fingerprint()}). Choose another directory with --out, or resume the one that "
         "lies there with --resume."
     )
+
+
+def _updated(there: StudyConfig, study: StudyConfig, out: Path, *, margin: bool) -> StudyConfig:
+    """The study that lies there with what the command says of its margin and its seeds; those that were added stay."""
+    names = ("margin", "until", "most_seeds") if study.until is not None else ("margin",) if margin else ()
+    said = {name: getattr(study, name) for name in names}
+    if all(getattr(there, name) == value for name, value in said.items()):
+        return there
+    return change_study(out, lambda study: StudyConfig.parse({**study.model_dump(), **said}, where=str(out / STUDY)))
+
+
+def change_study(out: Path, change: Callable[[StudyConfig], StudyConfig]) -> StudyConfig:
+    """Change in the study's file what is no part of its identity, one runner after the other, and return the study."""
+    import fcntl
+
+    with (out / ".study.lock").open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        there = study_of(out)
+        changed = change(there)
+        if changed != there:
+            _write_study(changed, out, new=False)
+    return changed
 
 
 def _unused(there: StudyConfig, out: Path) -> bool:
@@ -382,9 +404,11 @@ def collect(study: StudyConfig, out: Path, listed: Iterable[Task] | None = None)
     """The rows of all trials and cells in the order of the plan; what has none contributes none."""
     listed = tasks(study, out) if listed is None else list(listed)
     rows = trial_rows(study, listed)
+    # every row says what the study says now of its margin and of the seeds that were added
+    now = study.model_dump(mode="json", include=set(study.not_identity))
     for task in listed:
-        if task.kind == "cell":
-            rows += _rows_of(task.folder) or []
+        for row in (_rows_of(task.folder) or []) if task.kind == "cell" else []:
+            rows.append({**row, "config": {**row["config"], **now}} if row.get("config") else row)
     return rows
 
 

@@ -124,7 +124,7 @@ def slurm_script(study: StudyConfig, words: list[str], out: Path) -> list[str]:
         f"#SBATCH --array=0-{cells - 1}",
         "#SBATCH --ntasks=1",
         *resources,
-        "#SBATCH --time=24:00:00  # your limit; submit again to go on",
+        "#SBATCH --time=24:00:00  # your limit; submit again to resume",
         f"#SBATCH --output=decondense-{study.name}-%A_%a.log",
         "# Every task of the array takes the next run that is free, so fewer tasks",
         "# do as well. Runs are claimed by flock locks: the file system of --out must",
@@ -155,6 +155,8 @@ def measuring(study: StudyConfig, out: Path) -> list[str]:
                 words += ["--metrics", ",".join(settings.metrics)]
             if settings.logits:
                 words.append("--logits")
+            if settings.blocks is not None:
+                words += ["--blocks", settings.blocks]
             if settings.batch_size is not None:
                 words += ["--batch-size", str(settings.batch_size)]
             suffix = "" if len(study.seeds) == 1 else f"-seed-{seed}"
@@ -162,7 +164,7 @@ def measuring(study: StudyConfig, out: Path) -> list[str]:
     return lines
 
 
-_NOT_IN_MEASURE = ("histograms", "resamples", "confidence")
+_NOT_IN_MEASURE = ("histograms", "resamples", "confidence", "tokens_first")
 
 
 # --------------------------------------------------------------------------------------------------------------------

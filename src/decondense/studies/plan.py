@@ -90,7 +90,7 @@ def trial_folder(out: Path, arm: str, setting: Setting | float, seed: int | None
 
 def plan(study: StudyConfig) -> list[tuple[str, int]]:
     """The cells (arm, seed) in the order in which they are taken: pair by pair, so that pairs are complete early."""
-    return [(arm.name, seed) for seed in study.seeds for arm in study.arms]
+    return [(arm.name, seed) for seed in study.every_seed for arm in study.arms]
 
 
 def settings_of(study: StudyConfig, arm: ArmConfig) -> list[Setting]:
@@ -149,6 +149,8 @@ def _trial_study(study: StudyConfig, arm: ArmConfig, setting: Setting, seed: int
             "baseline": arm.name,
             "arms": (tried.model_copy(update={"warmup": warmup}),),
             "seeds": (seed,),
+            "added_seeds": (),
+            "until": None,
             "train": train,
             "evaluate": evaluate,
             "sweep": None,

@@ -24,6 +24,7 @@ from decondense.lifeline import HeldFolder, Lifeline
 from decondense.records import COMMAND, Row, command_line, write_rows
 from decondense.stopping import SAVE_FIRST, Stopped, save_requested, stop_on_signals
 from decondense.studies import devices
+from decondense.studies.deciding import add_seeds, next_seeds
 from decondense.studies.directory import (
     CellState,
     Progress,
@@ -114,7 +115,8 @@ def run_study(
 
     Done cells are skipped. After an interruption, a kill or a power cut, call it again with the same arguments: every
     cell resumes from its newest complete checkpoint and the rows come out as if nothing had happened. SIGTERM and
-    SIGHUP end it at once, like Ctrl-C; SIGUSR1 lets every run save a checkpoint first.
+    SIGHUP end it at once, like Ctrl-C; SIGUSR1 lets every run save a checkpoint first. A study with ``until: decided``
+    adds seeds (:mod:`decondense.studies.deciding`) until its contrasts are decided.
 
     Args:
         study: what to run.
@@ -138,19 +140,20 @@ def run_study(
         )
     check_benchmarks(study.evaluate)
     study = open_directory(study, out, resume=resume)
-    run = _Run(study, out, tasks(study, out), watcher)
-    if retry_failed:
-        reset_failed(run.tasks)
-    if workers == 0:
-        from decondense.studies.worker import work
-
-        with stop_on_signals():
-            if study.measure is None:
-                study_corpus(study, out, watcher)
-            work(out)
-    else:
-        run.with_workers(default_workers(study) if workers is None else workers)
-    return run.result()
+    wanted = default_workers(study) if workers is None else workers
+    while True:
+        run = _Run(study, out, tasks(study, out), watcher)
+        if retry_failed:
+            reset_failed(run.tasks)
+        stopping = run.in_this_process() if wanted == 0 else run.with_workers(wanted)
+        rows = run.result()
+        more = next_seeds(study, rows, at_once=max(1, wanted // len(study.arms)))
+        if not more:
+            return rows
+        if stopping:
+            assert SAVE_FIRST is not None
+            raise Stopped(SAVE_FIRST)
+        study, retry_failed = add_seeds(study, out, more), False
 
 
 @dataclass
@@ -178,10 +181,21 @@ class _Run:
         self.workers: list[_Worker] = []
         self._held = HeldFolder(out)
         self._wrote = (0.0, 0.0)  # when, and how long it took
+        self._shown = 0.0
         self._before = {state_key(state) for state in self.progress.states() if state.status == "finished"}
 
-    def with_workers(self, wanted: int) -> None:
-        """Let worker processes do the tasks, and return when they have ended."""
+    def in_this_process(self) -> bool:
+        """Do the tasks here, and return whether SIGUSR1 asked for the end."""
+        from decondense.studies.worker import work
+
+        with stop_on_signals():
+            if self.study.measure is None:
+                study_corpus(self.study, self.out, self.watcher)
+            work(self.out, self.show)
+            return save_requested()
+
+    def with_workers(self, wanted: int) -> bool:
+        """Let worker processes do the tasks, and return when they have ended: whether SIGUSR1 asked for the end."""
         pending = len(self.tasks) - len(self._before)
         with Lifeline() as lifeline, stop_on_signals(forward=self._pass_on):
             try:
@@ -202,6 +216,13 @@ class _Run:
             if save_requested() and any(s.status not in ("finished", "failed") for s in self.progress.states()):
                 assert SAVE_FIRST is not None
                 raise Stopped(SAVE_FIRST)
+            return save_requested()
+
+    def show(self) -> None:
+        """Show how far the cells are, if that was not done just now."""
+        if time.monotonic() - self._shown >= _POLL_SECONDS:
+            self.watcher.cells(self.progress.states())
+            self._shown = time.monotonic()
 
     def _check_there(self) -> None:
         if not self._held.is_there():

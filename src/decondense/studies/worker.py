@@ -145,13 +145,14 @@ def _cannot_start(task: Task, reason: str) -> Row:
     return row
 
 
-def work(out: Path) -> None:
+def work(out: Path, told: Callable[[], None] | None = None) -> None:
     """Run every task of the study in ``out`` that nobody else runs, and return when all of them are done.
 
     A task that cannot be run does not keep the others from being run; the first such error is raised at the end.
 
     Args:
         out: directory with ``study.yaml`` and ``corpus.json``.
+        told: called before each task and whenever rows are written.
 
     Raises:
         StudyFailed: ``out`` was removed while its study ran.
@@ -166,6 +167,8 @@ def work(out: Path) -> None:
     def watch() -> None:
         if not held.is_there():
             raise StudyFailed(f"{out} was removed while its study ran; nothing is written there any more.")
+        if told is not None:
+            told()
 
     while not (out / CORPUS).exists() and study_of(out).measure is None:  # the runner is still preparing the text
         watch()

@@ -29,7 +29,6 @@ from torchtitan.trainer import Trainer
 from decondense.attaching import AttachError, attach
 from decondense.config import ConfigError
 from decondense.config.titan import Dispersion
-from decondense.sequences import count_in_batch
 
 __all__ = [
     "DispersionTrainer",
@@ -79,7 +78,9 @@ class DispersionTrainer(Trainer):  # type: ignore[misc]
         micro_batches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
         self.dispersion.set_progress(self.step - 1, self.config.training.steps)
         counts = [
-            1 if self.dispersion.counts_batches else count_in_batch({**inputs, "input_ids": inputs["input"]})
+            1
+            if self.dispersion.counts_batches
+            else self.dispersion.count_sequences({**inputs, "input_ids": inputs["input"]})
             for inputs, _ in micro_batches
         ]
         self._cross_entropy = torch.zeros((), device=self.device)
@@ -175,7 +176,7 @@ def to_huggingface(
 
     checkpoint, out = Path(checkpoint), Path(out)
     if not (checkpoint / ".metadata").is_file():
-        raise ConfigError(f"{checkpoint} is no torchtitan checkpoint (no .metadata); name a step-... folder.")
+        raise ConfigError(f"{checkpoint} is not a torchtitan checkpoint (no .metadata); name a step-... folder.")
     spec = model_registry(flavor)
     titan = spec.model
     with torch.device("meta"):
@@ -183,7 +184,7 @@ def to_huggingface(
     saved = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
     missing = [name for name in state if name not in saved]
     if missing:
-        raise ConfigError(f"{checkpoint} holds no {missing[0]!r}; is it a checkpoint of flavor {flavor!r}?")
+        raise ConfigError(f"{checkpoint} lacks {missing[0]!r}; is it a checkpoint of flavor {flavor!r}?")
     state = {name: torch.empty_like(value, device="cpu") for name, value in state.items()}
     load(state, storage_reader=FileSystemReader(str(checkpoint)))
     weights = spec.state_dict_adapter(titan, None).to_hf(state)

@@ -1,4 +1,4 @@
-"""Lines from the worker to the process that started it."""
+"""Events that the worker reports to the process that started it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _REPORT_SECONDS = 0.5
 
 
 class Events:
-    """Lines to whoever started this process."""
+    """A file of events, one line each."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.last = path, 0.0
 
     def tell(self, event: str, **fields: Any) -> None:
-        """Append one line."""
+        """Append an event."""
         append_rows(self.path, [{"event": event, **fields}])
 
     def running(self, task: str, done: int, total: int | None) -> None:
-        """Append how far a task is, at most twice a second."""
+        """Report the progress of a task, at most twice a second."""
         if time.monotonic() - self.last > _REPORT_SECONDS:
             self.last = time.monotonic()
             self.tell("running", task=task, done=done, total=total)

@@ -1,4 +1,4 @@
-"""The worker's work: load the tasks, then the model, then score task by task."""
+"""The work of the process: load the tasks, then the model, then score task by task."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import huggingface_hub.constants
 import lm_eval
 import torch
 
+from decondense.checkpoints import first_line
 from decondense.corpora.hub import commit_of
 from decondense.corpora.passages import PassageError
 from decondense.evaluate.catalogue import TASKS, EvaluationError
@@ -24,11 +25,11 @@ from decondense.records import atomic_write, provenance
 
 
 def main(folder: Path) -> int:
-    """Do what ``folder/.request.json`` asks for."""
+    """Carry out ``folder/.request.json``."""
     request = json.loads((folder / ".request.json").read_text(encoding="utf-8"))
     events = Events(folder / ".events.jsonl")
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING)
-    # of the harness's warnings only what a reader of the log can use
+    # the harness's warnings do not help a reader of the log
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     events.tell("loading")
     if _is_out_of_reach(request):
@@ -41,14 +42,13 @@ def main(folder: Path) -> int:
     except EvaluationError as error:
         events.tell("failed", message=str(error))
         loaded = {}
-    asked = {task["name"]: task for task in request["tasks"] if task["name"] in loaded}
-    # all tasks are looked at before the first is scored, which may take hours
-    for name, task in list(asked.items()):
-        reason = _lacks_token(lm, loaded[name], task["key"]["shots"])
-        if reason is not None:
+    requests = {task["name"]: task for task in request["tasks"] if task["name"] in loaded}
+    # all tasks are checked before the first is scored, which may take hours
+    for name in list(loaded):
+        if reason := _lacks_token(lm, loaded[name], requests[name]["key"]["shots"]):
             events.tell("failed", task=name, message=f"{name}: {reason}")
-            del asked[name]
-    for name, task in asked.items():
+            del requests[name]
+    for name, task in requests.items():
         events.tell("running", task=name, done=0, total=None)
         try:
             result = _with_less_memory(lm, source, loaded.pop(name), task)
@@ -61,10 +61,10 @@ def main(folder: Path) -> int:
     return 0
 
 
-def _load_tasks(asked: list[dict[str, Any]], source: Tasks, events: Events) -> dict[str, LoadedTask]:
-    """Name -> task, without those whose rows cannot be had or scored."""
+def _load_tasks(requests: list[dict[str, Any]], source: Tasks, events: Events) -> dict[str, LoadedTask]:
+    """Name -> task, without those whose rows cannot be loaded or scored."""
     loaded = {}
-    for task in asked:
+    for task in requests:
         name, key = task["name"], task["key"]
         try:
             loaded[name] = source.load(name, task["local"], key["shots"], key["limit"])
@@ -80,70 +80,68 @@ def _load_tasks(asked: list[dict[str, Any]], source: Tasks, events: Events) -> d
 
 
 def _lacks_token(lm: Model, loaded: LoadedTask, shots: int | None) -> str | None:
-    """Why a task cannot be scored with a tokenizer without the tokens that it needs; None: it can."""
+    """Which token that a task needs the tokenizer lacks; None: none."""
     if lm.prefix_token_id is None and scores_text_alone(loaded, shots):
-        missing, use = (
-            "neither bos_token nor eos_token",
-            "scores texts from their first token, which follows one of these",
-        )
+        missing = "neither bos_token nor eos_token"
+        use = "scores texts from their first token, which follows one of these"
     elif lm.eot_token_id is None and any(task.OUTPUT_TYPE == "generate_until" for task in loaded.parts):
         missing, use = "no eos_token", "generates text up to that token"
     else:
         return None
     return (
         f"the tokenizer of {lm.source} has {missing}, and the task {use}. Name the token that separated texts "
-        "in training in the tokenizer_config.json, give another tokenizer with --tokenizer, or leave the task out with "
+        "in training in the tokenizer_config.json, give another tokenizer with --tokenizer, or omit the task with "
         "--tasks."
     )
 
 
-def _run(lm: Model, source: Tasks, loaded: LoadedTask, asked: dict[str, Any]) -> dict[str, Any]:
+def _run(lm: Model, source: Tasks, loaded: LoadedTask, task: dict[str, Any]) -> dict[str, Any]:
     """Score one task and return the content of its file."""
-    name, shots, limit = loaded.name, asked["key"]["shots"], asked["key"]["limit"]
+    name, shots, limit = loaded.name, task["key"]["shots"], task["key"]["limit"]
     examples = None
     if shots and hasattr(loaded.parts[0], "sampler"):
-        examples = sum(len(task.sampler.df) for task in loaded.parts)
+        examples = sum(len(part.sampler.df) for part in loaded.parts)
     group, samples = source.group(name), None
     if group is not None:
         samples = {}
-        for task, count in zip(loaded.parts, loaded.counts, strict=True):
+        for part, count in zip(loaded.parts, loaded.counts, strict=True):
             if count:
-                samples[task.task_name] = list(range(count))
-                group.add(task)
+                samples[part.task_name] = list(range(count))
+                group.add(part)
     began = time.perf_counter()
     lm.begin(name)
-    found = lm_eval.simple_evaluate(
+    output = lm_eval.simple_evaluate(
         model=lm,
         tasks=[loaded.parts[0] if group is None else group],
         num_fewshot=shots,
         limit=limit if group is None else None,
         samples=samples,
-        # bootstrapped errors cost more than the scores; ours are in closed form
+        # bootstrapped errors cost more than the scores; scores_of has closed forms
         bootstrap_iters=0,
         task_manager=source.manager,
     )
     wall = time.perf_counter() - began
-    logged = {task: entries for task, entries in found["samples"].items() if entries}
-    scored = len({(task, entry["doc_id"]) for task, entries in logged.items() for entry in entries})
-    used = max((found["n-shot"].get(task) or 0 for task in logged), default=0)
-    scores, per_item = scores_of(name, found, logged, group is not None)
-    split = asked["local"]["few_shot_split"] if asked["local"] else None
+    logged = {part: entries for part, entries in output["samples"].items() if entries}
+    scored = len({(part, entry["doc_id"]) for part, entries in logged.items() for entry in entries})
+    shots = int(max((output["n-shot"].get(part) or 0 for part in logged), default=0))
+    scores, per_item = scores_of(name, output, logged, group is not None)
+    split = task["local"]["few_shot_split"] if task["local"] else None
     return {
-        "key": asked["key"],
+        "key": task["key"],
         "task": name,
         "scores": scores,
-        "shots": int(used),
+        "shots": shots,
         "items": scored,
         "official": TASKS[name].rows if name in TASKS else None,
         "limit": limit,
-        "notes": notes_of(loaded, lm, split, scored=scored, limit=limit, shots=int(used), examples=examples),
+        "notes": notes_of(loaded, lm, split, scored=scored, limit=limit, shots=shots, examples=examples),
         "per_item": per_item,
         "gold": gold_of(loaded, logged),
         "parts": {
-            task: {key.split(",")[0]: value for key, value in found["results"][task].items() if key.endswith(",none")}
-            for task in (logged if group is not None else ())
+            part: {key.split(",")[0]: value for key, value in output["results"][part].items() if key.endswith(",none")}
+            for part in (logged if group is not None else ())
         },
-        "version": found["versions"].get(name),
+        "version": output["versions"].get(name),
         "timing": {"wall_s": wall},
         "provenance": provenance(
             device=torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else lm.device.type,
@@ -156,43 +154,43 @@ def _run(lm: Model, source: Tasks, loaded: LoadedTask, asked: dict[str, Any]) ->
 
 
 def _no_data(name: str, error: Exception) -> dict[str, str]:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     source = TASKS[name].source if name in TASKS else "its data set"
     return {
-        "message": f"{name}: {source} cannot be read from the hub ({type(error).__name__}: {said}).",
-        "remedy": "Without network, give the rows in local files (--data-dir DIR), or fill the cache where there is "
-        "one and set HF_HOME to it; a gated data set needs its form filled in and `hf auth login`.",
+        "message": f"{name}: {source} cannot be read from the hub ({type(error).__name__}: {first_line(error)}).",
+        "remedy": "Without network, give the rows in local files (--data-dir DIR), or fill a cache on a machine with "
+        "network and set HF_HOME to it; a gated data set needs its form filled in and `hf auth login`.",
     }
 
 
 def _stay_offline() -> None:
-    """The data sets are only looked for in the cache: each vain attempt takes half a minute."""
+    """Look for data sets in the cache only: each failed request takes half a minute."""
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = True
 
 
 def _is_out_of_reach(request: dict[str, Any]) -> bool:
     """Whether the hub is needed and does not answer."""
-    asked: list[tuple[str, Literal["dataset", "model"]]] = [
+    needed: list[tuple[str, Literal["dataset", "model"]]] = [
         (str(name).partition("@")[0], "model")
         for name in (request["model"], request["settings"]["tokenizer"])
         if name is not None and not Path(name).expanduser().exists()
     ]
-    asked += [
+    needed += [
         (TASKS[task["name"]].source, "dataset")
         for task in request["tasks"]
         if task["local"] is None and task["name"] in TASKS
     ]
     try:
-        return bool(asked) and commit_of(*asked[0])[1] is not None
-    except PassageError:  # it answers that it has no such thing; the libraries say it in their way
+        return bool(needed) and commit_of(*needed[0])[1] is not None
+    except PassageError:  # the hub answers that it does not have it; the libraries' own error follows
         return False
 
 
-def _with_less_memory(lm: Model, source: Tasks, loaded: LoadedTask, asked: dict[str, Any]) -> dict[str, Any]:
+def _with_less_memory(lm: Model, source: Tasks, loaded: LoadedTask, task: dict[str, Any]) -> dict[str, Any]:
+    """:func:`_run`, with half the batch size each time that the memory runs out."""
     while True:
         try:
-            return _run(lm, source, loaded, asked)
+            return _run(lm, source, loaded, task)
         except torch.OutOfMemoryError:
             if lm.batch_size_per_gpu <= 1:
                 raise EvaluationError(

@@ -1,4 +1,4 @@
-"""The harness's model: it reports its progress, scores long answers in windows, and refuses what it cannot load."""
+"""The harness's model: reports progress, scores long answers in windows, and refuses models that it cannot score."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _UNLIMITED = HFLM._DEFAULT_MAX_LENGTH
 
 
 class Model(HFLM):  # type: ignore[misc]
-    """The harness's model, which tells how far it is and what it had to cut.
+    """The harness's model with progress and counts of truncated prompts.
 
-    The harness cuts a prompt that does not fit from the left, with a warning in the log, and stops at an answer that
-    alone is longer than the context. Here both are counted, and such an answer is scored in windows: the sum of
-    log p(window | what precedes it, as far as it fits), each window at most half a context long.
+    The harness truncates a prompt that does not fit from the left, with a warning in the log, and stops at an answer
+    that alone is longer than the context. This class counts both, and scores such an answer in windows: the sum of
+    log p(window | preceding tokens that fit), each window at most half a context long.
     """
 
     events: Events
     source = ""
     task = ""
     cut = 0
-    asked = 0
+    requests = 0
     expected = 0
     windowed = 0
     answered = 0
@@ -44,20 +44,20 @@ class Model(HFLM):  # type: ignore[misc]
         self.tokenizer = tokenizer  # loaded by the one loader, like the model
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **settings: Any) -> list[int]:
-        """As the harness has it, also with a tokenizer that has neither ``bos_token`` nor ``eos_token``."""
-        # the harness asks whether a prompt begins with the token that begins a text, also where there is none
+        """As in the harness; also for a tokenizer that has neither ``bos_token`` nor ``eos_token``."""
+        # the harness compares the first token with the prefix token without checking that there is one
         if self.prefix_token_id is None:
             add_special_tokens = False
-        found: list[int] = super().tok_encode(string, add_special_tokens=add_special_tokens, **settings)
-        return found
+        ids: list[int] = super().tok_encode(string, add_special_tokens=add_special_tokens, **settings)
+        return ids
 
     def begin(self, task: str) -> None:
-        """Count from zero for the next task."""
+        """Reset the counts for the next task."""
         self.task = task
-        self.cut = self.asked = self.expected = self.windowed = self.answered = 0
+        self.cut = self.requests = self.expected = self.windowed = self.answered = 0
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        """As the harness has it; the windows of documents are no prompts that were cut."""
+        """As in the harness; the windows of documents do not count as truncated prompts."""
         self.rolling = True
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm=True)
@@ -68,7 +68,7 @@ class Model(HFLM):  # type: ignore[misc]
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         if not self.rolling:
-            self.asked += len(requests)
+            self.requests += len(requests)
             # answers of one token to the same prompt share a row of a forward pass
             self.expected += len({hash((*context, *answer[:-1])) for _, context, answer in requests})
             self.cut += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
@@ -84,13 +84,15 @@ class Model(HFLM):  # type: ignore[misc]
             for first in range(0, len(answer), half):
                 pieces.append((None, context + answer[:first], answer[first : first + half]))
                 owners.append(number)
-        found = super()._loglikelihood_tokens(pieces, disable_tqdm=True, override_bs=override_bs)
-        totals = [[0.0, True] for _ in requests]
-        for owner, (value, greedy) in zip(owners, found, strict=True):
+        values = [0.0] * len(requests)
+        greedy = [True] * len(requests)
+        scored = super()._loglikelihood_tokens(pieces, disable_tqdm=True, override_bs=override_bs)
+        for owner, (value, is_greedy) in zip(owners, scored, strict=True):
             if math.isnan(value):
-                raise EvaluationError("the model's log-likelihoods are no numbers: its weights or its logits are not.")
-            totals[owner] = [totals[owner][0] + value, bool(totals[owner][1] and greedy)]
-        return [(float(value), bool(greedy)) for value, greedy in totals]
+                raise EvaluationError("the model's log-likelihoods are NaN: so are its weights or its logits.")
+            values[owner] += float(value)
+            greedy[owner] &= bool(is_greedy)
+        return list(zip(values, greedy, strict=True))
 
     def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
         logits = super()._model_call(inps, *args, **kwargs)
@@ -100,22 +102,22 @@ class Model(HFLM):  # type: ignore[misc]
         return logits
 
 
-def _device(asked: str | None) -> str:
-    """The device to use. The harness takes another one in silence when it does not know the name."""
-    if asked is None:
+def _device(name: str | None) -> str:
+    """The device to use. The harness silently takes another one for an unknown name."""
+    if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(asked)
+        device = torch.device(name)
     except RuntimeError as error:
-        raise EvaluationError(f"there is no device {asked!r}: give cpu, cuda or cuda:1.") from error
-    there = torch.cuda.device_count() if kind.type == "cuda" else 1
-    if (kind.index or 0) >= there:
-        raise EvaluationError(f"there is no device {asked!r} here: torch sees {there} GPUs; give --device cpu.")
-    return asked
+        raise EvaluationError(f"there is no device {name!r}: give cpu, cuda or cuda:1.") from error
+    available = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= available:
+        raise EvaluationError(f"there is no device {name!r} here: torch sees {available} GPUs; give --device cpu.")
+    return name
 
 
 def load_model(request: dict[str, Any], events: Events) -> Model:
-    """The model that the request names, from the loader that all verbs share, in the harness's hands."""
+    """Load the model of a request with the package's loader and hand it to the harness."""
     source, settings = request["model"], request["settings"]
     code = request["trust_remote_code"]
     device = _device(request["device"])
@@ -138,16 +140,14 @@ def load_model(request: dict[str, Any], events: Events) -> Model:
             trust_remote_code=code,
         )
         if tokenizer is None:
-            raise EvaluationError(
-                f"{name} comes without a tokenizer. If it is elsewhere: --tokenizer DIRECTORY_OR_HUB_ID."
-            )
-        longest = settings["max_length"]
-        if longest is None and model_positions(model) is None:
-            longest = _UNLIMITED  # the harness would take T5's n_positions for a limit
+            raise EvaluationError(f"{name} comes without a tokenizer; give one with --tokenizer DIRECTORY_OR_HUB_ID.")
+        max_length = settings["max_length"]
+        if max_length is None and model_positions(model) is None:
+            max_length = _UNLIMITED  # the harness would take T5's n_positions for a limit
         lm = Model(
             pretrained=model.to(device),
             tokenizer=tokenizer,
-            max_length=longest,
+            max_length=max_length,
             batch_size=request["batch_size"],
             trust_remote_code=code,
         )

@@ -1,12 +1,13 @@
-"""From the harness's numbers to scores with standard errors, items and notes."""
+"""Turns the harness's output into scores with standard errors, items and notes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from decondense.evaluate.catalogue import TASKS
@@ -17,19 +18,19 @@ if TYPE_CHECKING:
 
 
 def scores_of(
-    name: str, found: dict[str, Any], logged: dict[str, Any], is_group: bool
+    name: str, output: dict[str, Any], logged: dict[str, Any], is_group: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The harness's values with standard errors, and the items of every metric that is a mean of items.
 
-    Perplexities are the exponential of such a mean: it is added as a metric of its own, in nats a word or an answer, so
-    that two models can be compared item by item.
+    Perplexities are the exponential of such a mean, which is added as a metric of its own, in nats per word or answer,
+    so that two models can be compared item by item.
     """
-    values = {key: value for key, value in found["results"][name].items() if "," in key and "_stderr," not in key}
+    values = {key: value for key, value in output["results"][name].items() if "," in key and "_stderr," not in key}
     identities = _identities(logged)
     scores: list[dict[str, Any]] = []
     per_item: dict[str, dict[str, tuple[float, float]]] = {}
     headline = TASKS[name].metric if name in TASKS else None
-    better = {metric: up for task in logged for metric, up in found["higher_is_better"].get(task, {}).items()}
+    better = {metric: up for task in logged for metric, up in output["higher_is_better"].get(task, {}).items()}
     for key, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
@@ -41,7 +42,7 @@ def scores_of(
             for entry in members
             if entry["filter"] == which and metric in entry
         ]
-        pairs = [(item, *_pair(entry)) for item, entry in entries if _pair(entry) is not None]  # type: ignore[misc]
+        pairs = [(item, *pair) for item, entry in entries if (pair := _pair(entry)) is not None]
         stderr = None
         if pairs and len(pairs) == len(entries):
             total = math.fsum(weight for _, _, weight in pairs)
@@ -59,7 +60,7 @@ def scores_of(
                 stderr = None if error is None else error * value
                 loss = {"perplexity": "loss", "word_perplexity": "word_loss", "byte_perplexity": "byte_loss"}
                 extra = loss.get(metric, f"log {metric}")
-                if extra != "byte_loss":  # the same as bits a byte but for a constant
+                if extra != "byte_loss":  # a constant times the bits per byte
                     per_item[extra] = {item: (-x, weight) for item, x, weight in pairs}
                     scores.append(_score(extra, -mean, error, False, headline == metric))
         scores.append(
@@ -96,51 +97,51 @@ def _standard_error(values: Sequence[float], weights: Sequence[float], mean: flo
 
 
 def _pooled_error(metric: str, which: str, logged: dict[str, Any]) -> float | None:
-    """The harness's error of a group's mean: of the pooled variance within the parts; None with parts of one item."""
+    """The harness's error of a group's mean, from the pooled variance within the parts; None with parts of one item."""
     squares, items = 0.0, 0
     for members in logged.values():
         values = [float(entry[metric]) for entry in members if entry["filter"] == which and metric in entry]
         if len(values) < 2:
             return None
-        mean = math.fsum(values) / len(values)
+        mean = fmean(values)
         squares += math.fsum((x - mean) ** 2 for x in values)
         items += len(values)
     return math.sqrt(squares / (items - len(logged)) / items)
 
 
 def _identities(logged: dict[str, Any]) -> dict[tuple[str, int], str]:
-    """(task, document) -> hash of all that the model was asked about it and of what counted as right.
+    """(task, document) -> hash of the requests that the model received for it and of the right answer.
 
-    Not of the row: names of columns and of the row itself differ between copies of a benchmark, the questions do not.
-    Repeated items are numbered.
+    It is not the hash of the row, because names of columns differ between copies of a benchmark. Repeated items are
+    numbered.
     """
-    found: dict[tuple[str, int], str] = {}
-    seen: dict[str, int] = defaultdict(int)
+    identities: dict[tuple[str, int], str] = {}
+    seen: Counter[str] = Counter()
     for task, members in logged.items():
         for entry in members:
-            if (task, entry["doc_id"]) in found:
+            if (task, entry["doc_id"]) in identities:
                 continue  # the same item under another filter
-            asked = json.dumps([task, entry["arguments"], entry["target"]], ensure_ascii=False, default=str)
-            digest = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+            content = json.dumps([task, entry["arguments"], entry["target"]], ensure_ascii=False, default=str)
+            digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
             seen[digest] += 1
-            found[task, entry["doc_id"]] = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
-    return found
+            identities[task, entry["doc_id"]] = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
+    return identities
 
 
 def gold_of(loaded: LoadedTask, logged: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
-    r"""Item -> how likely the right answer is, from the requests that the harness made for its own scores.
+    r"""Item -> likelihood of the right answer, from the requests that the harness made for its own scores.
 
-    With log p(c) the log-likelihood of answer c after the prompt and b(c) the bytes of its text as it is scored (with
-    the space that the harness puts before it),
+    With log p(c) the log-likelihood of answer c after the prompt and b(c) the bytes of its scored text (with the
+    leading space that the harness adds),
 
         bits per byte = -log2 p(gold) / b(gold),        margin = log2 p(gold) - max_{c wrong} log2 p(c)   in bits,
 
     for the likeliest right answer where there are several. The margin is positive where ``acc`` counts the item as
-    right, and None where there is no other answer (LAMBADA). Items of tasks with rules of their own are left out.
+    right, and None where there is no other answer (LAMBADA). Tasks with their own scoring function have no items here.
     """
     tasks = {task.task_name: task for task in loaded.parts}
     identities = _identities(logged)
-    found: dict[str, tuple[float, float | None]] = {}
+    gold_of_item: dict[str, tuple[float, float | None]] = {}
     for name, entries in logged.items():
         task = tasks[name]
         own_rules = callable(task.config.process_results) and loaded.name != "truthfulqa_mc2"
@@ -153,11 +154,11 @@ def gold_of(loaded: LoadedTask, logged: dict[str, Any]) -> dict[str, tuple[float
             ]
             right = _right(task, loaded.name, entry["doc"]) if task.OUTPUT_TYPE == "multiple_choice" else {0}
             gold = max((answers[k] for k in right), default=(-math.inf, 0))
-            others = [value for k, (value, _) in enumerate(answers) if k not in right]
+            best_wrong = max((value for k, (value, _) in enumerate(answers) if k not in right), default=-math.inf)
             if math.isfinite(gold[0]) and gold[1]:
-                margin = gold[0] - max(others) if others and math.isfinite(max(others)) else None
-                found[identities[name, entry["doc_id"]]] = (-gold[0] / gold[1], margin)
-    return found
+                margin = gold[0] - best_wrong if math.isfinite(best_wrong) else None
+                gold_of_item[identities[name, entry["doc_id"]]] = (-gold[0] / gold[1], margin)
+    return gold_of_item
 
 
 def _right(task: Any, name: str, doc: Any) -> set[int]:
@@ -179,7 +180,7 @@ def notes_of(
     shots: int,
     examples: int | None,
 ) -> list[str]:
-    """What qualifies the scores of a task, in words for its tables."""
+    """Qualifications of the scores of a task, as sentences for its tables."""
     info, name = TASKS.get(loaded.name), loaded.name
     present = sum(loaded.sizes)
     notes = list(loaded.notes)
@@ -190,7 +191,7 @@ def notes_of(
             if loaded.grouped
             else f"limited to the first {limit:,} items"
         )
-    if info is not None and info.rows is not None and present != info.rows:
+    if info is not None and info.rows not in (None, present):
         notes.append(f"the data have {present:,} items, the official {info.split} split of {name} has {info.rows:,}")
     if info is not None and shots and few_shot_split:
         notes.append(
@@ -204,8 +205,8 @@ def notes_of(
         )
     if lm.cut:
         notes.append(
-            f"{lm.cut:,} of {lm.asked:,} prompts with answers exceed the context of {lm.max_length:,} tokens and were "
-            "cut from the left"
+            f"{lm.cut:,} of {lm.requests:,} prompts with answers exceed the context of {lm.max_length:,} tokens and "
+            "were cut from the left"
         )
     if lm.windowed:
         notes.append(f"{lm.windowed:,} answers alone exceed the context and were scored in windows")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class LoadedTask:
     counts: list[int]
     """Items to score of each part."""
     notes: tuple[str, ...]
-    """What was converted in its rows."""
+    """Conversions of its rows."""
 
     @property
     def sizes(self) -> list[int]:
@@ -46,7 +47,7 @@ class Tasks:
     def __init__(self, names: Sequence[str]) -> None:
         base = Path(lm_eval.tasks.__file__).parent
         folders = sorted({base / TASKS[name].harness_folder for name in names if name in TASKS})
-        # reading every definition that comes with the harness takes seconds; the paper's live in a few folders
+        # reading every definition of the harness takes seconds; the paper's are in a few folders
         narrow = all(name in TASKS for name in names) and all(folder.is_dir() for folder in folders)
         self.manager = (
             lm_eval.tasks.TaskManager(include_defaults=False, include_path=[str(folder) for folder in folders])
@@ -59,70 +60,66 @@ class Tasks:
                     f"the harness {lm_eval.__version__} has no task {name!r}.{suggest(name, self.manager.all_tasks)}"
                 )
 
+    def kind(self, name: str) -> str:
+        """``TASK``, ``GROUP`` or ``TAG``, ... of a name."""
+        return str(self.manager.task_index[name].kind.name)
+
     def leaves(self, name: str) -> list[str]:
         """The tasks that a name stands for, in the harness's order."""
         entry = self.manager.task_index[name]
-        if entry.kind.name == "TAG":
+        if self.kind(name) == "TAG":
             return sorted(entry.tags)
-        if entry.kind.name != "GROUP":
+        if self.kind(name) != "GROUP":
             return [name]
-        members = entry.cfg["task"]
-        found: list[str] = []
-        for member in members if isinstance(members, list) else [members]:
-            if not isinstance(member, str):
-                raise EvaluationError(f"{name} is a group with definitions of its own; name its tasks one by one.")
-            found += self.leaves(member)
-        return found
+        members = entry.cfg["task"] if isinstance(entry.cfg["task"], list) else [entry.cfg["task"]]
+        if not all(isinstance(member, str) for member in members):
+            raise EvaluationError(f"{name} is a group with definitions of its own; name its tasks one by one.")
+        return [leaf for member in members for leaf in self.leaves(member)]
 
     def group(self, name: str) -> Any:
-        """A new group that sums up the parts of a name; None for a single task."""
-        entry = self.manager.task_index[name]
-        if entry.kind.name != "GROUP":
+        """A new group that aggregates the parts of a name; None for a single task."""
+        if self.kind(name) != "GROUP":
             return None
+        config = self.manager.task_index[name].cfg
         return Group.from_config(
-            {
-                "group": name,
-                "aggregate_metric_list": entry.cfg.get("aggregate_metric_list"),
-                "metadata": entry.cfg.get("metadata"),
-            }
+            {"group": name, **{key: config.get(key) for key in ("aggregate_metric_list", "metadata")}}
         )
 
     def load(self, name: str, local: dict[str, Any] | None, shots: int | None, limit: int | None) -> LoadedTask:
-        """The task objects behind a name, their rows checked.
+        """The task objects of a name, with checked rows.
 
         Raises:
             EvaluationError: rows that the harness cannot score; the message names the row, the value and the remedy.
         """
-        if self.manager.task_index[name].kind.name == "TAG":
-            raise EvaluationError(f"{name} is a label of several tasks; name them: {', '.join(self.leaves(name))}.")
-        leaves = self.leaves(name)
+        leaves, kind = self.leaves(name), self.kind(name)
+        if kind == "TAG":
+            raise EvaluationError(f"{name} is a label of several tasks; name them: {', '.join(leaves)}.")
+        definition: Any = name
         notes: tuple[str, ...] = ()
         if local is not None:
             overrides, notes = self._local(name, leaves, local, shots)
-            tasks = self._built(name, [{"group": "local", "task": overrides}])
+            definition = {"group": "local", "task": overrides}
         elif name in TASKS:
             overrides, notes = self._hub(name, leaves, shots)
-            tasks = self._built(name, [{"group": "hub", "task": overrides}])
-        else:
-            tasks = self._built(name, [name])
+            definition = {"group": "hub", "task": overrides}
+        tasks = self._built(name, definition)
         sizes = [len(task.eval_docs) for task in tasks]
-        grouped = self.manager.task_index[name].kind.name == "GROUP"
-        if grouped:
-            counts = sizes if limit is None else spread(limit, sizes)
+        if limit is None:
+            counts = sizes
         else:
-            counts = [size if limit is None else min(limit, size) for size in sizes]
-        for task, count in zip(tasks, counts, strict=True):
-            if name not in TASKS:
+            counts = spread(limit, sizes) if kind == "GROUP" else [min(limit, size) for size in sizes]
+        if name not in TASKS:
+            for task, count in zip(tasks, counts, strict=True):
                 _check_documents(task, count)
-        return LoadedTask(name, tasks, grouped, counts, notes)
+        return LoadedTask(name, tasks, kind == "GROUP", counts, notes)
 
-    def _built(self, name: str, wanted: list[Any]) -> list[Any]:
+    def _built(self, name: str, definition: Any) -> list[Any]:
         try:
-            return list(self.manager.load(wanted)["tasks"].values())
+            return list(self.manager.load([definition])["tasks"].values())
         except Exception as error:
             if is_about_data(error):
                 raise
-            # the harness reads the first row when it makes a task, and fails as its template or its function does
+            # the harness renders the first row when it makes a task; its template or function may raise anything
             raise EvaluationError(
                 f"the harness cannot read the rows of {name} ({type(error).__name__}: {error}). Give them with the "
                 "fields that the task's definition names."
@@ -132,52 +129,45 @@ class Tasks:
         self, name: str, leaves: list[str], local: dict[str, Any], shots: int | None
     ) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
         rows, notes = local_rows(name, local["splits"])
-        subject_of = {leaf: self.manager.task_index[leaf].cfg.get("dataset_name") for leaf in leaves}
-        if "subject" not in (TASKS[name].fields if name in TASKS else ()):
+        if name not in TASKS or "subject" not in TASKS[name].fields:
             return [self._override(leaf, _loader(rows), local, shots) for leaf in leaves], notes
+        subject_of = {leaf: self.manager.task_index[leaf].cfg.get("dataset_name") for leaf in leaves}
         subjects = {row["subject"] for part in rows.values() for row in part}
-        strange = sorted(subjects - set(subject_of.values()))
-        if strange:  # rows of a subject that the harness does not know would be lost in silence
+        unknown = sorted(subjects - set(subject_of.values()))
+        if unknown:  # their rows would be dropped silently
             raise EvaluationError(
-                f"rows of subjects that the harness does not know: {', '.join(map(repr, strange[:5]))}."
-                f"{suggest(str(strange[0]), map(str, subject_of.values()))}"
+                f"rows of subjects that the harness does not know: {', '.join(map(repr, unknown[:5]))}."
+                f"{suggest(str(unknown[0]), map(str, subject_of.values()))}"
             )
-        return [
-            self._override(
-                leaf,
-                _loader({split: [row for row in part if row["subject"] == subject] for split, part in rows.items()}),
-                local,
-                shots,
-            )
-            for leaf, subject in subject_of.items()
-            if subject in subjects
-        ], notes
+        overrides = []
+        for leaf, subject in subject_of.items():
+            if subject in subjects:
+                own = {split: [row for row in part if row["subject"] == subject] for split, part in rows.items()}
+                overrides.append(self._override(leaf, _loader(own), local, shots))
+        return overrides, notes
 
     def _override(self, leaf: str, loader: Loader, local: dict[str, Any], shots: int | None) -> dict[str, Any]:
         config = self.manager.task_index[leaf].cfg
         splits = set(local["splits"])
         scored = config.get("test_split") or config.get("validation_split")
-        changed: dict[str, Any] = {"task": leaf, "custom_dataset": loader}
+        override: dict[str, Any] = {"task": leaf, "custom_dataset": loader}
         if scored not in splits:
             raise EvaluationError(f"{leaf} is scored on the split {scored!r}; there are {', '.join(sorted(splits))}.")
-        if config.get("training_split") not in splits:
-            changed["training_split"] = None
-        if config.get("validation_split") not in splits:
-            changed["validation_split"] = None
+        for key in ("training_split", "validation_split", "fewshot_split"):
+            if config.get(key) not in splits and (key != "fewshot_split" or config.get(key) is not None):
+                override[key] = None
         examples = (config.get("fewshot_split") or config.get("training_split")) if shots else None
-        if config.get("fewshot_split") not in {None, *splits}:
-            changed["fewshot_split"] = None
         if local["few_shot_split"]:
             # named, so that the harness never takes the question itself as its example
-            changed["fewshot_split"] = local["few_shot_split"]
+            override["fewshot_split"] = local["few_shot_split"]
         elif examples and examples not in splits:
             raise EvaluationError(
                 f"{leaf} takes its examples from {examples!r}; there are {', '.join(sorted(splits))}."
             )
-        return changed
+        return override
 
     def _hub(self, name: str, leaves: list[str], shots: int | None) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
-        """The hub's rows as they are, or converted: a copy or a mirror of a data set may be another release."""
+        """The hub's rows, converted if necessary: a mirror of a data set may be another release."""
         info = TASKS[name]
         splits = [info.split, *([info.few_shot_split] if shots and info.few_shot_split else [])]
         columns = {field.partition(".")[0] for field in info.fields}
@@ -186,7 +176,7 @@ class Tasks:
         for leaf in leaves:
             config = self.manager.task_index[leaf].cfg
             path, subset = config["dataset_path"], config.get("dataset_name")
-            # some definitions of the harness allow their data set to run a script; here nothing runs unasked
+            # some definitions of the harness allow their data set to run a script
             options = {**(config.get("dataset_kwargs") or {}), "trust_remote_code": False}
             loaded[leaf] = datasets.load_dataset(path, name=subset, **options)
             for split in splits:
@@ -197,41 +187,37 @@ class Tasks:
                 parts.append((where, rows.select_columns([c for c in rows.column_names if c in columns]).to_list()))
         checked = check_rows(name, parts)
         if checked.converted:
-            given = iter(checked.parts)
-            for leaf, there in loaded.items():
-                loaded[leaf] = {**there, **{split: datasets.Dataset.from_list(next(given)) for split in splits}}
-        return [{"task": leaf, "custom_dataset": _constant(there)} for leaf, there in loaded.items()], checked.notes
+            converted = iter(checked.parts)
+            for leaf, data in loaded.items():
+                loaded[leaf] = {**data, **{split: datasets.Dataset.from_list(next(converted)) for split in splits}}
+        return [{"task": leaf, "custom_dataset": lambda data=data, **_: data} for leaf, data in loaded.items()], (
+            checked.notes
+        )
 
 
 def _loader(rows: Mapping[str, list[dict[str, Any]]]) -> Loader:
     return lambda **_: {split: datasets.Dataset.from_list(part) for split, part in rows.items()}
 
 
-def _constant(splits: Mapping[str, Any]) -> Loader:
-    return lambda **_: splits
-
-
 _HUB_ERRORS = ("datasets", "huggingface_hub", "requests", "httpx", "urllib3", "fsspec")
 
 
 def is_about_data(error: Exception) -> bool:
-    """Whether an error comes from reading a data set, not from what is in it."""
+    """Whether an error comes from loading a data set, not from its content."""
     return isinstance(error, (EvaluationError, OSError)) or type(error).__module__.split(".")[0] in _HUB_ERRORS
 
 
 def _check_documents(task: Any, count: int) -> None:
     """Refuse items that the harness would fail on, or score as wrong whatever the model answers."""
-    for number, doc in enumerate(task.eval_docs):
-        if number >= count:
-            return
-        place = f"{task.task_name}, item {number + 1}"
+    for number, doc in enumerate(islice(task.eval_docs, count), 1):
+        place = f"{task.task_name}, item {number}"
         try:
             text, target = task.doc_to_text(doc), task.doc_to_target(doc)
             choices = task.doc_to_choice(doc) if task.OUTPUT_TYPE == "multiple_choice" else None
         except Exception as error:
             raise EvaluationError(
                 f"{place}: the harness cannot read its fields {', '.join(map(str, doc))} ({type(error).__name__}: "
-                f"{error}). Give them as the task's data set on the hub has them."
+                f"{error}). Give them as in the task's data set on the hub."
             ) from error
         if choices is None or callable(task.config.process_results):
             continue
@@ -241,21 +227,18 @@ def _check_documents(task: Any, count: int) -> None:
             if not known:
                 raise EvaluationError(
                     f"{place}: the answer {gold!r} is not one of its {len(choices)} choices. Answers of hidden test "
-                    "splits cannot be scored; other labels have to be written as the task's data set on the hub has "
-                    "them."
+                    "splits cannot be scored; other labels must be written as in the task's data set on the hub."
                 )
 
 
 def scores_text_alone(loaded: LoadedTask, shots: int | None) -> bool:
-    """Whether some item has no prompt: its first token is scored after the token that begins a text."""
+    """Whether some item has no prompt, so that its first token is scored after the tokenizer's prefix token."""
     for task, count in zip(loaded.parts, loaded.counts, strict=True):
         if task.OUTPUT_TYPE == "loglikelihood_rolling":
             return True
         if shots or task.OUTPUT_TYPE not in ("loglikelihood", "multiple_choice"):
             continue
-        for number, doc in enumerate(task.eval_docs):
-            if number >= count:
-                break
+        for doc in islice(task.eval_docs, count):
             contexts = task.doc_to_choice(doc) if task.multiple_input else [task.doc_to_text(doc)]
             if "" in contexts:
                 return True

@@ -13,9 +13,7 @@ from decondense.losses.form import Form
 from decondense.losses.pair_forms import Kernel, PairForm, SmoothedAngle, compat_epsilon
 
 
-def definition(
-    z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig, drawn: Tensor | None = None
-) -> Tensor:
+def definition(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig) -> Tensor:
     r""":math:`\log \mathrm{mean}_{i \ne j} \exp(-\theta_{ij}/(\pi\tau))`, arXiv:2602.00217.
 
     tau to 0: the closest pair alone; tau to infinity: the mean angle. delta to 0: the exact angle, whose slope at c = 1

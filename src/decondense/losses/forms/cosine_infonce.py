@@ -10,9 +10,7 @@ from decondense.losses.form import Form
 from decondense.losses.pair_forms import Exponential, PairForm
 
 
-def definition(
-    z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig, drawn: Tensor | None = None
-) -> Tensor:
+def definition(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig) -> Tensor:
     r""":math:`\log \mathrm{mean}_{ij} \exp(c_{ij}/\tau)`, diagonal included, arXiv:2506.09027."""
     return dense.log_mean_exp(dense.cosine(z_UND, pairs_UNN, s) / s.tau, pairs_UNN)
 

@@ -12,9 +12,7 @@ from decondense.losses.form import Form
 from decondense.losses.pair_mask import PairMask
 
 
-def definition(
-    z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig, drawn: Tensor | None = None
-) -> Tensor:
+def definition(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig) -> Tensor:
     r""":math:`\mathrm{mean}_{a \ne b} r_{ab}^2` of the correlations r between features, arXiv:2602.00217.
 
     Compatibility mode standardises every token over its features and correlates tokens, as the research code does.
@@ -26,8 +24,8 @@ def definition(
     return dense.off_diagonal_square(dense.correlation(z_UND, valid_UN)) / (width * (width - 1))
 
 
-def per_segment(z_RND: Tensor, pairs: PairMask, s: LossConfig, drawn: Tensor | None = None) -> Tensor:
-    """The same without a D x D or N x N matrix beyond the smaller of the two."""
+def per_segment(z_RND: Tensor, pairs: PairMask, s: LossConfig) -> Tensor:
+    """The same with no matrix larger than the smaller of D x D and N x N."""
     width, x = z_RND.shape[-1], features.real_tokens(z_RND, pairs)
     if s.clamp is None:
         return features.or_zero(features.correlation_square(x, pairs) / (width * (width - 1)), pairs)

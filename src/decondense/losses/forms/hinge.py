@@ -13,9 +13,7 @@ from decondense.losses.form import Form
 from decondense.losses.pair_forms import Kernel, PairForm
 
 
-def definition(
-    z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig, drawn: Tensor | None = None
-) -> Tensor:
+def definition(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig) -> Tensor:
     r""":math:`\mathrm{mean}_{ij} \max(0, \epsilon + c_{ij})^2`, diagonal included, arXiv:2506.09027."""
     return dense.mean((s.margin + dense.cosine(z_UND, pairs_UNN, s)).clamp(min=0).square(), pairs_UNN)
 

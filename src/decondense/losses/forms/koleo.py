@@ -16,9 +16,7 @@ from decondense.losses.pair_mask import PairMask
 from decondense.losses.vectors import chunks, products
 
 
-def definition(
-    z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig, drawn: Tensor | None = None
-) -> Tensor:
+def definition(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig) -> Tensor:
     r""":math:`-\mathrm{mean}_i \log \min_{j \ne i} |\hat z_i - \hat z_j|`, arXiv:1806.03198; smoothed."""
     nearest = dense.cosine(z_UND, pairs_UNN, s).masked_fill(~pairs_UNN, -math.inf).max(dim=2).values
     paired = nearest > -math.inf
@@ -28,7 +26,7 @@ def definition(
 
 @torch.no_grad()
 def _nearest(z_RND: Tensor, pairs: PairMask) -> tuple[Tensor, Tensor]:
-    """Place of each token's nearest partner by cosine ``[R, N]``, and whether it has a partner."""
+    """Index of each token's nearest partner by cosine ``[R, N]``, and whether it has a partner."""
     place_RN = torch.zeros(z_RND.shape[:2], dtype=torch.long, device=z_RND.device)
     best_RN = torch.full(z_RND.shape[:2], -math.inf, dtype=statistics_dtype(z_RND.dtype), device=z_RND.device)
     form = PairForm()
@@ -39,29 +37,21 @@ def _nearest(z_RND: Tensor, pairs: PairMask) -> tuple[Tensor, Tensor]:
             gap = chunk.view(buffer, i, j)
             products(chunk.p, i, j, form, gap)
             closeness = gap.neg_()
-            if i.start == j.start:
-                closeness.diagonal(dim1=1, dim2=2).fill_(-math.inf)
-            if chunk.valid is not None:
-                closeness.masked_fill_(~chunk.valid[:, j].unsqueeze(1), -math.inf)
-            if chunk.label is not None:
-                other = chunk.label[:, i].unsqueeze(2) != chunk.label[:, j].unsqueeze(1)
-                closeness.masked_fill_(other, -math.inf)
-            value, where = closeness.max(dim=2)
+            chunk.exclude(closeness, i, j, diagonal=True)
+            value, index = closeness.max(dim=2)
             closer = value > best[:, i]
             best[:, i] = torch.where(closer, value, best[:, i])
-            place[:, i] = torch.where(closer, where + j.start, place[:, i])
+            place[:, i] = torch.where(closer, index + j.start, place[:, i])
     paired = best_RN > -math.inf
     return place_RN, paired if pairs.valid_RN is None else paired & pairs.valid_RN
 
 
-def per_segment(z_RND: Tensor, pairs: PairMask, s: LossConfig, drawn: Tensor | None = None) -> Tensor:
+def per_segment(z_RND: Tensor, pairs: PairMask, s: LossConfig) -> Tensor:
     """The nearest partners by tiles; then plain autograd of the distances to them."""
     place_RN, paired_RN = _nearest(z_RND, pairs)
-    if pairs.valid_RN is not None:
-        z_RND = torch.where(pairs.valid_RN.unsqueeze(-1), z_RND, 0.0)
-    u = unit(z_RND)
+    u = unit(pairs.real(z_RND))
     partner = u.gather(1, place_RN.unsqueeze(-1).expand(-1, -1, u.shape[-1]))
-    # 2 - 2 kappa c from the difference, which has the digits when c is close to 1; a zero vector has c = 0
+    # 2 - 2 kappa c from the difference, which does not cancel where c is close to 1; a zero vector has c = 0
     square, other = torch.linalg.vecdot(u, u), torch.linalg.vecdot(partner, partner)
     chord = 2 - shrink(s) * (square + other - (u - partner).square().sum(dim=-1))
     term_RN = torch.where(paired_RN, -0.5 * torch.where(paired_RN, chord, 1.0).log(), 0.0)

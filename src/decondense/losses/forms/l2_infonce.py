@@ -10,9 +10,7 @@ from decondense.losses.form import Form
 from decondense.losses.pair_forms import Distance, PairForm
 
 
-def definition(
-    z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig, drawn: Tensor | None = None
-) -> Tensor:
+def definition(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig) -> Tensor:
     r""":math:`\log \mathrm{mean}_{ij} \exp(-|z_i - z_j|^2/\tau)`, diagonal included, arXiv:2506.09027."""
     return dense.log_mean_exp(-dense.square_distance(z_UND, valid_UN) / s.tau, pairs_UNN)
 

@@ -12,9 +12,7 @@ from decondense.losses.pair_forms import Distance, PairForm, compat_epsilon
 from decondense.losses.pair_mask import PairMask
 
 
-def definition(
-    z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig, drawn: Tensor | None = None
-) -> Tensor:
+def definition(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig) -> Tensor:
     r""":math:`\log \mathrm{mean}_{i \ne j} \exp(-|z_i - z_j|^2/\tau) + \lambda_{norm} \mathrm{mean}(z^2)`, 2602.00217.
 
     Compatibility mode keeps the pairs i = j, whose exp(0) hides every other pair at real hidden states' distances.
@@ -32,9 +30,7 @@ def pair_form(s: LossConfig) -> PairForm:
 
 
 def _norm_term(z_RND: Tensor, pairs: PairMask, s: LossConfig) -> Tensor:
-    if pairs.valid_RN is not None:
-        z_RND = torch.where(pairs.valid_RN.unsqueeze(-1), z_RND, 0.0)
-    norm_RN = torch.linalg.vector_norm(z_RND, dim=-1, dtype=pairs.pairs_U.dtype)
+    norm_RN = torch.linalg.vector_norm(pairs.real(z_RND), dim=-1, dtype=pairs.pairs_U.dtype)
     mean_U = pairs.to_segments(norm_RN.square()) / (pairs.tokens_U.clamp(min=1) * z_RND.shape[-1])
     return torch.where(pairs.pairs_U > 0, s.norm_weight * mean_U, 0.0)
 

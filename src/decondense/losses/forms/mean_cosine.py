@@ -14,20 +14,18 @@ from decondense.losses.pair_mask import PairMask, differentiated_once
 from decondense.losses.vectors import unit_rows
 
 
-def definition(
-    z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig, drawn: Tensor | None = None
-) -> Tensor:
+def definition(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig) -> Tensor:
     r""":math:`\mathrm{mean}_{i \ne j} c_{ij}`, Gao et al. 2019."""
     return dense.mean(dense.cosine(z_UND, pairs_UNN, s), pairs_UNN)
 
 
 class _MeanCosine(torch.autograd.Function):
-    r""":math:`|\sum_i \hat z_i|^2 - \sum_i |\hat z_i|^2` of each segment; keeps one vector per segment for backward."""
+    r""":math:`|\sum_i \hat z_i|^2 - \sum_i |\hat z_i|^2` of each segment; saves one vector per segment for backward."""
 
     @staticmethod
     def forward(ctx: Any, z_RND: Tensor, pairs: PairMask) -> Tensor:
         u, _, _ = unit_rows(z_RND, pairs.valid_RN)
-        total_UD = pairs.features_to_segments(u)
+        total_UD = pairs.to_segments(u)
         ctx.save_for_backward(z_RND, total_UD)
         ctx.pairs = pairs
         return total_UD.square().sum(dim=1) - pairs.to_segments(torch.linalg.vecdot(u, u))
@@ -45,7 +43,7 @@ class _MeanCosine(torch.autograd.Function):
         return gradient.to(z_RND.dtype), None
 
 
-def per_segment(z_RND: Tensor, pairs: PairMask, s: LossConfig, drawn: Tensor | None = None) -> Tensor:
+def per_segment(z_RND: Tensor, pairs: PairMask, s: LossConfig) -> Tensor:
     """From the sum of the unit vectors of each segment."""
     n_U = features.safe_count(pairs)
     total_U: Tensor = _MeanCosine.apply(z_RND, pairs)  # type: ignore[no-untyped-call]

@@ -13,9 +13,7 @@ from decondense.losses.form import Form
 from decondense.losses.pair_forms import Kernel, PairForm, SmoothedAngle
 
 
-def definition(
-    z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig, drawn: Tensor | None = None
-) -> Tensor:
+def definition(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig) -> Tensor:
     r""":math:`\mathrm{mean}_{i \ne j} \max(0, 1/2 - \theta_{ij}/\pi)^2`, arXiv:2602.00217."""
     return dense.mean((0.5 - dense.angle(z_UND, pairs_UNN, s)).clamp(min=0).square(), pairs_UNN)
 

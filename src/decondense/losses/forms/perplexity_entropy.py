@@ -12,9 +12,7 @@ from decondense.losses import dense
 from decondense.losses.form import Form
 
 
-def definition(
-    z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig, drawn: Tensor | None = None
-) -> Tensor:
+def definition(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig) -> Tensor:
     r""":math:`-\mathrm{mean}_i H(\mathrm{softmax}_{j \ne i}(-|z_i - z_j|^2/\tau))`; no partner: 0."""
     logits = (-dense.square_distance(z_UND, valid_UN) / s.tau).masked_fill(~pairs_UNN, -math.inf)
     alone = ~pairs_UNN.any(dim=2, keepdim=True)

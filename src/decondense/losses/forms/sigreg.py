@@ -23,14 +23,11 @@ def _knots(knots: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor
     return t, weights * target, target
 
 
-def definition(
-    z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig, drawn: Tensor | None = None
-) -> Tensor:
+def definition(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig, directions_DM: Tensor) -> Tensor:
     r"""Sketched isotropic Gaussian regularisation of LeJEPA, arXiv:2511.08544, over the tokens of a segment."""
-    assert drawn is not None
     t, weights, target = _knots(s.knots, z_UND.dtype, z_UND.device)
     n = valid_UN.sum(dim=1)
-    x_UNMK = (z_UND @ drawn).unsqueeze(-1) * t
+    x_UNMK = (z_UND @ directions_DM).unsqueeze(-1) * t
     real = valid_UN[:, :, None, None]
     cos = torch.where(real, x_UNMK.cos(), 0.0).sum(dim=1) / n[:, None, None]
     sin = torch.where(real, x_UNMK.sin(), 0.0).sum(dim=1) / n[:, None, None]
@@ -44,9 +41,7 @@ class _SigReg(torch.autograd.Function):
     def forward(
         ctx: Any, z_RND: Tensor, pairs: PairMask, s: LossConfig, directions_DM: Tensor, want_gradient: bool
     ) -> Tensor:
-        x = z_RND.to(directions_DM.dtype)
-        if pairs.valid_RN is not None:
-            x = torch.where(pairs.valid_RN.unsqueeze(-1), x, 0.0)
+        x = pairs.real(z_RND.to(directions_DM.dtype))
         projected_RNM = x @ directions_DM
         t, weights, target = _knots(s.knots, x.dtype, x.device)
         count_U1 = pairs.tokens_U.clamp(min=1).unsqueeze(1)
@@ -55,8 +50,8 @@ class _SigReg(torch.autograd.Function):
         for k in range(s.knots):
             angle_RNM = projected_RNM * t[k]
             cos_RNM, sin_RNM = angle_RNM.cos(), angle_RNM.sin()
-            cos_UM = pairs.features_to_segments(cos_RNM) / count_U1 - target[k]
-            sin_UM = pairs.features_to_segments(sin_RNM) / count_U1
+            cos_UM = pairs.to_segments(cos_RNM) / count_U1 - target[k]
+            sin_UM = pairs.to_segments(sin_RNM) / count_U1
             value_U += weights[k] * (cos_UM.square() + sin_UM.square()).mean(dim=1) * pairs.tokens_U
             if slope_RNM is not None:
                 scale = 2.0 * weights[k] * t[k] / s.slices
@@ -70,26 +65,23 @@ class _SigReg(torch.autograd.Function):
     def backward(ctx: Any, grad_output_U: Tensor) -> tuple[Tensor | None, ...]:
         slope_RNM, directions_DM = ctx.saved_tensors
         pairs: PairMask = ctx.pairs
-        scale_RN = pairs.to_tokens(grad_output_U)
-        if pairs.valid_RN is not None:
-            scale_RN = torch.where(pairs.valid_RN, scale_RN, 0.0)
+        scale_RN = pairs.real(pairs.to_tokens(grad_output_U))
         gradient = (slope_RNM * scale_RN.unsqueeze(-1)) @ directions_DM.mT
         return gradient.to(ctx.dtype), None, None, None, None
 
 
-def per_segment(z_RND: Tensor, pairs: PairMask, s: LossConfig, drawn: Tensor | None = None) -> Tensor:
-    """One direction's characteristic function at a time."""
-    assert drawn is not None
+def per_segment(z_RND: Tensor, pairs: PairMask, s: LossConfig, directions_DM: Tensor) -> Tensor:
+    """The characteristic function of all directions, one knot at a time."""
     want = z_RND.requires_grad and torch.is_grad_enabled()
-    value_U: Tensor = _SigReg.apply(z_RND, pairs, s, drawn, want)  # type: ignore[no-untyped-call]
+    value_U: Tensor = _SigReg.apply(z_RND, pairs, s, directions_DM, want)  # type: ignore[no-untyped-call]
     return features.or_zero(value_U, pairs)
 
 
 def draw(width: int, s: LossConfig, generator: torch.Generator, like: Tensor) -> Tensor:
-    """Random unit directions ``[D, M]`` from a generator of one's own."""
-    drawn = torch.randn(width, s.slices, generator=generator, device=generator.device, dtype=torch.float64)
-    drawn = torch.nn.functional.normalize(drawn, dim=0)
-    return drawn.to(device=like.device, dtype=statistics_dtype(like.dtype))
+    """Random unit directions ``[D, M]``."""
+    directions = torch.randn(width, s.slices, generator=generator, device=generator.device, dtype=torch.float64)
+    directions = torch.nn.functional.normalize(directions, dim=0)
+    return directions.to(device=like.device, dtype=statistics_dtype(like.dtype))
 
 
 FORM = Form(definition=definition, per_segment=per_segment, draw=draw)

@@ -10,9 +10,7 @@ from decondense.losses.form import Form
 from decondense.losses.pair_forms import Exponential, PairForm
 
 
-def definition(
-    z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig, drawn: Tensor | None = None
-) -> Tensor:
+def definition(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig) -> Tensor:
     r""":math:`\log \mathrm{mean}_{i \ne j} \exp(-2 |\hat z_i - \hat z_j|^2/\tau)`, arXiv:2005.10242."""
     return dense.log_mean_exp(-4 * (1 - dense.cosine(z_UND, pairs_UNN, s)) / s.tau, pairs_UNN)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from decondense.compare.sequential import FEWEST_SEEDS
 from decondense.config import ModelConfig, StudyConfig
 from decondense.formatting import NONE, count, duration, flops, plural, storage
 from decondense.studies.cost.flops import (
@@ -77,6 +78,23 @@ class Plan:
         timed = [line for line in self.lines if line.seconds is not None]
         longest = max((line.seconds / line.runs for line in timed if line.seconds), default=0.0)
         return max(sum(line.seconds or 0.0 for line in timed) / self.workers, longest)
+
+    def with_seeds(self, seeds: int) -> Plan:
+        """The same for another number of seeds."""
+        factor = seeds / len(self.study.every_seed)
+        lines = [
+            line
+            if line.kind != "cell"
+            else replace(
+                line,
+                runs=round(line.runs * factor),
+                tokens=line.tokens * factor,
+                flops=line.flops * factor,
+                seconds=None if line.seconds is None else line.seconds * factor,
+            )
+            for line in self.lines
+        ]
+        return replace(self, lines=lines)
 
 
 def _together(notes: Iterable[str]) -> list[str]:
@@ -261,5 +279,14 @@ def totals(plan: Plan) -> list[str]:
         lines.append(
             f"Disk: {storage(plan.final_bytes)} for the trained models, up to {storage(plan.checkpoint_bytes)} of "
             "checkpoints for each run while it is trained."
+        )
+    if study.until is not None:
+        ends = [plan.with_seeds(seeds) for seeds in (max(len(study.every_seed), FEWEST_SEEDS), study.most_seeds)]
+        runs = [sum(line.runs for line in end.lines if line.kind == "cell") for end in ends]
+        time = [duration(end.seconds) if plan.how else gpu_hours_of(end.flops_on_gpus) for end in ends]
+        lines.append(
+            f"Until decided: {runs[0] // len(study.arms)} to {study.most_seeds} seeds, that is {runs[0]} to {runs[1]} "
+            f"runs, {count(ends[0].tokens, short=True)} to {count(ends[1].tokens, short=True)} tokens and {time[0]} to "
+            f"{time[1]} with what comes before them."
         )
     return [*lines, *plan.notes]

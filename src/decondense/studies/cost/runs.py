@@ -61,7 +61,9 @@ def short_form(study: StudyConfig) -> list[str]:
     cells = [run for run in runs if run.kind in ("cell", "measured")]
     arms = len(study.arms)
     what = "to measure" if study.measure is not None else "to train" if any(run.steps for run in cells) else "to score"
-    first = f"{plural(len(cells), 'run')} {what}: {plural(arms, 'arm')} x {plural(len(study.seeds), 'seed')}"
+    first = f"{plural(len(cells), 'run')} {what}: {plural(arms, 'arm')} x {plural(len(study.every_seed), 'seed')}"
+    if study.until is not None:
+        first += f", then more until decided, at most {study.most_seeds}"
     before = [
         plural(sum(run.kind == kind for run in runs), name)
         for kind, name in (("prepared", "prepared model"), ("trial", "trial"))

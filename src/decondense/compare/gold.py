@@ -1,0 +1,88 @@
+"""How likely the right answers of benchmarks are: a score beside the task's own that decides at a smaller size.
+
+The rows of a benchmark's items hold, from the requests that its own score needed, the bits per byte of the right answer
+and its margin over the best wrong one in bits. Here they become two further metrics of the task, over the items for
+which every run has them: continuous where an accuracy near chance is a count of coins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from decondense.records import Row
+
+METRICS = {"bits_per_byte": False, "margin_bits": True}
+"""Field of an item's row -> whether a higher value is better; these are the ids of the two metrics."""
+
+DECISION_ACCURACY = {
+    "winogrande": 0.50, "medmcqa": 0.61, "openbookqa": 0.65, "piqa": 0.74, "arc_challenge": 0.83, "mmlu": 0.89,
+    "arc_easy": 0.93, "boolq": 0.48, "commonsense_qa": 0.69, "gsm8k": 0.46,
+}  # fmt: skip
+"""Share of the pairs of training sets that models of 150 M parameters rank by the task's accuracy as models of 1 B do:
+0.5 is a coin. Heineman et al. 2025, "Signal and Noise", arXiv:2508.13144; table of github.com/allenai/signal-and-noise.
+It was measured for training sets, so it is a guide for losses, no law."""
+LARGEST = 300e6
+"""Models with fewer parameters than that are of the size of the table's."""
+HARDLY = 0.66
+"""A decision accuracy below that flags the task."""
+
+
+def decision_accuracy(task: str, metric: str, parameters: Iterable[int | None]) -> float | None:
+    """The decision accuracy of a task's accuracy; None: not known for the task, or for models of this size."""
+    sizes = [size for size in parameters if size is not None]
+    if not metric.startswith("acc") or not sizes or max(sizes) >= LARGEST:
+        return None
+    return DECISION_ACCURACY.get(task)
+
+
+@dataclass
+class GoldItems:
+    """The right answers of a run's items: task -> step -> item -> (bits per byte, margin in bits, weight)."""
+
+    known: dict[str, dict[int, dict[str, tuple[float | None, float | None, float]]]] = field(default_factory=dict)
+
+    def take(self, row: Row) -> None:
+        """Take an ``eval_item`` row."""
+        if row["bits_per_byte"] is not None:
+            steps = self.known.setdefault(row["task"], {})
+            steps.setdefault(row["step"], {})[row["item"]] = (row["bits_per_byte"], row["margin_bits"], row["weight"])
+
+    def values(self, task: str, place: int) -> dict[int, dict[str, tuple[float, float]]]:
+        """Step -> item -> (value, weight) of one of the two metrics, where it is known."""
+        return {
+            step: {
+                item: (float(value), entry[2]) for item, entry in items.items() if (value := entry[place]) is not None
+            }
+            for step, items in self.known.get(task, {}).items()
+        }
+
+
+def gold_scores(
+    runs: Sequence[tuple[GoldItems, dict[tuple[str, str], dict[int, Row]]]],
+) -> list[dict[tuple[str, str], dict[int, tuple[Row, dict[str, tuple[float, float]]]]]]:
+    """For each run the scores of the two metrics: (task, metric) -> step -> row and items.
+
+    Args:
+        runs: of each run its right answers and its scores, (task, metric) -> step -> row. A task is left out unless
+            every run that was scored on it has its right answers.
+    """
+    made: list[dict[tuple[str, str], dict[int, tuple[Row, dict[str, tuple[float, float]]]]]] = [{} for _ in runs]
+    for task in dict.fromkeys(task for gold, _ in runs for task in gold.known):
+        scored = [place for place, (_, scores) in enumerate(runs) if any(key[0] == task for key in scores)]
+        for column, (metric, higher) in enumerate(METRICS.items()):
+            values = {place: runs[place][0].values(task, column) for place in scored}
+            sets = [items.keys() for steps in values.values() for items in steps.values()]
+            if not all(values.values()) or not (shared := set(sets[0]).intersection(*sets)):
+                continue
+            for place in scored:
+                first = next(curve for key, curve in runs[place][1].items() if key[0] == task)
+                for step, items in values[place].items():
+                    kept = {item: items[item] for item in sorted(shared)}
+                    value, weight = np.array(list(kept.values())).T
+                    row = {**first.get(step, {}), "metric": metric, "value": float(value @ weight / weight.sum())}
+                    row |= {"higher_is_better": higher, "items": len(kept), "stderr": None}
+                    made[place].setdefault((task, metric), {})[step] = row, kept
+    return made
