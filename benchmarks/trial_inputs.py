@@ -29,7 +29,9 @@ sys.path.insert(0, str(HERE.parent / "tests" / "models"))
 from trial_kills import write_study  # noqa: E402
 
 LONGEST = 120
-"""Seconds after which a command counts as left running."""
+"""Seconds of this process's CPU time after which a command counts as left running."""
+WAITS = 900
+"""Seconds after which it does so in any case: it waits for what never comes."""
 
 
 class TooLong(BaseException):
@@ -106,7 +108,9 @@ def ended(folder: Path, action: Callable[[], int]) -> Done:
         os.dup2(handle.fileno(), 1)
         os.dup2(handle.fileno(), 2)
     signal.signal(signal.SIGALRM, ring)
-    signal.alarm(LONGEST)
+    signal.signal(signal.SIGPROF, ring)
+    signal.alarm(WAITS)
+    signal.setitimer(signal.ITIMER_PROF, LONGEST)
     status: int | str
     try:
         status = action()
@@ -118,6 +122,7 @@ def ended(folder: Path, action: Callable[[], int]) -> Done:
         status = traceback.format_exc()
     finally:
         signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.flush()
         sys.stderr.flush()
         for number, descriptor in enumerate(kept, start=1):
@@ -399,21 +404,21 @@ FILES = {
 """Of 300 files, how many of each kind."""
 
 
-def files(count: int, seed: int, folder: Path) -> Tally:
-    """Damage ``count`` files."""
+def files(cases: range, of: int, seed: int, folder: Path) -> Tally:
+    """Damage files: these cases of so many."""
     made, tally = Files(folder), Tally()
     shares = [kind for kind, share in FILES.items() for _ in range(share)]
-    for number in range(count):
-        kind = shares[number * len(shares) // count]
+    for number in cases:
+        kind = shares[number * len(shares) // of]
         # of the number, so that one case can be made again alone
         chance = random.Random(f"{seed}-{number}")
         name, certain, action = kind(made, number, chance)
-        began = time.monotonic()
+        began = time.process_time()
         done = ended(folder, action)
         other = isinstance(done.status, str) and "other rows after damage" in done.status
         tally.add(f"{kind.__name__} {number}", Done(0, "") if other else done, name, certain=certain or other)
-        if time.monotonic() - began > 20:
-            print(f"{kind.__name__} {number}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        if (took := time.process_time() - began) > 20:
+            print(f"{kind.__name__} {number}: {took:.0f} s of CPU time", file=sys.stderr, flush=True)
         shutil.rmtree(folder / f"case-{number}", ignore_errors=True)
     return tally
 
@@ -467,8 +472,8 @@ def _pickled_array(folder: Path, marker: Path) -> Path:
     return folder
 
 
-def folders(count: int, seed: int, folder: Path) -> Tally:
-    """Give hostile folders to the verbs; ``count`` at most, the seed has nothing to choose."""
+def folders(numbers: range, of: int, seed: int, folder: Path) -> Tally:
+    """Give hostile folders to the verbs; the seed has nothing to choose."""
     from model_folders import IGNORED, REFUSED, bomb, code, save_model, unknown_architecture, write_text
 
     from decondense import Profile
@@ -535,7 +540,9 @@ def folders(count: int, seed: int, folder: Path) -> Tally:
     cases.append(("study, pickles in a checkpoint", checkpoint, resumed))
 
     tally = Tally()
-    for number, (what, make, verb) in enumerate(cases[:count]):
+    for number, (what, make, verb) in enumerate(cases):
+        if number not in numbers:
+            continue
         place, marker = folder / f"case-{number}" / "hostile", folder / f"ran-{number}"
         place.mkdir(parents=True)
         target = make(place, marker) or place
@@ -552,14 +559,18 @@ def folders(count: int, seed: int, folder: Path) -> Tally:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("files", "folders"))
-    parser.add_argument("--count", type=int, required=True)
+    parser.add_argument("--count", type=int, required=True, help="end before this case")
+    parser.add_argument("--of", type=int, default=None, help="number of cases among which the kinds are shared")
+    parser.add_argument("--first", type=int, default=0, help="begin with this case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True)
     arguments = parser.parse_args()
     os.environ["DECONDENSE_CACHE"] = str(arguments.folder / "cache")
     began = time.monotonic()
     action = {"files": files, "folders": folders}[arguments.part]
-    tally = action(arguments.count, arguments.seed, arguments.folder)
+    tally = action(
+        range(arguments.first, arguments.count), arguments.of or arguments.count, arguments.seed, arguments.folder
+    )
     found = {**vars(tally), "seconds": round(time.monotonic() - began, 1)}
     (arguments.folder / "result.json").write_text(json.dumps(found))
 

@@ -1,7 +1,12 @@
-"""Kills at random moments of a tiny study that sweeps, trains a start first and resumes; part of ``trial.py``."""
+"""Kills at random moments of a tiny study that sweeps, trains a start first and resumes; part of ``trial.py``.
+
+A moment is a number of rows that have been written, or what a young start has made so far: how fast the machine is
+changes nothing but the duration. Only :data:`ENDS_WITHIN` is a time that is promised.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -9,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +22,13 @@ from decondense.records import RecordError, Row, read_rows, stable
 
 ENDS_WITHIN = 5.0
 """Seconds that workers have after the end of their runner."""
-STUCK_AFTER = 300.0
+STUCK_AFTER = 1800.0
+KILLS_EACH = 5
+"""Kills of one study directory, before it is left to end."""
+ROWS = 70
+"""About as many rows as the tasks of the study write."""
+YOUNG = ("nothing", "study.yaml", "a worker", "corpus.json")
+"""What a start has made when it is killed while it is young."""
 MOMENTS = (
     *((("runner", name)) for name in ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1")),
     *((("worker", name)) for name in ("SIGKILL", "SIGTERM", "SIGUSR1")),
@@ -100,6 +112,7 @@ class Series:
     def __init__(self, study: Path, folder: Path) -> None:
         self.study, self.folder = study, folder
         self.out, self.cache = folder / "out", folder / "cache"
+        folder.mkdir()
         self.kills = 0
         self.starts = 0
 
@@ -122,12 +135,28 @@ class Series:
 
     def rows(self) -> int:
         """Lines of rows so far."""
-        return sum(path.read_bytes().count(b"\n") for path in self.out.glob("*/**/rows.jsonl"))
+        count = 0
+        for path in self.files():
+            with contextlib.suppress(FileNotFoundError):  # a study at work replaces files
+                count += path.read_bytes().count(b"\n")
+        return count
+
+    def files(self) -> list[Path]:
+        """The files of rows of all tasks; without a look into checkpoints, which come and go."""
+        return [
+            path for name in ("prepared/*", "sweep/*/*", "cells/*/*") for path in self.out.glob(f"{name}/rows.jsonl")
+        ]
+
+    def has(self, what: str, session: int) -> bool:
+        """Whether a start got so far; see :data:`YOUNG`."""
+        if what == "a worker":
+            return bool(workers(session))
+        return what == "nothing" or (self.out / what).exists()
 
     def valid(self) -> bool:
         """Whether every row that was written can be read."""
         try:
-            for path in self.out.glob("*/**/rows.jsonl"):
+            for path in self.files():
                 read_rows(path)
         except RecordError:
             return False
@@ -142,73 +171,111 @@ class Series:
         return [stable(row) for row in read_rows(self.out / "rows.jsonl")]
 
 
-def resumed(out: Path) -> int:
-    """Runs of a finished study that went on from a checkpoint."""
-    rows = [row for path in out.glob("*/**/rows.jsonl") for row in read_rows(path)]
+def resumed(series: Series) -> int:
+    """Runs of a finished study that resumed from a checkpoint."""
+    rows = [row for path in series.files() for row in read_rows(path)]
     return sum(bool(row.get("timing", {}).get("resumed_from_steps")) for row in rows if row.get("status") == "finished")
 
 
 def told(series: Series, status: int, number: int) -> bool:
-    """Whether a signalled runner ended with 128 + signal and a sentence, or had not begun."""
-    if status == -number:
-        return not series.out.exists()
+    """Whether a signalled runner ended with 128 + signal and a sentence, or had not begun: it prints its plan first."""
     text = series.printed.read_text(errors="replace")
+    if status == -number:
+        return not text.strip()
     return status == 128 + number and ("goes on" in text or "resume" in text)
 
 
-def run(count: int, seed: int, folder: Path, say: Any = print) -> dict[str, Any]:
-    """``count`` kills; the counts of the table, and what went wrong in words."""
-    chance = random.Random(seed)
+COUNTS = ("tried", "survived", "tracebacks", "silent", "left_running", "resumed")
+
+
+def run(count: int, seed: int, folder: Path, jobs: int = 2, say: Any = print) -> dict[str, Any]:
+    """``count`` kills; the counts of the table, and what went wrong in words.
+
+    Raises:
+        RuntimeError: the study cannot be run at all.
+    """
     study = write_study(folder)
-    whole = Series(study, folder / "whole")
-    whole.folder.mkdir()
     began = time.monotonic()
-    process = whole.start()
-    first = 0.0
-    while process.poll() is None:
-        if not first and whole.rows():
-            first = time.monotonic() - began
-        time.sleep(0.05)
-    lasted, expected, lines = time.monotonic() - began, whole.result(), whole.rows()
-    say(f"undisturbed: {lasted:.0f} s, {len(expected)} rows")
-    found: dict[str, Any] = dict.fromkeys(("tried", "survived", "tracebacks", "silent", "left_running", "resumed"), 0)
-    problems: list[str] = []
-    order = list(MOMENTS)
-    chance.shuffle(order)
-    series, number = None, 0
-    while found["tried"] < count:
-        if series is None:
-            number += 1
-            series = Series(study, folder / f"series-{number}")
-            series.folder.mkdir()
-        target, name = order[found["tried"] % len(order)]
-        left = max(0.1, 1 - series.rows() / lines)
-        moment = chance.uniform(0, first + (lasted - first) * left)
-        if _killed(series, target, name, moment, found, problems):
-            found["tried"] += 1
-            series.kills += 1
-            say(f"{found['tried']:3d} {name} to the {target} after {moment:.1f} s")
-        if series.kills >= 4 or found["tried"] == count or _whole(series):
-            _finish(series, expected, found, problems)
-            series = None
-    return {**found, "problems": problems, "seconds": round(time.monotonic() - began, 1)}
+    shares = [min(KILLS_EACH, count - first) for first in range(0, count, KILLS_EACH)]
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        whole = pool.submit(_undisturbed, study, folder / "whole", say)
+        parts = [pool.submit(_Part(study, folder, seed, n, whole, say).run, share) for n, share in enumerate(shares)]
+        found = [part.result() for part in parts]
+        whole.result()
+    sums = {name: sum(part.found[name] for part in found) for name in COUNTS}
+    problems = [problem for part in found for problem in part.problems]
+    return {**sums, "problems": problems, "seconds": round(time.monotonic() - began, 1)}
 
 
-def _whole(series: Series) -> bool:
-    path = series.out / "rows.jsonl"
-    if not path.exists():
-        return False
-    ends = [row for row in read_rows(path) if row["kind"] == "run" and row["status"] == "finished"]
-    return len(ends) == len(STUDY["arms"]) * len(STUDY["seeds"])
+def _undisturbed(study: Path, folder: Path, say: Any) -> list[Row]:
+    series = Series(study, folder)
+    status = series.start().wait()
+    if status != 0:
+        raise RuntimeError(f"the undisturbed study ended with status {status}: {series.text()[-2000:]}")
+    say(f"undisturbed: {series.rows()} rows of tasks")
+    return series.result()
 
 
-def _killed(series: Series, target: str, name: str, moment: float, found: dict[str, Any], problems: list[str]) -> bool:
-    """Start, wait, kill; False when the study was whole before."""
+class _Part:
+    """Some of the kills, in directories of their own."""
+
+    def __init__(self, study: Path, folder: Path, seed: int, number: int, whole: Future[list[Row]], say: Any) -> None:
+        self.study, self.folder, self.number, self.whole, self.say = study, folder, number, whole, say
+        self.chance = random.Random(f"{seed}-{number}")
+        self.order = random.Random(seed).sample(MOMENTS, len(MOMENTS))
+        self.found = dict.fromkeys(COUNTS, 0)
+        self.problems: list[str] = []
+
+    def run(self, count: int) -> _Part:
+        """``count`` kills."""
+        series, starts = None, 0
+        while self.found["tried"] < count:
+            if (starts := starts + 1) > 4 * count + 4:
+                raise RuntimeError(f"{starts} starts for {self.found['tried']} kills: {'; '.join(self.problems)}")
+            series = series or Series(self.study, self.folder / f"series-{self.number}-{starts}")
+            tried = self.found["tried"]
+            target, name = self.order[(self.number * KILLS_EACH + tried) % len(self.order)]
+            young = tried % 3 == 0
+            what = self.chance.choice(YOUNG) if young else self.chance.randint(min(series.rows(), ROWS), ROWS)
+            if young and name == "SIGINT":  # Python answers with a traceback of its own until a program has begun
+                what = "a worker"
+            pause = self.chance.uniform(0, 2)
+            killed = _killed(series, target, name, (what, pause), self.found, self.problems)
+            if killed:
+                self.found["tried"] += 1
+                series.kills += 1
+                there = f"{what} of {ROWS} rows" if isinstance(what, int) else what
+                self.say(f"series {self.number}: {name} to the {target}, {pause:.1f} s behind {there}")
+            if not killed or self.found["tried"] == count:
+                _finish(series, self.whole.result(), self.found, self.problems)
+                self.say(f"series {self.number}: whole after {series.kills} kills; {self.found['survived']} survived")
+                series = None
+        return self
+
+
+def _killed(
+    series: Series,
+    target: str,
+    name: str,
+    moment: tuple[int | str, float],
+    found: dict[str, Any],
+    problems: list[str],
+) -> bool:
+    """Start, wait for what the moment names and then so long, kill; False when the command ended before."""
     number = getattr(signal, name)
     process = series.start()
-    limit = time.monotonic() + moment
-    while process.poll() is None and (time.monotonic() < limit or (target == "worker" and not workers(process.pid))):
-        time.sleep(0.01)
+    what, pause = moment
+
+    def early() -> bool:
+        nonlocal pause
+        there = series.rows() >= what if isinstance(what, int) else series.has(what, process.pid)
+        if not there or (target == "worker" and not workers(process.pid)):
+            return True
+        pause -= 0.05
+        return pause > 0
+
+    while process.poll() is None and early():
+        time.sleep(0.05)
     if process.poll() is not None:
         if process.returncode != 0:
             problems.append(f"a start after {series.kills} kills ended with status {process.returncode}")
@@ -219,13 +286,15 @@ def _killed(series: Series, target: str, name: str, moment: float, found: dict[s
     else:
         there = workers(process.pid) if target == "worker" else [process.pid]
         if not there:
+            process.wait(STUCK_AFTER)
             return False
-        os.kill(there[0], number)
-    what = f"{name} to the {target} after {moment:.1f} s"
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(there[0], number)
+    case = f"{name} to the {target} at {moment}"
     try:
         status = process.wait(STUCK_AFTER)
     except subprocess.TimeoutExpired:
-        problems.append(f"{what}: the runner did not end")
+        problems.append(f"{case}: the runner did not end")
         process.kill()
         status = process.wait()
     left = left_running(process.pid)
@@ -240,11 +309,11 @@ def _killed(series: Series, target: str, name: str, moment: float, found: dict[s
     found["silent"] += silent
     for wrong, word in ((left, f"{left} left running"), (traceback, "a traceback"), (silent, f"silent, {status}")):
         if wrong:
-            problems.append(f"{what}: {word}: {series.text()[-400:]!r}")
+            problems.append(f"{case}: {word}: {series.text()[-400:]!r}")
     for log in series.out.glob("logs/*.log"):
         log.write_bytes(b"")
     if not series.valid():
-        problems.append(f"{what}: rows that cannot be read")
+        problems.append(f"{case}: rows that cannot be read")
     return True
 
 
@@ -254,7 +323,7 @@ def _finish(series: Series, expected: list[Row], found: dict[str, Any], problems
     status = process.wait(2 * STUCK_AFTER)
     found["left_running"] += left_running(process.pid)
     found["tracebacks"] += "Traceback (most recent call last)" in series.text()
-    found["resumed"] += resumed(series.out)
+    found["resumed"] += resumed(series)
     if status == 0 and series.result() == expected:
         found["survived"] += series.kills
         return

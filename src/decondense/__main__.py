@@ -15,7 +15,12 @@ def main() -> int:
     from decondense.cli import main as run
 
     signal.signal(signal.SIGINT, before)
-    return run()
+    status = run()
+    if status > 128:  # a signal ended it; a second one must not change the status that tells which
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+    return status
 
 
 if __name__ == "__main__":

@@ -113,6 +113,8 @@ def _end(reason: str) -> None:
 def main() -> int:
     """Entry point of ``python -m decondense.lifeline DESCRIPTOR MODULE ARGUMENT...``."""
     _, descriptor, module, *arguments = sys.argv
+    # Ctrl-C reaches the whole group; the parent alone decides what it means, and ends its children
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     hold(int(descriptor))
     sys.argv = [module, *arguments]
     return int(importlib.import_module(module).main())

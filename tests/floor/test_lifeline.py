@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import signal
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from decondense import lifeline
 
 CHILD = """
 import sys, time
@@ -182,3 +185,28 @@ def test_every_verb_ends_with_a_sentence_and_the_status_of_the_signal(tmp_path: 
     assert process.returncode == 128 + number
     assert b"interrupted" in error
     assert b"Traceback" not in error
+
+
+def test_every_process_that_lasts_is_started_with_a_lifeline() -> None:
+    source = Path(lifeline.__file__).parent
+    starts = [
+        call
+        for path in source.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "Popen"
+    ]
+    assert len(starts) == 2
+    assert all(ast.unparse(call.args[0]).startswith("lifeline.command(") for call in starts)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_ctrl_c_is_left_to_the_parent(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    parent, child = start(tmp_path, ready)
+    while not ready.exists():
+        time.sleep(0.02)
+    os.kill(child, signal.SIGINT)
+    assert not ends(child, 0.3)
+    parent.kill()
+    parent.wait()
+    assert ends(child, 5.0)

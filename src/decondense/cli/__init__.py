@@ -10,6 +10,7 @@ import typer
 
 import decondense
 from decondense.cli import atlas, evaluate, evidence, measure, run
+from decondense.privacy import without_credentials
 from decondense.stopping import Stopped, stop_on_signals
 
 app = typer.Typer(
@@ -52,15 +53,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     ``DECONDENSE_DEBUG=1`` shows the traceback instead.
     """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    with stop_on_signals(save_first=False):  # a run that has something to save takes SIGUSR1 over
+        return _run(words)
+
+
+def _run(words: list[str]) -> int:
     debug = os.environ.get("DECONDENSE_DEBUG", "") not in ("", "0")
     try:
-        with stop_on_signals(save_first=False):  # a run that has something to save takes SIGUSR1 over
-            result = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        result = app(args=words, standalone_mode=False)
         status = int(result) if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except Stopped as stopped:
-        _complain(f"{stopped.signal.name}: {_interrupted(sys.argv[1:] if arguments is None else arguments)}")
+        _complain(f"{stopped.signal.name}: {_interrupted(words)}")
         return int(stopped.code or 0)
     except BrokenPipeError:  # `decondense ... | head`
         sys.stderr.close()
@@ -76,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if isinstance(error, RuntimeError) else 2
     # of Ctrl-C some releases of typer make an exit status, others an exception
     if status == 130:
-        _complain(_interrupted(sys.argv[1:] if arguments is None else arguments))
+        _complain(_interrupted(words))
     return status
 
 
@@ -116,7 +122,8 @@ def _say(error: Exception) -> str:
 def _complain(message: str) -> None:
     from rich.console import Console
 
-    Console(stderr=True).print(f"[bold red]error:[/] {_escape(message)}", highlight=False, soft_wrap=True)
+    shown = _escape(without_credentials(message))  # a refused argument may hold some
+    Console(stderr=True).print(f"[bold red]error:[/] {shown}", highlight=False, soft_wrap=True)
 
 
 def _escape(text: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,7 +43,8 @@ def compare(
 
     from decondense import compare as comparing
 
-    comparison = comparing.compare(rows_at(where), baseline=baseline, incomplete="omit" if omit else "refuse")
+    with named(where):
+        comparison = comparing.compare(rows_at(where), baseline=baseline, incomplete="omit" if omit else "refuse")
     if tables is not None:
         from decondense.report import write_tables
 
@@ -68,7 +71,8 @@ def report(
     rows = rows_at(where)
     folder = out or (where if where.is_dir() else where.parent)
     console, command = Console(stderr=as_json), "report" if as_json else None
-    present(rows, folder, console, baseline=baseline, source=rows_file(where), json_of=command)
+    with named(where):
+        present(rows, folder, console, baseline=baseline, source=rows_file(where), json_of=command)
 
 
 def env() -> None:
@@ -88,7 +92,7 @@ def env() -> None:
 
 
 def present(
-    rows: list[Row],
+    rows: Iterable[Row],
     out: Path,
     console: Console,
     *,
@@ -147,22 +151,34 @@ def rows_file(where: Path) -> Path:
     return packed if packed.exists() and not plain.exists() else plain
 
 
-def rows_at(where: Path) -> list[Row]:
-    """The rows of a study's directory or of a file of rows.
+@contextlib.contextmanager
+def named(where: Path) -> Iterator[None]:
+    """Let what is wrong with rows be told with the file that they come from: a cut file looks like missing runs."""
+    from decondense.compare import CompareError
+
+    try:
+        yield
+    except CompareError as error:
+        raise CompareError(f"{rows_file(where)}: {error.reason}", error.faults, error.remedy) from error
+
+
+def rows_at(where: Path) -> Iterator[Row]:
+    """The rows of a study's directory or of a file of rows, one by one.
 
     Raises:
         ConfigError: there are none.
     """
     from decondense.config import ConfigError
-    from decondense.records import read_rows
+    from decondense.records import iter_rows
 
-    path = rows_file(where)
+    path, there = rows_file(where), False
     if not path.exists():
         raise ConfigError(f"{where}: there is no rows.jsonl; give a study's directory or its file of rows.")
-    rows = read_rows(path)
-    if not rows:
+    for row in iter_rows(path):
+        there = True
+        yield row
+    if not there:
         raise ConfigError(f"{path} holds no rows; has any run of the study ended?")
-    return rows
 
 
 def _print_comparison(comparison: Comparison, console: Console) -> None:

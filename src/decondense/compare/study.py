@@ -162,29 +162,36 @@ class Study:
         Raises:
             CompareError: no rows of a run, rows of more than one study, or a configuration that is not valid.
         """
-        rows = [row for row in rows if row.get("kind") in ("run", "step", "profile", "eval", "eval_item", "trial")]
-        # a trial's seed is none of the study's, so trials never become cells
-        trials = [row for row in rows if row["kind"] == "trial"]
-        rows = [row for row in rows if row["kind"] != "trial"]
-        if not rows:
+        # a row is taken when it comes: a file of rows may be larger than the memory
+        studies: Counter[tuple[str, str]] = Counter()
+        taken: dict[tuple[str, int], Cell] = {}
+        trials, words = [], _Words()
+        known: list[dict[str, Any]] = []
+        for row in rows:
+            kind = row.get("kind")
+            if kind not in _KINDS:
+                continue
+            studies[row["study"], row["study_fingerprint"]] += 1
+            if kind == "trial":  # its seed is none of the study's, so trials never become cells
+                trials.append(row)
+                continue
+            if kind == "run":
+                known += [row["config"]] if row["config"] else []
+            place = (row["arm"], row["seed"])
+            if place not in taken:
+                taken[place] = Cell(*place)
+            _take(taken[place], row, words)
+        if not taken:
             raise CompareError("no rows of a run: give the rows.jsonl that a study or the demo wrote.")
-        studies = Counter((str(row["study"]), str(row["study_fingerprint"])) for row in [*rows, *trials])
         if len(studies) > 1:
             listed = "; ".join(f"{name} [{mark}], {n} rows" for (name, mark), n in sorted(studies.items()))
             raise CompareError(f"rows of {len(studies)} different studies: {listed}. Compare one study at a time.")
-        config = _config_of(rows)
-        arms = [arm.name for arm in config.arms] if config else []
-        seeds = list(config.every_seed) if config else []
-        for row in rows:
-            if row["arm"] not in arms:
-                arms.append(row["arm"])
-            if row["seed"] not in seeds:
-                seeds.append(row["seed"])
+        config = _config(known) if known else None
+        arms = list(dict.fromkeys([*(arm.name for arm in (config.arms if config else ())), *(arm for arm, _ in taken)]))
+        seeds = list(dict.fromkeys([*(config.every_seed if config else ()), *(seed for _, seed in taken)]))
         labels = {arm: arm for arm in arms}
         labels |= {arm.name: arm.label for arm in config.arms if arm.label} if config else {}
-        cells = {(arm, seed): Cell(arm, seed) for arm in arms for seed in seeds}
-        for row in rows:
-            _take(cells[row["arm"], row["seed"]], row)
+        cells = {(arm, seed): taken.get((arm, seed)) or Cell(arm, seed) for arm in arms for seed in seeds}
         runs = list(cells.values())
         for cell, made in zip(runs, gold_scores([(cell.gold, cell.scores) for cell in runs]), strict=True):
             for key, steps in made.items():
@@ -245,17 +252,25 @@ class Study:
         return sorted(found, key=lambda key: (key != VALIDATION, place[key[0]]))
 
 
-def _config_of(rows: Iterable[Row]) -> StudyConfig | None:
-    known = [row["config"] for row in rows if row["kind"] == "run" and row["config"]]
-    if not known:
-        return None
+_KINDS = frozenset({"run", "step", "profile", "eval", "eval_item", "trial"})
+
+
+class _Words(dict[str, str]):
+    """One object for each of many equal strings."""
+
+    def __missing__(self, word: str) -> str:
+        self[word] = word
+        return word
+
+
+def _config(known: list[dict[str, Any]]) -> StudyConfig:
     try:
         return StudyConfig.of_rows(known)
     except ConfigError as error:
         raise CompareError(f"the study configuration in the rows is not valid: {error}") from error
 
 
-def _take(cell: Cell, row: Row) -> None:
+def _take(cell: Cell, row: Row, words: _Words) -> None:
     kind = row["kind"]
     if kind == "run":
         status = row["status"]
@@ -274,7 +289,7 @@ def _take(cell: Cell, row: Row) -> None:
         found = cell.items.setdefault((row["task"], row["metric"]), {}).setdefault(row["step"], {})
         cell.gold.take(row)
         entry = (float(row["value"]), float(row["weight"]))
-        if found.setdefault(row["item"], entry) != entry:
+        if found.setdefault(words[row["item"]], entry) != entry:
             cell.conflicts.append(f"two different {row['task']} scores of item {row['item']} at step {row['step']}")
     else:
         if kind == "profile":

@@ -23,7 +23,7 @@ SETTINGS = ("learning_rate", "warmup", "max_grad_norm")
 class ArmIdentity(Config):
     """How an arm is called. A class of its own, so that these keys come first in files."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(min_length=1, max_length=120, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     label: str | None = None
     """How tables and figures call the arm; None: its name."""
 
@@ -132,7 +132,7 @@ class StudyConfig(Config):
 
     not_identity: ClassVar[frozenset[str]] = frozenset({"margin", "until", "most_seeds", "added_seeds"})
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(min_length=1, max_length=120, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     title: str
     question: str
     scale: Literal["quick", "tiny", "gpu", "paper", "paper-qwen3"] = "tiny"
@@ -181,8 +181,10 @@ class StudyConfig(Config):
         if self.until is not None:
             self._check_until()
         for name in self.prepared:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-                raise ValueError(f"prepared: {name!r} is not a valid name; use letters, digits, '.', '_' and '-'.")
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}", name):
+                raise ValueError(
+                    f"prepared: {name!r} is not a valid name; use up to 120 letters, digits, '.', '_' and '-'."
+                )
         for arm in self.arms:
             model = self.model_of(arm)
             if arm.model is not None and arm.model.overrides and self.model.pretrained is not None and model.pretrained:

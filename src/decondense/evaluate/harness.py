@@ -21,7 +21,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,11 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from decondense.checkpoints import ModelError, adapter_of, check_folder, locate
-from decondense.config import EvaluateConfig
-from decondense.evaluate.catalogue import EvaluationError, resolve_shots, resolve_tasks
+from decondense.config import EvaluateConfig, suggest
+from decondense.evaluate.catalogue import SETS, TASKS, EvaluationError, resolve_shots, resolve_tasks
 from decondense.evaluate.local import LocalTask, find_tasks
 from decondense.evaluate.results import Evaluation, TaskResult
 from decondense.gguf_files import is_gguf, only_gguf
+from decondense.lifeline import Lifeline
 from decondense.records import RecordError, Row, atomic_write, read_rows, write_rows
 
 _D = EvaluateConfig()
@@ -137,7 +137,6 @@ def evaluate(
                 {"name": name, "key": keys[name], "local": asdict(local[name]) if name in local else None}
                 for name in todo
             ],
-            "parent": os.getpid(),
         }
         failures = _work(folder, request, lock, report, threads) if todo else []
         results = tuple(result for name, key in keys.items() if (result := finished(folder, name, key)) is not None)
@@ -175,10 +174,29 @@ def check_benchmarks(settings: EvaluateConfig) -> None:
     """Refuse a study's benchmarks before anything is trained for them.
 
     Raises:
-        EvaluationError: the harness is not installed, files are missing, an unknown number of examples.
+        EvaluationError: the harness is not installed, an unknown task, files are missing, an unknown number of
+            examples.
     """
     if settings.tasks:
-        _plan(settings.tasks, settings.num_fewshot, settings.data_dir)
+        _refuse_unknown(_plan(settings.tasks, settings.num_fewshot, settings.data_dir)[0])
+
+
+def _refuse_unknown(names: Iterable[str]) -> None:
+    """Refuse a task that no definition of the harness names; without importing the harness, which takes long."""
+    unknown = {name for name in names if name not in TASKS}
+    spec = importlib.util.find_spec("lm_eval") if unknown else None
+    if spec is None or spec.origin is None:
+        return
+    for path in (Path(spec.origin).parent / "tasks").rglob("*.yaml"):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        # as the value of a key or an item of a list
+        unknown -= {
+            n for n in unknown if n in text and re.search(rf"[:-]\s+[\"']?{re.escape(n)}[\"']?\s*(#|$)", text, re.M)
+        }
+        if not unknown:
+            return
+    name = min(unknown)
+    raise EvaluationError(f"the harness has no task {name!r}.{suggest(name, [*TASKS, *SETS])}")
 
 
 def benchmark_rows(
@@ -352,13 +370,14 @@ def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress,
     events, log = folder / ".events.jsonl", folder / "evaluate.log"
     events.write_bytes(b"")
     atomic_write(folder / ".request.json", json.dumps(request))
+    lifeline = Lifeline()
     with log.open("ab") as handle:
         process = subprocess.Popen(
-            [sys.executable, "-m", "decondense.evaluate.worker", str(folder)],
+            lifeline.command("decondense.evaluate.worker.__main__", str(folder)),
             stdin=subprocess.DEVNULL,
             stdout=handle,
             stderr=handle,
-            pass_fds=(lock,),
+            pass_fds=(lock, *lifeline.pass_fds),
             env=_environment(threads),
         )
     failures: list[str] = []
@@ -384,6 +403,7 @@ def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress,
         if process.poll() is None:
             process.terminate()
         process.wait()
+        lifeline.close()
         for path in (events, folder / ".request.json"):
             path.unlink(missing_ok=True)
     if not ended:

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from decondense.records.schema import SCHEMA_VERSION, SHARED, RecordError, Row, check_row
+from pydantic_core import from_json
+
+from decondense.records.schema import SCHEMA_VERSION, RecordError, Row, check_row
 from decondense.records.writing import LONGEST_LINE
 
 
 class _NotJson(RecordError):
     """A line that is not JSON: at the end of a file, what a kill left of a row."""
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 _SHARED_CONFIGURATIONS: dict[str, dict[str, Any]] = {}
@@ -47,50 +41,50 @@ class _Parser:
         self.line = 0
         self.configs: dict[str, dict[str, Any]] = {}
         self._inline: dict[str, Any] = {}
-        self._words: dict[str, str] = {}
+
+    def __str__(self) -> str:
+        """The place of the line, for errors."""
+        return f"{self.path}, line {self.line}"
 
     def __call__(self, line: bytes) -> Row | None:
         """The row of the next line; None: the line holds no row. Errors name the file and the line."""
         self.line += 1
-        if not line.strip():
-            return None
-        where = f"{self.path}, line {self.line}"
         try:
-            row = _DECODER.decode(line.decode())
-            if not isinstance(row, dict):
-                raise ValueError("a row is a JSON object")
-        except (ValueError, RecursionError) as error:
-            raise _NotJson(f"{where}: not a valid row ({error}).") from error
-        if row.get("kind") == "configuration":
-            self._configuration(row, where)
+            row = from_json(line, allow_inf_nan=False)
+        except ValueError as error:
+            if not line.strip():
+                return None
+            raise _NotJson(f"{self}: not a valid row ({error}).") from error
+        if not isinstance(row, dict):
+            raise _NotJson(f"{self}: not a valid row (a row is a JSON object).")
+        kind = row.get("kind")
+        if kind == "configuration":
+            self._configuration(row)
             return None
-        if row.get("kind") == "run":
+        if kind == "run":
             config = row.get("config")
             if isinstance(config, str):
                 if config not in self.configs:
                     raise RecordError(
-                        f"{where}: names the configuration {config!r}, which no earlier line of the file holds; the "
+                        f"{self}: names the configuration {config!r}, which no earlier line of the file holds; the "
                         "file was cut or edited."
                     )
                 config = self.configs[config]
             elif isinstance(config, dict):
                 self._inline = config = self._inline if config == self._inline else config
             return {
-                **check_row({**row, "config": {} if isinstance(config, dict) else config}, where=where),
+                **check_row({**row, "config": {} if isinstance(config, dict) else config}, where=self),
                 "config": config,
             }
-        row = check_row(row, where=where)
-        if row["kind"] in SHARED:  # equal strings of many rows are one string
-            return {key: self._words.setdefault(v, v) if type(v) is str else v for key, v in row.items()}
-        return row
+        return check_row(row, where=self)
 
-    def _configuration(self, row: dict[str, Any], where: str) -> None:
+    def _configuration(self, row: dict[str, Any]) -> None:
         name, config, version = row.get("hash"), row.get("config"), row.get("schema_version")
         if not isinstance(name, str) or not isinstance(config, dict) or not isinstance(version, int):
-            raise RecordError(f"{where}: a configuration has a hash, a mapping and a schema_version.")
+            raise RecordError(f"{self}: a configuration has a hash, a mapping and a schema_version.")
         if version > SCHEMA_VERSION:
             raise RecordError(
-                f"{where}: written by a newer decondense (schema {version}, this one reads up to {SCHEMA_VERSION})."
+                f"{self}: written by a newer decondense (schema {version}, this one reads up to {SCHEMA_VERSION})."
             )
         self.configs[name] = _shared(name, config)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from types import NoneType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
@@ -203,30 +202,10 @@ _KINDS: dict[str, type[_Base]] = {
 }
 
 
-_EXACT: dict[str, dict[str, tuple[type, ...]]] = {
-    # rows that come in hundreds of thousands; whatever has other keys or types takes the long way
-    "eval_item": {
-        "kind": (str,),
-        "schema_version": (int,),
-        "study": (str,),
-        "study_fingerprint": (str,),
-        "arm": (str,),
-        "seed": (int,),
-        "step": (int,),
-        "task": (str,),
-        "metric": (str,),
-        "item": (str,),
-        "value": (float,),
-        "weight": (float,),
-        "bits_per_byte": (float, NoneType),
-        "margin_bits": (float, NoneType),
-    }
-}
-_NULL = {"eval_item": {"bits_per_byte": None, "margin_bits": None}}
-"""Fields that rows of earlier releases do not have."""
-SHARED = frozenset(_EXACT)
-"""Kinds of which a file holds very many rows with the same few strings."""
-assert all(fields.keys() == _KINDS[kind].model_fields.keys() for kind, fields in _EXACT.items())
+_SEEN: dict[tuple[Any, ...], dict[str, Any]] = {}
+"""Keys and types of items' rows that were validated, and the fields with defaults that such rows lack.
+
+Items' rows come in hundreds of thousands and have no nested fields, so keys and types decide."""
 
 
 def _plain(value: Any) -> Any:
@@ -272,24 +251,26 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def check_row(row: Mapping[str, Any], *, where: str = "row") -> Row:
+def check_row(row: Mapping[str, Any], *, where: object = "row") -> Row:
     """Validate a row that was read; the message names ``where``."""
-    exact = _EXACT.get(row["kind"]) if isinstance(row.get("kind"), str) else None
-    if exact is not None:
-        whole = {**row, **{name: null for name, null in _NULL[row["kind"]].items() if name not in row}}
-        if (
-            whole.keys() == exact.keys()
-            and all(type(whole[name]) in types for name, types in exact.items())
-            and whole["schema_version"] <= SCHEMA_VERSION
-            and all(math.isfinite(value) for value in whole.values() if type(value) is float)
-        ):
-            return whole
+    shape = (*row, *map(type, row.values())) if row.get("kind") == "eval_item" else None
+    if shape in _SEEN and row["schema_version"] <= SCHEMA_VERSION:
+        other = (row.get("bits_per_byte") or 0.0) + (row.get("margin_bits") or 0.0)
+        if math.isfinite(row["value"] + row["weight"] + other):
+            return {**row, **_SEEN[shape]}
     try:
-        return _validated(row.get("kind"), row)
+        valid = _validated(row.get("kind"), row)
     except RecordError as error:
         raise RecordError(f"{where}: {error}") from error
     except RecursionError as error:
         raise RecordError(f"{where}: nested too deeply to be a row.") from error
+    if (
+        shape is not None
+        and row.keys() >= {"schema_version", "weight"}
+        and all(type(valid[name]) is type(row[name]) for name in row)
+    ):
+        _SEEN[shape] = {name: value for name, value in valid.items() if name not in row}
+    return valid
 
 
 def stable(row: Mapping[str, Any]) -> Row:

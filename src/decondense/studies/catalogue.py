@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from decondense.config import ConfigError, StudyConfig, one_of, parse_yaml, suggest
+from decondense.privacy import has_credentials, strings, without_credentials
 
 
 def shipped_studies() -> list[str]:
@@ -39,7 +40,29 @@ def load_study(
         data = merged({**data, "scale": chosen}, scales[chosen] or {}, where)
     elif scale is not None and scale != data.get("scale", "tiny"):
         raise ConfigError(f"{where}: has no scale {scale!r}; it has one scale only, {data.get('scale', 'tiny')!r}.")
-    return StudyConfig.parse(merged({**data, **changes}, laid_over or {}, where), where=where)
+    study = StudyConfig.parse(merged({**data, **changes}, laid_over or {}, where), where=where)
+    refuse_credentials(study)
+    return study
+
+
+def refuse_credentials(study: StudyConfig) -> None:
+    """Refuse a study that holds a credential, or a URL for its text, before it is written or printed.
+
+    Raises:
+        ConfigError: the key that does, with the credential removed.
+    """
+    if "://" in study.corpus.source:  # its credentials are gone, but not those of the command that would be printed
+        raise ConfigError(
+            f"corpus.source {study.corpus.source!r} is a URL, and only local files are read; download it and give its "
+            "path."
+        )
+    for place, text in strings(study.model_dump(mode="json")):
+        if has_credentials(text):
+            raise ConfigError(
+                f"{'.'.join(place)} {without_credentials(text)!r} is given with a user, password, query or token, "
+                "which would be written into the study's files. Give it without them; credentials belong in the "
+                "environment (HF_TOKEN, ~/.netrc, the variables of your cloud)."
+            )
 
 
 def committed_rows(study: StudyConfig) -> Path | None:

@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 from decondense.config import SETTINGS, ArmConfig, ConfigError, StudyConfig, parse_yaml
 from decondense.corpora.embedded import cache_directory
 from decondense.corpora.packed import PackedCorpus, load, prepare
-from decondense.privacy import has_credentials, publishable, strings, without_credentials
+from decondense.privacy import publishable, strings
 from decondense.records import (
     RecordError,
     Row,
@@ -34,6 +34,7 @@ from decondense.records import (
     read_rows,
     terminal_row,
 )
+from decondense.studies.catalogue import refuse_credentials
 from decondense.studies.plan import Setting, Task, tasks
 
 STUDY, LOCAL, CORPUS = "study.yaml", "local.json", "corpus.json"
@@ -125,7 +126,7 @@ def open_directory(study: StudyConfig, out: Path, *, resume: bool = False) -> St
         ConfigError: the directory holds another study (unless ``resume`` asks for that one), or other files; or the
             study names a URL with credentials, which would be written into files.
     """
-    _refuse_credentials(study)
+    refuse_credentials(study)
     path = out / STUDY
     if not path.exists():
         if out.exists() and not out.is_dir():
@@ -196,16 +197,6 @@ def _write_study(study: StudyConfig, out: Path, *, new: bool) -> bool:
     else:
         (out / LOCAL).unlink(missing_ok=True)
     return True
-
-
-def _refuse_credentials(study: StudyConfig) -> None:
-    for place, text in strings(study.model_dump(mode="json")):
-        if has_credentials(text):
-            raise ConfigError(
-                f"{'.'.join(place)} {without_credentials(text)!r} is given with a user, password, query or token, "
-                "which would be written into the study's files. Give it without them; credentials belong in the "
-                "environment (HF_TOKEN, ~/.netrc, the variables of your cloud)."
-            )
 
 
 # --------------------------------------------------------------------------------------------------------------------

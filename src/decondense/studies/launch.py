@@ -127,8 +127,8 @@ def slurm_script(study: StudyConfig, words: list[str], out: Path) -> list[str]:
         "#SBATCH --time=24:00:00  # your limit; submit again to resume",
         f"#SBATCH --output=decondense-{study.name}-%A_%a.log",
         "# Every task of the array takes the next run that is free, so fewer tasks",
-        "# do as well. Runs are claimed by flock locks: the file system that holds",
-        f"# {out} must support flock for all nodes.",
+        "# do as well. Runs are claimed by flock locks: the file system of --out must",
+        "# support flock for all nodes.",
         *command(["decondense", "study", *words, "--out", str(out), "--workers", "1"]),
     ]
 
@@ -181,7 +181,7 @@ def torchtitan(study: StudyConfig, out: Path) -> list[str]:
         "# needs: pip install 'decondense[titan]', and the tokenizer:",
         *command(["hf", "download", "Qwen/Qwen3-0.6B", *files, "--local-dir", _ASSETS]),
         # of these torchtitan's own configuration has a value
-        *[f"# not in these commands: {entry}" for entry in _not_passed(study)],
+        *[f"# not in these commands: {' '.join(entry.split())}" for entry in _not_passed(study)],
     ]
     for arm in study.arms:
         missing = _not_in_torchtitan(arm)

@@ -225,8 +225,6 @@ def main() -> int:
     except Stopped as stopped:
         print(f"{stopped.signal.name}: stopped where the run can be resumed.", file=sys.stderr)
         return int(stopped.code or 0)
-    except KeyboardInterrupt:
-        return 130
     except Exception as error:
         if not isinstance(error, (ValueError, OSError, RuntimeError)):
             traceback.print_exc()

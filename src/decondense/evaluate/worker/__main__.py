@@ -1,11 +1,13 @@
-"""``python -m decondense.evaluate.worker OUT``."""
+"""The process that :func:`decondense.evaluate.evaluate` starts, through :mod:`decondense.lifeline`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from decondense.evaluate.worker.main import main
+from decondense.evaluate.worker.main import main as work
 
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+
+def main() -> int:
+    """Do what the directory in the first argument asks for."""
+    return work(Path(sys.argv[1]))

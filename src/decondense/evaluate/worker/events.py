@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,16 +12,10 @@ _REPORT_SECONDS = 0.5
 
 
 class Events:
-    """A file of events, one line each. When the parent process has ended, this process ends too."""
+    """A file of events, one line each."""
 
-    def __init__(self, path: Path, parent: int) -> None:
-        self.path, self.parent, self.last = path, parent, 0.0
-        threading.Thread(target=self._follow, daemon=True).start()
-
-    def _follow(self) -> None:
-        while os.getppid() == self.parent:
-            time.sleep(_REPORT_SECONDS)
-        os._exit(1)
+    def __init__(self, path: Path) -> None:
+        self.path, self.last = path, 0.0
 
     def tell(self, event: str, **fields: Any) -> None:
         """Append an event."""

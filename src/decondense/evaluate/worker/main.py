@@ -27,7 +27,7 @@ from decondense.records import atomic_write, provenance
 def main(folder: Path) -> int:
     """Carry out ``folder/.request.json``."""
     request = json.loads((folder / ".request.json").read_text(encoding="utf-8"))
-    events = Events(folder / ".events.jsonl", request["parent"])
+    events = Events(folder / ".events.jsonl")
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING)
     # the harness's warnings do not help a reader of the log
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
