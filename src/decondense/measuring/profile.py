@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,14 +13,12 @@ from numpy.typing import NDArray
 
 from decondense.atlas import Verdict, find_reference, judge
 from decondense.config import MeasureConfig, one_of, suggest
-from decondense.layers import Layer, parse
-from decondense.measuring import depth
+from decondense.layers import Layer
+from decondense.measuring import depth, files
 from decondense.measuring.sides import Sides, mean_of_known
 from decondense.measuring.sinks import Sinks
-from decondense.records import atomic_path, atomic_write
 
 _D = MeasureConfig()
-_FORMAT = 1
 
 Array = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -429,70 +425,12 @@ class Profile:
         Returns:
             The path of the JSON file.
         """
-        stem = Path(path)
-        stem = stem.with_suffix("") if stem.suffix in (".json", ".npz") else stem
-        arrays: dict[str, Any] = {
-            "lengths": self.lengths,
-            "cosine": self.cosine,
-            "cosine_others": self.cosine_others,
-            "norm": self.norm,
-            "norm_sd": self.norm_sd,
-            "norm_max": self.norm_max,
-        }
-        arrays.update({f"metric:{name}": values for name, values in self.metrics.items()})
-        arrays |= self.sides.arrays(sums=sums) | (self.sinks.arrays() if self.sinks else {})
-        if self.pooled is not None:
-            arrays["pooled"] = self.pooled
-        if self.summed is not None and sums:
-            arrays["summed"] = self.summed
-        head = {
-            "format": _FORMAT,
-            "all_layers": list(self.all_layers),
-            "no_averaged": self.no_averaged if sums or self.summed is None else "the sums were not saved (sums=False).",
-            "final": self.final,
-            "last_block": self.last_block,
-            "summary": self.summary(),
-        }
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        target = stem.with_name(stem.name + ".npz")
-        with atomic_path(target) as temporary:
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, **arrays)
-            temporary.write_bytes(buffer.getvalue())
-        readable = stem.with_name(stem.name + ".json")
-        atomic_write(readable, json.dumps(head, ensure_ascii=False, indent=1) + "\n")
-        return readable
+        return files.write(self, path, sums=sums)
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
         """Read what :meth:`save` wrote; ``path`` as given to it, with or without suffix, or its directory."""
-        stem = Path(path)
-        if stem.is_dir():
-            stem = stem / "profile"
-        stem = stem.with_suffix("") if stem.suffix in (".json", ".npz") else stem
-        readable, arrays_path = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".npz")
-        for wanted in (readable, arrays_path):
-            if not wanted.is_file():
-                raise ValueError(f"no profile at {path}: {wanted} is missing. A profile is a .json and a .npz file.")
-        try:
-            head = json.loads(readable.read_text(encoding="utf-8"))
-            if head["format"] == _FORMAT:
-                with np.load(arrays_path, allow_pickle=False) as stored:
-                    arrays = {name: stored[name] for name in stored.files}
-                return cls(
-                    states=tuple(parse(label) for label in head["all_layers"]),
-                    metrics={n.removeprefix("metric:"): arrays.pop(n) for n in list(arrays) if n.startswith("metric:")},
-                    sides=Sides.taken(arrays, len(head["all_layers"])),
-                    no_averaged=head["no_averaged"],
-                    final=head["final"],
-                    last_block=head.get("last_block", True),
-                    sinks=Sinks.taken(arrays),
-                    info=head["summary"]["info"],
-                    **arrays,
-                )
-        except Exception as error:  # damage shows as whatever the first thing that trips over it raises
-            raise ValueError(f"{readable} and its .npz are not a readable profile ({error!r}).") from error
-        raise ValueError(f"{readable} has format {head['format']}, this version reads {_FORMAT}.")
+        return cls(**files.read(path))
 
     def __repr__(self) -> str:
         model = self.info.get("model", "model")
