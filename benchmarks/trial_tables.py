@@ -30,11 +30,12 @@ def trial() -> str:
         cells.append(counts["code_run"] if part == "folders" else "")
         lines.append(f"| {_WHAT[part]} | " + " | ".join(map(str, cells)) + " |")
     made = next(iter(rows.values()))
-    minutes = sum(row["metrics"]["seconds"] for row in rows.values()) / 60
-    note = f"`make trial`, seed {made['params']['seed']}, {minutes:.0f} minutes on {made['provenance']['cpu']}."
+    minutes = " + ".join(f"{row['metrics']['seconds'] / 60:.0f}" for row in rows.values())
+    made_at = made["provenance"]
+    note = f"Seed {made['params']['seed']}, {minutes} minutes on {made_at['cpu']}, commit `{made_at['commit']}`."
     if "kills" in rows:
         note += f" {rows['kills']['metrics']['resumed']} runs resumed from a checkpoint."
-    return "\n".join(lines) + f"\n\n{note} Rows: `benchmarks/results/trial.jsonl`.\n"
+    return "\n".join(lines) + f"\n\n{note} Again: `make trial`. Rows: `benchmarks/results/trial.jsonl`.\n"
 
 
 TABLES = {"trial": trial}

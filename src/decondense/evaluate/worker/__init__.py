@@ -1,4 +1,4 @@
-"""The process in which the lm-evaluation-harness runs: ``python -m decondense.evaluate.worker OUT``.
+"""The process in which the lm-evaluation-harness runs: started through :mod:`decondense.lifeline`.
 
 It reads ``OUT/.request.json``, writes one line per event to ``OUT/.events.jsonl`` and one file per finished task to
 ``OUT/tasks``. Prompts, scoring and aggregation are the harness's own, on local data and on the hub's: only the rows of
