@@ -48,10 +48,12 @@ def atomic_path(path: str | Path, *, exclusive: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(descriptor)
-    temporary = Path(name)
+    prefix = f".{path.name[:40]}."  # a name may have 255 bytes, with what is added as well
+    temporary = None
     try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
+        os.close(descriptor)
+        temporary = Path(name)
         yield temporary
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -60,8 +62,11 @@ def atomic_path(path: str | Path, *, exclusive: bool = False) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; an output file is not
         if not (exclusive and _linked(temporary, path)):
             temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and Path(error.filename or prefix).name.startswith(prefix):
+            error.filename = str(path)  # the temporary name says nothing to anyone
         raise
 
 
