@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 from hypothesis import given
@@ -69,6 +71,36 @@ def test_a_study_survives_yaml_and_keeps_its_fingerprint() -> None:
     again = StudyConfig.parse(yaml.safe_load(study.to_yaml()), where="there")
     assert again == study
     assert again.fingerprint() == study.fingerprint()
+
+
+def test_former_keys_are_read_and_keep_the_fingerprint() -> None:
+    former = {
+        "corpus": {"vocabulary": 500, "most_characters": 9000},
+        "train": {
+            "batch_sequences": 8, "micro_batch_sequences": 4, "sequence_tokens": 64, "gradient_clip": 0.5,
+            "decay": "linear",
+        },
+        "evaluate": {"shots": 2, "passage_tokens": 64},
+        "sweep": {"learning_rates": [0.1, 0.2], "gradient_clips": [1.0, 2.0]},
+        "model": {"start": None},
+    }  # fmt: skip
+    names = {
+        "vocabulary": "vocab_size", "most_characters": "max_characters", "batch_sequences": "batch_size",
+        "micro_batch_sequences": "micro_batch_size", "sequence_tokens": "max_seq_length", "decay": "lr_scheduler_type",
+        "gradient_clip": "max_grad_norm", "gradient_clips": "max_grad_norms", "shots": "num_fewshot",
+        "start": "pretrained",
+    }  # fmt: skip
+    now = {part: {names.get(key, key): value for key, value in keys.items()} for part, keys in former.items()}
+    old, new = (StudyConfig.parse(MINIMAL | keys, where="here") for keys in (former, now))
+    assert old == new
+    assert old.fingerprint() == new.fingerprint()
+    assert set(names) & set(re.findall(r"\w+(?=:)", new.to_yaml())) == set()
+    with pytest.raises(ConfigError, match=r"decay is the former name of lr_scheduler_type; give one"):
+        StudyConfig.parse(MINIMAL | {"train": {"decay": "linear", "lr_scheduler_type": "linear"}}, where="here")
+
+
+def test_the_fingerprint_is_that_of_rows_written_before_keys_were_renamed() -> None:
+    assert TrainConfig().fingerprint() == "3585faca31ff6cc8"
 
 
 def test_every_knob_changes_the_fingerprint() -> None:
