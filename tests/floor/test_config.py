@@ -8,10 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from decondense.config import (
+    ArmConfig,
+    ArmModelConfig,
+    Config,
     ConfigError,
+    CorpusConfig,
     DispersionConfig,
     EvaluateConfig,
+    ModelConfig,
     StudyConfig,
+    SweepConfig,
     TrainConfig,
     WeightSchedule,
     one_of,
@@ -25,6 +31,39 @@ MINIMAL = {
     "baseline": "ce",
     "arms": [{"name": "ce"}, {"name": "disp", "dispersion": {"weight": 0.5}}],
 }
+
+
+FORMER = {
+    CorpusConfig: {"max_characters": ("most_characters", 9), "vocab_size": ("vocabulary", 512)},
+    TrainConfig: {
+        "batch_size": ("batch_sequences", 8),
+        "micro_batch_size": ("micro_batch_sequences", 4),
+        "max_seq_length": ("sequence_tokens", 64),
+        "max_grad_norm": ("gradient_clip", 0.5),
+        "lr_scheduler_type": ("decay", "linear"),
+    },
+    EvaluateConfig: {"num_fewshot": ("shots", 3)},
+    ArmConfig: {"max_grad_norm": ("gradient_clip", 0.5)},
+    SweepConfig: {"max_grad_norms": ("gradient_clips", (0.5,))},
+    ModelConfig: {"pretrained": ("start", "a/b")},
+    ArmModelConfig: {"pretrained": ("start", "a/b")},
+}
+REQUIRED = {ArmConfig: {"name": "a"}, SweepConfig: {"learning_rates": [0.1, 0.2]}}
+
+
+@pytest.mark.parametrize("part", FORMER, ids=lambda part: part.__name__)
+def test_former_names_are_read_and_keep_the_fingerprint(part: type[Config]) -> None:
+    former = {name: field.serialization_alias for name, field in part.model_fields.items() if field.serialization_alias}
+    assert former == {name: old for name, (old, _) in FORMER[part].items()}
+    batch = {"batch_size": 8}
+    for name, (old, value) in FORMER[part].items():
+        known = {**REQUIRED.get(part, {}), **(batch if name == "micro_batch_size" else {})}
+        new, before = (part.parse({**known, key: value}, where="test") for key in (name, old))
+        assert new == before
+        assert getattr(new, name) == value
+        assert new.model_dump(by_alias=True)[old] == new.model_dump()[name], "rows of earlier releases keep their study"
+        with pytest.raises(ConfigError, match=f"{old} is the former name of {name}"):
+            part.parse({**known, name: value, old: value}, where="test")
 
 
 def test_a_study_survives_yaml_and_keeps_its_fingerprint() -> None:
