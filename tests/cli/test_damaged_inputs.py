@@ -245,3 +245,18 @@ def test_where_no_task_was_scored_another_model_may_be_evaluated(tmp_path: Path)
     (tmp_path / "evaluation.json").write_text('{"model": "mi')
     with pytest.raises(EvaluationError, match=r"evaluation\.json cannot be read"):
         _open_directory(tmp_path, "mine", {"model": "mended"})
+
+
+def test_what_the_system_refuses_outside_python_is_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """safetensors and tokenizers raise types of their own; here a file cannot be made in a folder that is missing."""
+    import torch
+    from safetensors.torch import save_file
+
+    def fail(*arguments: object, **options: object) -> None:
+        save_file({"a": torch.zeros(2)}, tmp_path / "missing" / "a.safetensors")
+
+    monkeypatch.setattr("decondense.studies.load_study", fail)
+    assert main(["study", "demo", "--dry-run"]) == 2
+    assert "No such file or directory" in capsys.readouterr().err

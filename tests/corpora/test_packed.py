@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 
@@ -112,6 +113,16 @@ def test_two_that_prepare_the_same_text_at_once_get_the_same_corpus(config, tmp_
     first = prepare(config, cache=tmp_path, progress=progress)
     assert first == seconds[0]
     assert [path.name for path in (tmp_path / "packed").iterdir()] == [first.path.name]
+
+
+def test_a_full_disk_names_the_cache(config, tmp_path) -> None:
+    def progress(what: str, done: int, total: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left") as refusal:
+        prepare(config, cache=tmp_path, progress=progress)
+    assert str(tmp_path / "packed") in str(refusal.value.filename)
+    assert not list((tmp_path / "packed").iterdir())
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -78,6 +79,9 @@ def _run(words: list[str]) -> int:
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             return int(error.exit_code)
+        # tokenizers and safetensors, which are not Python, raise what the system refuses as types of their own
+        if not debug and (number := re.search(r"\(os error (\d+)\)", str(error))):
+            error = OSError(int(number[1]), os.strerror(int(number[1])))
         if debug or not isinstance(error, (ValueError, OSError, RuntimeError)):
             raise
         _complain(_say(error))

@@ -313,6 +313,12 @@ def _build(
         prepared = load(path)
         assert prepared is not None, f"a corpus just written to {path} must load"
         return prepared
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # a full disk does not say which one it is; numpy says "requested and written" without a number
+        reason = error.strerror or f"could not be written ({error}), the disk may be full"
+        raise OSError(error.errno or errno.ENOSPC, reason, str(path)) from error
     finally:
         os.close(handle)
         shutil.rmtree(folder, ignore_errors=True)

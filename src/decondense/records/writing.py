@@ -68,7 +68,7 @@ def atomic_path(path: str | Path, *, exclusive: bool = False) -> Iterator[Path]:
     except BaseException as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and Path(error.filename or prefix).name.startswith(prefix):
+        if isinstance(error, OSError) and error.errno and Path(error.filename or prefix).name.startswith(prefix):
             error.filename = str(path)  # the temporary name says nothing to anyone
         raise
 
