@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -61,6 +62,18 @@ class CompareError(ValueError):
         super().__init__(f"{reason}{':' if listed else ''}{listed}" + (f"\n{remedy}" if remedy else ""))
 
 
+class ItemArrays(NamedTuple):
+    """Items of a task in the order of their names."""
+
+    names: tuple[str, ...]
+    value_I: Array
+    weight_I: Array
+
+    def same_items(self, other: ItemArrays) -> bool:
+        """Whether names and weights are equal."""
+        return self.names == other.names and np.array_equal(self.weight_I, other.weight_I)
+
+
 @dataclass
 class Cell:
     """One run of a study (arm x seed) and all that its rows say."""
@@ -80,6 +93,7 @@ class Cell:
     """Task and metric -> step -> item -> (value, weight)."""
     conflicts: list[str] = field(default_factory=list)
     gold: GoldItems = field(default_factory=GoldItems)
+    _arrays: dict[Key, ItemArrays] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def id(self) -> CellId:
@@ -115,6 +129,14 @@ class Cell:
         """Per-item scores of the final checkpoint (empty when there are none)."""
         step = self.final_step
         return self.items.get(key, {}).get(-1 if step is None else step, {})
+
+    def item_arrays(self, key: Key) -> ItemArrays:
+        """The same as arrays, made once: ask only when all rows were taken."""
+        if key not in self._arrays:
+            items = sorted(self.final_items(key).items())
+            value_I, weight_I = np.array([entry for _, entry in items], float).reshape(-1, 2).T
+            self._arrays[key] = ItemArrays(tuple(name for name, _ in items), value_I, weight_I)
+        return self._arrays[key]
 
     def final_profile(self) -> Row | None:
         """The profile of the final checkpoint."""
@@ -218,7 +240,11 @@ class Study:
 
     def arm_config(self, arm: str) -> ArmConfig | None:
         """The arm's part of the configuration; None when the rows do not have it."""
-        return next((entry for entry in self.config.arms if entry.name == arm), None) if self.config else None
+        return self._arm_configs.get(arm)
+
+    @cached_property
+    def _arm_configs(self) -> dict[str, ArmConfig]:
+        return {entry.name: entry for entry in self.config.arms} if self.config else {}
 
     def has_own_model(self, arm: str) -> bool:
         """Whether the arm starts from other weights than the others by design."""
@@ -287,7 +313,8 @@ def _take(cell: Cell, row: Row, words: _Words) -> None:
         cell.steps[row["step"]] = row  # steps repeated after a resume are the same steps
     elif kind == "eval_item":
         found = cell.items.setdefault((row["task"], row["metric"]), {}).setdefault(row["step"], {})
-        cell.gold.take(row)
+        if row["bits_per_byte"] is not None:
+            cell.gold.take(row)
         entry = (float(row["value"]), float(row["weight"]))
         if found.setdefault(words[row["item"]], entry) != entry:
             cell.conflicts.append(f"two different {row['task']} scores of item {row['item']} at step {row['step']}")

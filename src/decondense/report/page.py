@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from decondense import __version__
 from decondense.compare import CompareError, Comparison, Study, compare
-from decondense.formatting import NONE, count, listed, probability
+from decondense.formatting import NONE, count, listed, probability, shortened
 from decondense.records import Row, atomic_write
 from decondense.report.notes import notes_in_words
 from decondense.report.pictures import Pictures
@@ -42,7 +42,7 @@ def _compared(study: Study, comparison: Comparison | None) -> list[str]:
     ]
     if others:
         lines.append(
-            f"{listed([study.labels[arm] for arm in others])}: other initial weights by design, so no pair from the "
+            f"{listed(shortened([study.labels[arm] for arm in others]))}: other initial weights by design, so no pair from the "
             "same start. All other arms start from the same weights, which is checked."
         )
     return lines
