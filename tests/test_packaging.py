@@ -67,7 +67,22 @@ def test_the_source_distribution_holds_what_it_takes_to_test_and_to_build(sdist:
     # the rows from which the numbers of the README and the results are made have to be there; reports have not
     assert any(name.startswith("benchmarks/results/studies/") for name in names)
     assert not any(name.startswith("benchmarks/results/") and name.endswith(".html") for name in names)
-    kinds = {".py", ".md", ".txt", ".yaml", ".yml", ".toml", ".jsonl", ".json", ".gz", ".npz", ".png", ".svg", ".css"}
+    kinds = {
+        ".py",
+        ".md",
+        ".txt",
+        ".yaml",
+        ".yml",
+        ".toml",
+        ".jsonl",
+        ".json",
+        ".gz",
+        ".npz",
+        ".png",
+        ".svg",
+        ".css",
+        ".js",
+    }
     kinds |= {".html"}
     strange = sorted(
         name

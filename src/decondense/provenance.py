@@ -26,7 +26,8 @@ def command_line() -> str | None:
     words = publishable_words(sys.argv)
     if words and words[0] == "__main__.py":  # python -m decondense
         words[0] = "decondense"
-    return " ".join(words) or None
+    # a name that is not UTF-8 has bytes that no text file can hold
+    return " ".join(words).encode("utf-8", "backslashreplace").decode() or None
 
 
 @cache

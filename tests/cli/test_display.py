@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -156,3 +158,26 @@ def test_measure_into_a_log_is_not_silent(tmp_path: Path, capsys, monkeypatch) -
     shown = capsys.readouterr().out
     assert re.search(r"^loading .*/model: \d+ s$", shown, re.MULTILINE)
     assert re.search(r"^measuring model: \d/6, \d+ s(, about \d+ s left)?$", shown, re.MULTILINE)
+
+
+ROWS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "demo.jsonl"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("words", [["compare", str(ROWS)], ["compare", "no\udcff−日.jsonl"]], ids=["rows", "a name"])
+def test_every_encoding_takes_what_is_printed(encoding: str, words: list[str], monkeypatch: Any) -> None:
+    """A narrow encoding gets the same numbers, with their signs; what has no plain form gets its code."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    status = main(words)
+    text = "".join((stream.flush(), stream.buffer.getvalue().decode(encoding))[1] for stream in (out, err))
+    if words[1] == str(ROWS):
+        assert status == 0
+        assert "validation" in text
+        assert ("−" in text) == (encoding == "utf-8")
+        assert re.search(r"[-−]0\.\d", text)
+        assert "\\u" not in text
+    else:
+        assert status == 2
+        assert "\\udcff" in text

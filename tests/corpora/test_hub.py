@@ -319,6 +319,7 @@ print(corpus.content_hash, corpus.manifest["characters"] / 2**20, peaks[-1][1] -
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded(tokenizer: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", ENDLESS, str(tmp_path), tokenizer, "12000", "0"],
@@ -544,6 +545,7 @@ def test_a_hub_and_then_none(subsets: Path, tmp_path: Path) -> None:
     assert neither["seconds"] < 15
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_given_up_in_time(tmp_path: Path) -> None:
     import socket
 

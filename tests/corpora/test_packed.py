@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
+import shutil
+
 import numpy as np
 import pytest
 
-from decondense.config import CorpusConfig
+from decondense.config import ConfigError, CorpusConfig
 from decondense.corpora.embedded import Document
-from decondense.corpora.packed import END, is_held_out, load, prepare
+from decondense.corpora.packed import END, _install, is_held_out, load, prepare
 
 
 def words(seed: int, count: int) -> str:
@@ -72,6 +75,54 @@ def test_the_cache_is_used_and_a_damaged_one_rebuilt(config, tmp_path) -> None:
     assert load(first.path) is None
     assert prepare(config, cache=tmp_path).content_hash == first.content_hash
     assert not [item for item in (tmp_path / "packed").iterdir() if item.name.startswith(".")]
+
+
+DAMAGE = {
+    **{f"a manifest {text!r}": text for text in ("", "[]", "null", '{"files": []}', '{"files": {"x": 1}}')},
+    "no manifest": None,
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_whatever_lies_in_the_corpus_place_is_replaced_or_named(what: str, corpus, tmp_path) -> None:
+    (place := tmp_path / "corpus").mkdir()
+    (place / "train.npy").write_bytes(b"x")
+    if (text := DAMAGE[what]) is not None:
+        (place / "manifest.json").write_text(text)
+    assert load(place) is None
+    shutil.copytree(corpus.path, tmp_path / "new")
+    _install(tmp_path / "new", place)
+    whole = load(place)
+    assert whole is not None
+    assert whole.content_hash == corpus.content_hash
+    shutil.copytree(corpus.path, tmp_path / "new")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="DECONDENSE_CACHE"):
+        _install(tmp_path / "new", tmp_path / "file")
+
+
+def test_two_that_prepare_the_same_text_at_once_get_the_same_corpus(config, tmp_path) -> None:
+    """The second begins and ends while the first is at work."""
+    seconds = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "learning the vocabulary" and not seconds:
+            seconds.append(prepare(config, cache=tmp_path))
+
+    first = prepare(config, cache=tmp_path, progress=progress)
+    assert first == seconds[0]
+    assert [path.name for path in (tmp_path / "packed").iterdir()] == [first.path.name]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_a_corpus_has_the_mode_that_the_umask_leaves(umask: int, config, tmp_path) -> None:
+    before = os.umask(umask)
+    try:
+        path = prepare(config, cache=tmp_path).path
+    finally:
+        os.umask(before)
+    for item in [path, *path.rglob("*")]:
+        assert item.stat().st_mode & 0o777 == (0o777 if item.is_dir() else 0o666) & ~umask, item.name
 
 
 def test_the_order_depends_on_the_seed_alone_and_covers_every_epoch(corpus) -> None:

@@ -22,6 +22,7 @@ from decondense.figures import comparison, condensation, style
 rows = records.read_rows(sys.argv[1])
 found = compare.compare(rows)
 report.build_report(rows, sys.argv[2])
+assert "matplotlib.pyplot" not in sys.modules, "a report must not touch the caller's global figures"
 print(report.summary(found))
 """
 

@@ -319,6 +319,7 @@ def test_models_of_several_depths_share_an_axis_of_fractions() -> None:
     assert all(line.get_xdata()[-1] == 1 for line in axes.get_lines())
 
 
+@pytest.mark.slow
 def test_a_page_says_which_arms_start_elsewhere(tmp_path: Path) -> None:
     def other(row: Row) -> Row:
         return {**row, "init_hash": "e" * 16} if row["kind"] == "run" and row["arm"] == "dispersion" else row

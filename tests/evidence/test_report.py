@@ -268,20 +268,30 @@ def test_nothing_finished_still_gives_a_report(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("tables/*"))
 
 
-@pytest.mark.parametrize("kinds", [{"run"}, {"run", "eval"}, {"run", "profile"}, {"run", "step"}])
+@pytest.mark.parametrize(
+    "kinds",
+    [{"run"}, {"run", "eval"}, *(pytest.param({"run", kind}, marks=pytest.mark.slow) for kind in ("profile", "step"))],
+)
 def test_only_some_kinds_of_rows(tmp_path: Path, kinds: set[str]) -> None:
     build_report([row for row in study() if row["kind"] in kinds], tmp_path)
     Page((tmp_path / "report.html").read_text())
 
 
 @pytest.mark.parametrize(
-    "keywords", [{"seeds": (3,)}, {"effects": {"cross-entropy": 0.0}}, {"steps": 10, "log_every": 5}]
+    "keywords",
+    [
+        {"seeds": (3,), "effects": {"cross-entropy": 0.0}, "steps": 10, "log_every": 5},
+        pytest.param({"seeds": (3,)}, marks=pytest.mark.slow),
+        pytest.param({"effects": {"cross-entropy": 0.0}}, marks=pytest.mark.slow),
+        pytest.param({"steps": 10, "log_every": 5}, marks=pytest.mark.slow),
+    ],
 )
 def test_one_seed_one_arm_few_steps(tmp_path: Path, keywords: dict[str, object]) -> None:
     build_report(study(**keywords), tmp_path)  # type: ignore[arg-type]
     Page((tmp_path / "report.html").read_text())
 
 
+@pytest.mark.slow
 def test_another_baseline(tmp_path: Path) -> None:
     build_report(study(), tmp_path, baseline="dispersion")
     assert "paired with dispersion: cross-entropy is higher" in " ".join(

@@ -1,15 +1,23 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from decondense.config import (
+    ArmConfig,
+    ArmModelConfig,
+    Config,
     ConfigError,
+    CorpusConfig,
     DispersionConfig,
     EvaluateConfig,
+    ModelConfig,
     StudyConfig,
+    SweepConfig,
     TrainConfig,
     WeightSchedule,
     one_of,
@@ -25,11 +33,74 @@ MINIMAL = {
 }
 
 
+FORMER = {
+    CorpusConfig: {"max_characters": ("most_characters", 9), "vocab_size": ("vocabulary", 512)},
+    TrainConfig: {
+        "batch_size": ("batch_sequences", 8),
+        "micro_batch_size": ("micro_batch_sequences", 4),
+        "max_seq_length": ("sequence_tokens", 64),
+        "max_grad_norm": ("gradient_clip", 0.5),
+        "lr_scheduler_type": ("decay", "linear"),
+    },
+    EvaluateConfig: {"num_fewshot": ("shots", 3)},
+    ArmConfig: {"max_grad_norm": ("gradient_clip", 0.5)},
+    SweepConfig: {"max_grad_norms": ("gradient_clips", (0.5,))},
+    ModelConfig: {"pretrained": ("start", "a/b")},
+    ArmModelConfig: {"pretrained": ("start", "a/b")},
+}
+REQUIRED = {ArmConfig: {"name": "a"}, SweepConfig: {"learning_rates": [0.1, 0.2]}}
+
+
+@pytest.mark.parametrize("part", FORMER, ids=lambda part: part.__name__)
+def test_former_names_are_read_and_keep_the_fingerprint(part: type[Config]) -> None:
+    former = {name: field.serialization_alias for name, field in part.model_fields.items() if field.serialization_alias}
+    assert former == {name: old for name, (old, _) in FORMER[part].items()}
+    batch = {"batch_size": 8}
+    for name, (old, value) in FORMER[part].items():
+        known = {**REQUIRED.get(part, {}), **(batch if name == "micro_batch_size" else {})}
+        new, before = (part.parse({**known, key: value}, where="test") for key in (name, old))
+        assert new == before
+        assert getattr(new, name) == value
+        assert new.model_dump(by_alias=True)[old] == new.model_dump()[name], "rows of earlier releases keep their study"
+        with pytest.raises(ConfigError, match=f"{old} is the former name of {name}"):
+            part.parse({**known, name: value, old: value}, where="test")
+
+
 def test_a_study_survives_yaml_and_keeps_its_fingerprint() -> None:
     study = StudyConfig.parse(MINIMAL, where="here")
     again = StudyConfig.parse(yaml.safe_load(study.to_yaml()), where="there")
     assert again == study
     assert again.fingerprint() == study.fingerprint()
+
+
+def test_former_keys_are_read_and_keep_the_fingerprint() -> None:
+    former = {
+        "corpus": {"vocabulary": 500, "most_characters": 9000},
+        "train": {
+            "batch_sequences": 8, "micro_batch_sequences": 4, "sequence_tokens": 64, "gradient_clip": 0.5,
+            "decay": "linear",
+        },
+        "evaluate": {"shots": 2, "passage_tokens": 64},
+        "sweep": {"learning_rates": [0.1, 0.2], "gradient_clips": [1.0, 2.0]},
+        "model": {"start": None},
+    }  # fmt: skip
+    names = {
+        "vocabulary": "vocab_size", "most_characters": "max_characters", "batch_sequences": "batch_size",
+        "micro_batch_sequences": "micro_batch_size", "sequence_tokens": "max_seq_length", "decay": "lr_scheduler_type",
+        "gradient_clip": "max_grad_norm", "gradient_clips": "max_grad_norms", "shots": "num_fewshot",
+        "start": "pretrained",
+    }  # fmt: skip
+    now = {part: {names.get(key, key): value for key, value in keys.items()} for part, keys in former.items()}
+    old, new = (StudyConfig.parse(MINIMAL | keys, where="here") for keys in (former, now))
+    assert old == new
+    assert old.fingerprint() == new.fingerprint()
+    assert set(names) & set(re.findall(r"\w+(?=:)", new.to_yaml())) == set()
+    with pytest.raises(ConfigError, match=r"decay is the former name of lr_scheduler_type; give one"):
+        StudyConfig.parse(MINIMAL | {"train": {"decay": "linear", "lr_scheduler_type": "linear"}}, where="here")
+
+
+def test_the_fingerprint_is_that_of_rows_written_before_keys_were_renamed() -> None:
+    assert TrainConfig().fingerprint() == "3585faca31ff6cc8"
 
 
 def test_every_knob_changes_the_fingerprint() -> None:

@@ -157,7 +157,7 @@ def test_blocks_may_be_nested(name: str, where: str, printed: str) -> None:
     assert (done.returncode, done.stdout) == (128 + number, printed)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow), "SIGINT"])
 def test_every_verb_ends_with_a_sentence_and_the_status_of_the_signal(tmp_path: Path, name: str) -> None:
     """`compare` has no runner and no handlers of its own; it waits here for a text that never comes."""
     fifo = tmp_path / "rows.jsonl"

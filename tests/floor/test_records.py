@@ -96,6 +96,18 @@ def test_text_with_line_separators_stays_one_row(tmp_path) -> None:
     assert read_rows(tmp_path / "r.jsonl") == [row]
 
 
+def test_a_name_that_is_not_utf8_can_be_written(tmp_path) -> None:
+    name = os.fsdecode(b"bad\xff")
+    row = make_row("run", **CELL, status="started", config={"a": name}, provenance={"command": name})
+    append_rows(tmp_path / "a.jsonl", [row])
+    write_rows(tmp_path / "b.jsonl", [row])
+    write_rows(tmp_path / "c.jsonl.gz", [row])
+    for path in tmp_path.iterdir():
+        (read,) = read_rows(path)
+        assert (read["config"]["a"], read["provenance"]["command"]) == ("bad?", "bad?")
+    atomic_write(tmp_path / "page.html", name)
+
+
 def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path) -> None:
     path = tmp_path / "x.txt"
     atomic_write(path, "old")

@@ -29,7 +29,9 @@ STUDY = {
 }
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "fsdp", [pytest.param(False, id="ddp"), pytest.param(True, id="fsdp2", marks=pytest.mark.slow)]
+)
 def test_two_ranks_train_the_same_cell_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fsdp: bool) -> None:
     monkeypatch.setenv("DECONDENSE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "study.yaml").write_text(

@@ -14,7 +14,7 @@ from loss_inputs import randn
 from decondense.losses import dispersion_loss
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_are_one_set(world: int, tmp_path: Path) -> None:
     script = Path(__file__).with_name("rank_of_world.py")
     ranks = [

@@ -149,13 +149,19 @@ def test_revisions_of_a_hub_model_are_ordered_by_step() -> None:
 
 def test_models_in_folders_of_one_name_are_told_apart(tmp_path) -> None:
     from decondense.cli.inputs import labels_of
+    from decondense.cli.options import slug
 
     runs = [tmp_path / arm / "seed-0" / "final" for arm in ("a", "b")]
     assert labels_of([str(run) for run in runs]) == ["a", "b"]
     assert labels_of(["x/a/1/final", "x/b/1/final", "y/a/1/final"]) == ["x/a", "x/b", "y/a"]
     assert labels_of(["org/one", "org/two@step5"]) == ["one", "two@step5"]
-    with pytest.raises(ValueError, match="given twice"):
-        labels_of(["a", "a"])
+    (tmp_path / "link").symlink_to(runs[0])
+    for one, other in (("a", "a"), ("a", "a/"), ("a", "./b/../a"), (str(runs[0]), str(tmp_path / "link"))):
+        with pytest.raises(ValueError, match="given twice"):
+            labels_of(["c", one, other])
+    # no two are the same folder, also where a file system does not tell upper from lower case
+    for names in (["m x", "m-x"], ["a/m", "a/M"], ["x/m?", "x/m*", "x/m-2", "x/m"], ["p/m x", "q/m x", "q/m-x"]):
+        assert len({slug(label).lower() for label in labels_of(names)}) == len(names)
 
 
 def test_records_too_short_for_a_cosine_are_skipped_and_counted(

@@ -37,6 +37,19 @@ def unpack(packed: np.ndarray, n: int) -> np.ndarray:
     return full + np.triu(full, 1).T
 
 
+def test_a_batch_may_hold_passages_that_need_float64() -> None:
+    """Zero and very large rows are computed in float64, the other passages of their batch in float32."""
+    z_BND = torch.from_numpy(np.random.default_rng(0).normal(size=(4, 20, 7))).float()
+    z_BND[0, 3], z_BND[2] = 0.0, z_BND[2] * 1e25
+    alone = statistics(list(z_BND))
+    layer = LayerStatistics("x", passages=4, device=CPU, pooled=True, averaged=True, tokens=20, metrics={})
+    layer.add(z_BND, range(4))
+    assert layer.pairs is not None
+    assert alone.pairs is not None
+    np.testing.assert_array_equal(layer.pairs.pooled_counts(), alone.pairs.pooled_counts())
+    np.testing.assert_array_equal(layer.pairs.packed_sum(), alone.pairs.packed_sum())
+
+
 @pytest.mark.parametrize("n", [2, 3, 127, 128, 129, 300])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_all_pairs_oracle(n: int, dtype: torch.dtype) -> None:

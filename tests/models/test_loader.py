@@ -44,7 +44,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_wherever_it_is_loaded(tmp_p
     for load in (load_model, load_network, lambda path: load_network(path, head="causal")):
         with pytest.raises(ModelError, match=r"lack 1 of the tensors.*h\.1\.mlp\.c_fc\.bias"):
             load(folder)
-    with pytest.raises(ConfigError, match=r"model\.start.*lack 1 of the tensors"):
+    with pytest.raises(ConfigError, match=r"model\.pretrained.*lack 1 of the tensors"):
         build_model(ModelConfig(pretrained=str(folder)), WORDS, 16, 0)
     with pytest.raises(ConfigError, match=r"distillation\.teacher.*lack 1 of the tensors"):
         Teacher(DistillationConfig(teacher=str(folder)), load_tokenizer(folder))

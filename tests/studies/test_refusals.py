@@ -20,7 +20,7 @@ from decondense.studies.launch import slurm_script, torchtitan
     "change",
     [
         ["--text", "https://me:hunter2@host/text.jsonl"],
-        ["--set", "model.start=s3://key:hunter2@bucket/model"],
+        ["--set", "model.pretrained=s3://key:hunter2@bucket/model"],
         ["--set", "corpus.tokenizer=https://host/t?sig=hunter2"],
     ],
 )

@@ -227,7 +227,10 @@ def gone(out: Path, seconds: float) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize(
+    "name",
+    ["SIGKILL", "SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGHUP", "SIGINT", "SIGUSR1"))],
+)
 def test_no_worker_outlives_a_runner_that_is_stopped_while_they_start(tmp_path, name: str) -> None:
     (tmp_path / "study.yaml").write_text(small_study().to_yaml())
     out = tmp_path / "study"
@@ -342,7 +345,7 @@ def test_kill_9_loses_nothing(tmp_path) -> None:
     assert stable_rows(rows) == stable_rows(run_study(study, tmp_path / "whole", workers=0))
 
 
-@pytest.mark.parametrize("room", [3_000, 60_000])
+@pytest.mark.parametrize("room", [3_000, pytest.param(60_000, marks=pytest.mark.slow)])
 def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, uninterrupted, room: int) -> None:
     """A file size limit refuses writes as a full disk does: first to the rows, or else to a checkpoint."""
     (tmp_path / "study.yaml").write_text(small_study().to_yaml())

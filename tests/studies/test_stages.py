@@ -158,6 +158,7 @@ def test_the_untouched_start_is_evaluated_and_compared(staged) -> None:
     assert difference.n == 1
 
 
+@pytest.mark.slow
 def test_killed_in_a_stage_the_study_ends_the_same(staged, tmp_path) -> None:
     """Kill -9 while a model is prepared, while a rate is tried, and while an arm is trained."""
     study = staged_study()

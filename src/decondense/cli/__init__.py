@@ -10,6 +10,7 @@ import typer
 
 import decondense
 from decondense.cli import atlas, evaluate, evidence, measure, run
+from decondense.cli.encoding import print_in_any_encoding
 from decondense.privacy import without_credentials
 from decondense.stopping import Stopped, stop_on_signals
 
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ``DECONDENSE_DEBUG=1`` shows the traceback instead.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
+    print_in_any_encoding()
     with stop_on_signals(save_first=False):  # a run that has something to save takes SIGUSR1 over
         return _run(words)
 

@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from decondense.cli.options import slug
+
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
@@ -158,22 +160,30 @@ def short_name(source: str) -> str:
 
 
 def labels_of(sources: list[str]) -> list[str]:
-    """A short name for each source, all different: runs/a/final and runs/b/final are a and b, not final and final."""
-    if len(set(sources)) < len(sources):
-        from decondense.measuring.running import MeasureError
+    """A short name for each source, all different: runs/a/final and runs/b/final are a and b, not final and final.
 
-        twice = next(source for source in sources if sources.count(source) > 1)
-        raise MeasureError(f"{twice} is given twice.")
-    labels = [short_name(source) for source in sources]
-    if len(set(labels)) == len(labels):
-        return labels
+    They differ as the names of files too, where "m x" and "m-x" are one.
+    """
+    from decondense.measuring.running import MeasureError
+
     parts = [Path(source).resolve().parts for source in sources]
-    shared = 0
-    while len({path[-1 - shared] for path in parts}) == 1:
-        shared += 1
-    parts = [path[: len(path) - shared] for path in parts]
-    for depth in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(path[-depth:]) for path in parts]
-        if len(set(labels)) == len(labels):
-            break
+    if twice := [source for number, source in enumerate(sources) if parts[number] in parts[:number]]:
+        raise MeasureError(f"{twice[0]} is given twice.")
+    labels = [short_name(source) for source in sources]
+    if len(set(labels)) < len(labels):
+        shared = 0
+        while len({path[-1 - shared] for path in parts}) == 1:
+            shared += 1
+        parts = [path[: len(path) - shared] for path in parts]
+        for depth in range(1, max(map(len, parts)) + 1):
+            labels = ["/".join(path[-depth:]) for path in parts]
+            if len(set(labels)) == len(labels):
+                break
+    taken: set[str] = set()
+    for place, label in enumerate(labels):
+        number = 1
+        while slug(labels[place]).casefold() in taken:
+            number += 1
+            labels[place] = f"{label} ({number})"
+        taken.add(slug(labels[place]).casefold())
     return labels

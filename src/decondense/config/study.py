@@ -36,7 +36,7 @@ class ArmConfig(Treatments, ArmIdentity):
     its own takes no part in the sweep."""
     warmup: float | None = Field(default=None, ge=0, lt=1)
     """Fraction of the steps over which this arm's rate rises; None: the one that the sweep chooses, or the study's."""
-    max_grad_norm: float | None = Field(default=None, gt=0, **formerly("max_grad_norm", "max_grad_norm"))
+    max_grad_norm: float | None = Field(default=None, gt=0, **formerly("gradient_clip", "max_grad_norm"))
     """Largest global L2 norm of this arm's gradient; None: the one that the sweep chooses, or the study's."""
     model: ArmModelConfig | None = None
     untrained: bool = False
@@ -80,7 +80,7 @@ class SweepConfig(Config):
     learning_rates: tuple[float, ...] = Field(min_length=1)
     warmups: tuple[float, ...] = ()
     """Warm-ups to try, as fractions of the run's steps; empty: the study's ``train.warmup`` alone."""
-    max_grad_norms: tuple[float, ...] = Field(default=(), **formerly("max_grad_norms", "max_grad_norms"))
+    max_grad_norms: tuple[float, ...] = Field(default=(), **formerly("gradient_clips", "max_grad_norms"))
     """Largest gradient norms to try; empty: the study's ``train.max_grad_norm`` alone."""
     seed: int = Field(default=1000, ge=0)
     """Seed of the trials."""

@@ -24,7 +24,7 @@ class CorpusConfig(Config):
     """Field that holds the text; None: ``text``, or the only field of strings that names no record (id, URL, date)."""
     streaming: bool = False
     """Hub only: read the rows one by one over the network instead of downloading the data set first."""
-    max_characters: int | None = Field(default=None, ge=1, **formerly("max_characters", "max_characters"))
+    max_characters: int | None = Field(default=None, ge=1, **formerly("most_characters", "max_characters"))
     """Characters of text at most, taken in the order of the source; None: all of it."""
     documents: Literal["standard_library", "scientific", "all"] = "all"
     """``python_docs`` only: the documentation of the standard library alone, with numpy, scipy and matplotlib, or of
@@ -47,17 +47,17 @@ class TrainConfig(Config):
     """One training run. Defaults are the embedded study's; the paper's values are named where they differ."""
 
     steps: int = Field(default=300, ge=1)
-    batch_size: int = Field(default=16, ge=1, **formerly("batch_size", "batch_size"))
+    batch_size: int = Field(default=16, ge=1, **formerly("batch_sequences", "batch_size"))
     """Sequences of one optimizer step (over all ranks and accumulation steps)."""
-    micro_batch_size: int | None = Field(default=None, ge=1, **formerly("micro_batch_size", "micro_batch_size"))
+    micro_batch_size: int | None = Field(default=None, ge=1, **formerly("micro_batch_sequences", "micro_batch_size"))
     """Sequences of one forward pass on one rank; None: as many as the step has."""
-    max_seq_length: int = Field(default=128, ge=2, **formerly("max_seq_length", "max_seq_length"))
+    max_seq_length: int = Field(default=128, ge=2, **formerly("sequence_tokens", "max_seq_length"))
     """Tokens of a training sequence."""
     learning_rate: float = Field(default=3e-3, gt=0)
     """Peak learning rate of AdamW. Paper: 5e-5 in mid-training."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.1, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0, **formerly("max_grad_norm", "max_grad_norm"))
+    max_grad_norm: float = Field(default=1.0, gt=0, **formerly("gradient_clip", "max_grad_norm"))
     """Largest global L2 norm of the gradient."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
     """Fraction of the steps over which the learning rate rises linearly. Paper: 0.2."""

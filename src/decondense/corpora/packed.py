@@ -10,13 +10,13 @@ appended to files in a staging folder, which is renamed when it is complete.
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import heapq
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +35,7 @@ from decondense.corpora.columns import TextWarning
 from decondense.corpora.embedded import Document, Progress, cache_directory
 from decondense.corpora.sources import END, Dropped, Source, documents_of, find_source
 from decondense.hashing import hash_file
+from decondense.locks import lock
 from decondense.seeding import derive
 from decondense.tokenizers import read_tokenizer, vocabulary_of
 
@@ -220,7 +221,7 @@ def _prepared_last(folder: Path, request: str) -> PackedCorpus | None:
     """The newest corpus that was prepared for a request, of any revision."""
     prepared = []
     for path in folder.glob("[!.]*/manifest.json"):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, AttributeError):
             if json.loads(path.read_text()).get("request") == request:
                 prepared.append((path.stat().st_mtime_ns, path.parent))
     return next((corpus for _, path in sorted(prepared, reverse=True) if (corpus := load(path)) is not None), None)
@@ -232,7 +233,7 @@ def load(path: Path) -> PackedCorpus | None:
         manifest = json.loads((path / "manifest.json").read_text())
         if any(hash_file(path / name) != expected for name, expected in manifest["files"].items()):
             return None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # also JSON of another shape
         return None
     return PackedCorpus(path, manifest)
 
@@ -261,10 +262,11 @@ def _build(
 ) -> PackedCorpus:
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    lock = os.open(folder, os.O_RDONLY)
+    folder = path.parent / f".{path.name}.{secrets.token_hex(6)}"
+    folder.mkdir()  # tempfile's are private, and a cache may be shared
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when this process ends, even if it is killed
+        lock(handle, folder)  # released when this process ends, even if it is killed
         dropped = Dropped()
         documents = documents_of(source, config, "reading" if ready is None else "tokenising", progress, dropped)
         if ready is None:
@@ -301,13 +303,7 @@ def _build(
             "files": hashes,
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        try:
-            os.rename(folder, path)
-        except OSError:
-            # another process finished the same corpus first, or the existing one is damaged
-            if load(path) is None:
-                shutil.rmtree(path, ignore_errors=True)
-                os.rename(folder, path)
+        _install(folder, path)
         if dropped.empty:
             warnings.warn(
                 f"corpus.source {source.name!r}: {dropped.empty:,} records hold no text and are skipped.",
@@ -318,8 +314,26 @@ def _build(
         assert prepared is not None, f"a corpus just written to {path} must load"
         return prepared
     finally:
-        os.close(lock)
+        os.close(handle)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _install(folder: Path, path: Path) -> None:
+    """Move a whole corpus to its place, unless another process was first; a damaged one there is replaced."""
+    for _ in range(3):
+        try:
+            os.rename(folder, path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+        if load(path) is not None:
+            return
+        shutil.rmtree(path, ignore_errors=True)
+    raise ConfigError(
+        f"{path} is damaged, or cannot be read, and cannot be replaced (another user's?). Remove it, or set "
+        "DECONDENSE_CACHE to a directory of your own."
+    )
 
 
 def _too_few(config: CorpusConfig, train: int, held_out: int) -> ValueError:
@@ -338,7 +352,7 @@ def _sweep(folder: Path) -> None:
                 continue  # its owner may be about to lock it
             handle = os.open(staging, os.O_RDONLY)
             stack.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle, staging)
             shutil.rmtree(staging, ignore_errors=True)
 
 

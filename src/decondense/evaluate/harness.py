@@ -14,7 +14,6 @@ worker process, which communicates through files, so neither affects the caller.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -36,6 +35,7 @@ from decondense.evaluate.local import LocalTask, find_tasks
 from decondense.evaluate.results import Evaluation, TaskResult
 from decondense.gguf_files import is_gguf, only_gguf
 from decondense.lifeline import Lifeline
+from decondense.locks import lock
 from decondense.records import RecordError, Row, atomic_write, read_rows, write_rows
 
 _D = EvaluateConfig()
@@ -121,7 +121,7 @@ def evaluate(
     report = progress or (lambda task, what, done, total: None)
     with contextlib.ExitStack() as stack:
         folder = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        lock = stack.enter_context(_claimed(folder))
+        held = stack.enter_context(_claimed(folder))
         _open_directory(folder, label, settings)
         todo = [name for name, key in keys.items() if finished(folder, name, key) is None]
         for name in keys:
@@ -138,7 +138,7 @@ def evaluate(
                 for name in todo
             ],
         }
-        failures = _work(folder, request, lock, report, threads) if todo else []
+        failures = _work(folder, request, held, report, threads) if todo else []
         results = tuple(result for name, key in keys.items() if (result := finished(folder, name, key)) is not None)
         run = dict(identity) if identity is not None else _identity(source, label, settings)
         evaluation = Evaluation(label, results, tuple(notes), run)
@@ -326,9 +326,9 @@ def _claimed(folder: Path) -> Iterator[int]:
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(handle, handle.name)
                 break
-            except OSError as error:
+            except BlockingIOError as error:
                 if time.monotonic() > deadline:
                     raise EvaluationStopped(
                         f"{folder}: another process is evaluating there; wait for it or choose another --out."
@@ -364,7 +364,7 @@ def _listed(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)
 
 
-def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress, threads: int | None) -> list[str]:
+def _work(folder: Path, request: Mapping[str, Any], held: int, report: Progress, threads: int | None) -> list[str]:
     """Run the worker to its end and return the messages of failed tasks, then the remedies."""
     (folder / "tasks").mkdir(exist_ok=True)
     events, log = folder / ".events.jsonl", folder / "evaluate.log"
@@ -377,7 +377,7 @@ def _work(folder: Path, request: Mapping[str, Any], lock: int, report: Progress,
             stdin=subprocess.DEVNULL,
             stdout=handle,
             stderr=handle,
-            pass_fds=(lock, *lifeline.pass_fds),
+            pass_fds=(held, *lifeline.pass_fds),
             env=_environment(threads),
         )
     failures: list[str] = []

@@ -89,7 +89,7 @@ class PairStream:
         tokens = units[0].shape[0]
         cells = min(self.tile, tokens) * tokens
         # one piece of memory for all tiles: fresh pages for each would cost as much as the products
-        products = units[0].new_empty(cells)
+        products = {dtype: units[0].new_empty(cells, dtype=dtype) for dtype in {unit_ND.dtype for unit_ND in units}}
         indices = units[0].new_empty(cells if self.pooled is not None else 0, dtype=torch.int16)
         # passages innermost: a strip of the sum is then in the cache for all of them
         strips = enumerate(range(0, tokens, self.tile))
@@ -97,7 +97,7 @@ class PairStream:
             # rows of a block against everything from the block's own start on: the upper triangle by blocks
             rows_RD, columns_MD = unit_ND[row : row + self.tile], unit_ND[row:]
             shape = (len(rows_RD), len(columns_MD))
-            cos = torch.mm(rows_RD, columns_MD.T, out=products[: shape[0] * shape[1]].view(shape))
+            cos = torch.mm(rows_RD, columns_MD.T, out=products[unit_ND.dtype][: shape[0] * shape[1]].view(shape))
             if self.strips is not None:
                 self.strips[strip] += cos
             if self.pooled is not None:

@@ -17,6 +17,9 @@ from decondense.records.schema import SCHEMA_VERSION
 LONGEST_LINE = 1 << 26
 """Bytes of a line at most; a longer one is not a row, and a small compressed file could unpack to it without end."""
 
+_ERRORS = "replace"
+"""Bytes of a file name that are not UTF-8 become question marks: no text file can hold them."""
+
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
@@ -48,10 +51,12 @@ def atomic_path(path: str | Path, *, exclusive: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(descriptor)
-    temporary = Path(name)
+    prefix = f".{path.name[:40]}."  # a name may have 255 bytes, with what is added as well
+    temporary = None
     try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
+        os.close(descriptor)
+        temporary = Path(name)
         yield temporary
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -60,8 +65,11 @@ def atomic_path(path: str | Path, *, exclusive: bool = False) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; an output file is not
         if not (exclusive and _linked(temporary, path)):
             temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and Path(error.filename or prefix).name.startswith(prefix):
+            error.filename = str(path)  # the temporary name says nothing to anyone
         raise
 
 
@@ -81,7 +89,7 @@ def _linked(temporary: Path, path: Path) -> bool:
 def atomic_write(path: str | Path, data: str | bytes) -> None:
     """Write a whole file or leave what was there."""
     with atomic_path(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        temporary.write_bytes(data.encode(errors=_ERRORS) if isinstance(data, str) else data)
 
 
 def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -90,7 +98,7 @@ def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = list(rows)
     known = _first_configuration(path) if any(row.get("kind") == "run" for row in rows) else set()
-    text = memoryview("".join(_stated(rows, known)).encode())
+    text = memoryview("".join(_stated(rows, known)).encode(errors=_ERRORS))
     # no buffer of Python's between us and the file: what a full disk refused must not be written again on closing
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
@@ -138,8 +146,8 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     packed = Path(path).suffix == ".gz"
     with atomic_path(path) as temporary, temporary.open("wb") as plain:
         if not packed:
-            plain.writelines(line.encode() for line in _stated(rows, set()))
+            plain.writelines(line.encode(errors=_ERRORS) for line in _stated(rows, set()))
             return
         # without name and time stamp, so that equal rows are equal files
         with gzip.GzipFile(filename="", mode="wb", fileobj=plain, mtime=0) as handle:
-            handle.writelines(line.encode() for line in _stated(rows, set()))
+            handle.writelines(line.encode(errors=_ERRORS) for line in _stated(rows, set()))

@@ -23,6 +23,7 @@ from typing import Any, Literal, Protocol
 from decondense.config import SETTINGS, ArmConfig, ConfigError, StudyConfig, parse_yaml
 from decondense.corpora.embedded import cache_directory
 from decondense.corpora.packed import PackedCorpus, load, prepare
+from decondense.locks import lock
 from decondense.privacy import publishable, strings
 from decondense.records import (
     RecordError,
@@ -162,10 +163,8 @@ def _updated(there: StudyConfig, study: StudyConfig, out: Path, *, margin: bool)
 
 def change_study(out: Path, change: Callable[[StudyConfig], StudyConfig]) -> StudyConfig:
     """Change in the study's file what is no part of its identity, one runner after the other, and return the study."""
-    import fcntl
-
     with (out / ".study.lock").open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        lock(handle, handle.name, wait=True)
         there = study_of(out)
         changed = change(there)
         if changed != there:
@@ -464,15 +463,13 @@ def reset_failed(listed: Iterable[Task]) -> list[Task]:
     Done before any worker starts: a failed row counts as an end, and an arm's cell must not take a setting before the
     trial that is repeated has spoken. A task that another process holds is left to it.
     """
-    import fcntl
-
     forgotten = []
     for task in listed:
         end = task_end(task.folder)
         if end is None or end["status"] != "failed":
             continue
         with contextlib.suppress(BlockingIOError), (task.folder / "lock").open("a") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle, handle.name)
             task.rows.unlink(missing_ok=True)
             forgotten.append(task)
     return forgotten

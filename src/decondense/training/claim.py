@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 from collections.abc import Iterator
 from pathlib import Path
+
+from decondense.locks import lock
 
 
 class CellBusy(RuntimeError):
@@ -18,10 +19,7 @@ def claim(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle, handle.name)
         except BlockingIOError as error:
             raise CellBusy(f"{folder}: another process is training this cell.") from error
-        except OSError as error:
-            error.filename = error.filename or f"{folder / 'lock'} (a file system without locks? choose another one)"
-            raise
         yield

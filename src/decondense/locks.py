@@ -1,0 +1,28 @@
+"""Locks of the operating system (flock), which go when their process goes. Standard library only."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from typing import IO
+
+
+def lock(handle: IO[str] | int, path: str | os.PathLike[str], *, wait: bool = False) -> None:
+    """Lock an open file or directory until it is closed.
+
+    Args:
+        handle: the open file, or its descriptor.
+        path: its name, for errors.
+        wait: wait for whoever has the lock.
+
+    Raises:
+        BlockingIOError: another process has the lock.
+        OSError: there are no locks on this file system.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        reason = f"{error.strerror}: this file system has no locks (flock); choose a directory on another one"
+        raise OSError(error.errno, reason, os.fspath(path)) from error
