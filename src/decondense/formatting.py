@@ -97,6 +97,13 @@ def plural(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
+def shortened(words: Sequence[str], most: int = 12) -> list[str]:
+    """The words, or where they are more than ``most``, the first and the last three and the number of the others."""
+    if len(words) <= most:
+        return list(words)
+    return [*words[:3], f"{len(words) - 6} others", *words[-3:]]
+
+
 def listed(words: Sequence[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     if len(words) < 2:

@@ -28,6 +28,9 @@ _LATEX = {
     MINUS: "$-$", NONE: "--", "×": r"$\times$", "±": r"$\pm$", "Δ": r"$\Delta$", "[": "{[}", "]": "{]}",
 }  # fmt: skip
 
+_TALL = 60
+"""A page shows tables of more rows in a window that scrolls."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -114,10 +117,11 @@ class Table:
         A ``sortable`` table repeats no words, and its numbers carry their values for the page's script.
         """
         name = html_escape(self.name)
+        tall = " tall" if len(self.rows) > _TALL else ""
         kind = f"words{self.words} sortable" if self.sortable else f"words{self.words}"
         lines = [
             f'<p class="caption" id="caption-{name}">{html_escape(self.caption)}</p>',
-            f'<div class="scroll" tabindex="0" role="region" aria-labelledby="caption-{name}">',
+            f'<div class="scroll{tall}" tabindex="0" role="region" aria-labelledby="caption-{name}">',
             f'<table class="{kind}" id="table-{name}" aria-describedby="caption-{name}">',
             "<thead><tr>" + "".join(f'<th scope="col">{html_escape(c)}</th>' for c in self.columns) + "</tr></thead>",
             "<tbody>",

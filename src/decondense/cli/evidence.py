@@ -189,7 +189,11 @@ def _print_comparison(comparison: Comparison, console: Console) -> None:
         for fault in comparison.omitted:
             console.print(f"  {fault}", highlight=False, markup=False)
         console.print()
-    console.print(terminal_table(comparison).to_rich(title=comparison.title))
+    table = terminal_table(comparison)
+    console.print(table.to_rich(title=comparison.title))
+    for note in table.notes:
+        remedy = "The tables of `decondense report` and of `decondense compare --tables DIR` have all arms."
+        console.print(f"{note} {remedy}\n", style="bold", highlight=False, markup=False)
     console.print(summary(comparison), highlight=False, markup=False)
     for note in comparison.task_notes:
         console.print(f"Benchmarks: {note}.", highlight=False, markup=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,6 @@ def common(values: Iterable[Any]) -> int | None:
     """The value that all have in common, None where they differ."""
     found = {value for value in values if value is not None}
     return int(found.pop()) if len(found) == 1 else None
-
-
-def weights_of(items: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """The weight of each item."""
-    return {name: weight for name, (_, weight) in items.items()}
 
 
 PairedItems = Callable[[str, Sequence[int]], tuple[list[Items] | None, str]]
@@ -91,21 +86,18 @@ class Context:
 
     def per_item(self, key: Key, arm: str, seeds: Sequence[int]) -> Items | None:
         """Differences item by item, or None unless every run of both arms has the same items."""
-        mine = [self.cells[arm, seed].final_items(key) for seed in seeds]
-        theirs = [self.cells[self.base, seed].final_items(key) for seed in seeds]
-        first = weights_of(mine[0])
-        if not first or any(weights_of(items) != first for items in [*mine, *theirs]):
+        mine = [self.cells[arm, seed].item_arrays(key) for seed in seeds]
+        theirs = [self.cells[self.base, seed].item_arrays(key) for seed in seeds]
+        first = mine[0]
+        if not first.names or not all(first.same_items(other) for other in [*mine, *theirs]):
             return None
-        names = sorted(first)
-        difference_SI = np.array(
-            [[a[name][0] - b[name][0] for name in names] for a, b in zip(mine, theirs, strict=True)]
-        )
-        return Items(difference_SI, np.array([first[name] for name in names]))
+        difference_SI = np.array([a.value_I - b.value_I for a, b in zip(mine, theirs, strict=True)])
+        return Items(difference_SI, first.weight_I)
 
     def direction(self, key: Key) -> bool:
         """Whether a higher score is better."""
-        rows = [row for cell in self.cells.values() for row in cell.scores.get(key, {}).values()]
-        return bool(rows[0]["higher_is_better"])
+        rows = (row for cell in self.cells.values() for row in cell.scores.get(key, {}).values())
+        return bool(next(rows)["higher_is_better"])
 
     def values(self, arm: str, of: Callable[[Cell], float | None]) -> Values | None:
         """One quantity of an arm's runs, of those that have it."""

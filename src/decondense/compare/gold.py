@@ -45,10 +45,9 @@ class GoldItems:
     known: dict[str, dict[int, dict[str, tuple[float | None, float | None, float]]]] = field(default_factory=dict)
 
     def take(self, row: Row) -> None:
-        """Take an ``eval_item`` row."""
-        if row["bits_per_byte"] is not None:
-            steps = self.known.setdefault(row["task"], {})
-            steps.setdefault(row["step"], {})[row["item"]] = (row["bits_per_byte"], row["margin_bits"], row["weight"])
+        """Take an ``eval_item`` row that has them."""
+        steps = self.known.setdefault(row["task"], {})
+        steps.setdefault(row["step"], {})[row["item"]] = (row["bits_per_byte"], row["margin_bits"], row["weight"])
 
     def values(self, task: str, place: int) -> dict[int, dict[str, tuple[float, float]]]:
         """Step -> item -> (value, weight) of one of the two metrics, where it is known."""

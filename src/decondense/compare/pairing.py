@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from decondense.compare.context import Context, weights_of
+from decondense.compare.context import Context
 from decondense.compare.results import Pairing
 from decondense.compare.study import Cell, Fault, FaultKind, Study
 
@@ -66,9 +66,9 @@ def unpaired(cells: Sequence[Cell], baseline: str, study: Study) -> list[Fault]:
                 lacking = reference if key in cell.scores else cell
                 faults.append(Fault(lacking.id, "no score", f"has no score of {key[0]} {key[1]}"))
                 continue
-            mine_items, their_items = cell.final_items(key), reference.final_items(key)
-            if mine_items and their_items and weights_of(mine_items) != weights_of(their_items):
-                only = len(mine_items.keys() ^ their_items.keys())
+            mine, theirs = cell.item_arrays(key), reference.item_arrays(key)
+            if mine.names and theirs.names and not mine.same_items(theirs):
+                only = len({*mine.names} ^ {*theirs.names})
                 how = f"{only} items are in one of them only" if only else "the same items have other weights"
                 text = f"was scored on other items of {key[0]} than {reference.id}: {how}"
                 faults.append(Fault(cell.id, "other items", text))

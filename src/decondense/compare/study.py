@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -61,6 +64,18 @@ class CompareError(ValueError):
         super().__init__(f"{reason}{':' if listed else ''}{listed}" + (f"\n{remedy}" if remedy else ""))
 
 
+class ItemArrays(NamedTuple):
+    """Items of a task in the order of their names."""
+
+    names: tuple[str, ...]
+    value_I: Array
+    weight_I: Array
+
+    def same_items(self, other: ItemArrays) -> bool:
+        """Whether names and weights are equal."""
+        return self.names == other.names and np.array_equal(self.weight_I, other.weight_I)
+
+
 @dataclass
 class Cell:
     """One run of a study (arm x seed) and all that its rows say."""
@@ -80,6 +95,7 @@ class Cell:
     """Task and metric -> step -> item -> (value, weight)."""
     conflicts: list[str] = field(default_factory=list)
     gold: GoldItems = field(default_factory=GoldItems)
+    _arrays: dict[Key, ItemArrays] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def id(self) -> CellId:
@@ -115,6 +131,14 @@ class Cell:
         """Per-item scores of the final checkpoint (empty when there are none)."""
         step = self.final_step
         return self.items.get(key, {}).get(-1 if step is None else step, {})
+
+    def item_arrays(self, key: Key) -> ItemArrays:
+        """The same as arrays, made once: ask only when all rows were taken."""
+        if key not in self._arrays:
+            items = sorted(self.final_items(key).items())
+            value_I, weight_I = np.array([entry for _, entry in items], float).reshape(-1, 2).T
+            self._arrays[key] = ItemArrays(tuple(name for name, _ in items), value_I, weight_I)
+        return self._arrays[key]
 
     def final_profile(self) -> Row | None:
         """The profile of the final checkpoint."""
@@ -167,20 +191,21 @@ class Study:
         taken: dict[tuple[str, int], Cell] = {}
         trials, words = [], _Words()
         known: list[dict[str, Any]] = []
-        for row in rows:
-            kind = row.get("kind")
-            if kind not in _KINDS:
-                continue
-            studies[row["study"], row["study_fingerprint"]] += 1
-            if kind == "trial":  # its seed is none of the study's, so trials never become cells
-                trials.append(row)
-                continue
-            if kind == "run":
-                known += [row["config"]] if row["config"] else []
-            place = (row["arm"], row["seed"])
-            if place not in taken:
-                taken[place] = Cell(*place)
-            _take(taken[place], row, words)
+        with _no_collection():
+            for row in rows:
+                kind = row.get("kind")
+                if kind not in _KINDS:
+                    continue
+                studies[row["study"], row["study_fingerprint"]] += 1
+                if kind == "trial":  # its seed is none of the study's, so trials never become cells
+                    trials.append(row)
+                    continue
+                if kind == "run":
+                    known += [row["config"]] if row["config"] else []
+                place = (row["arm"], row["seed"])
+                if place not in taken:
+                    taken[place] = Cell(*place)
+                _take(taken[place], row, words)
         if not taken:
             raise CompareError("no rows of a run: give the rows.jsonl that a study or the demo wrote.")
         if len(studies) > 1:
@@ -218,7 +243,11 @@ class Study:
 
     def arm_config(self, arm: str) -> ArmConfig | None:
         """The arm's part of the configuration; None when the rows do not have it."""
-        return next((entry for entry in self.config.arms if entry.name == arm), None) if self.config else None
+        return self._arm_configs.get(arm)
+
+    @cached_property
+    def _arm_configs(self) -> dict[str, ArmConfig]:
+        return {entry.name: entry for entry in self.config.arms} if self.config else {}
 
     def has_own_model(self, arm: str) -> bool:
         """Whether the arm starts from other weights than the others by design."""
@@ -255,6 +284,18 @@ class Study:
 _KINDS = frozenset({"run", "step", "profile", "eval", "eval_item", "trial"})
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Rows hold no circles, but Python looks for some in all that is kept, again and again: a quarter of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class _Words(dict[str, str]):
     """One object for each of many equal strings."""
 
@@ -287,7 +328,8 @@ def _take(cell: Cell, row: Row, words: _Words) -> None:
         cell.steps[row["step"]] = row  # steps repeated after a resume are the same steps
     elif kind == "eval_item":
         found = cell.items.setdefault((row["task"], row["metric"]), {}).setdefault(row["step"], {})
-        cell.gold.take(row)
+        if row["bits_per_byte"] is not None:
+            cell.gold.take(row)
         entry = (float(row["value"]), float(row["weight"]))
         if found.setdefault(words[row["item"]], entry) != entry:
             cell.conflicts.append(f"two different {row['task']} scores of item {row['item']} at step {row['step']}")

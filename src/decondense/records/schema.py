@@ -254,10 +254,11 @@ def _short(value: Any) -> str:
 def check_row(row: Mapping[str, Any], *, where: object = "row") -> Row:
     """Validate a row that was read; the message names ``where``."""
     shape = (*row, *map(type, row.values())) if row.get("kind") == "eval_item" else None
-    if shape in _SEEN and row["schema_version"] <= SCHEMA_VERSION:
+    lacking = _SEEN.get(shape) if shape else None
+    if lacking is not None and row["schema_version"] <= SCHEMA_VERSION:
         other = (row.get("bits_per_byte") or 0.0) + (row.get("margin_bits") or 0.0)
         if math.isfinite(row["value"] + row["weight"] + other):
-            return {**row, **_SEEN[shape]}
+            return {**row, **lacking} if lacking or type(row) is not dict else row
     try:
         valid = _validated(row.get("kind"), row)
     except RecordError as error:

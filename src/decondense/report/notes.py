@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from decondense.compare import Comparison, Note, NoteKind
-from decondense.formatting import listed
+from decondense.formatting import listed, shortened
 
 TEXTS: dict[NoteKind, str] = {
     "not the mean of items": (
@@ -75,9 +75,11 @@ KNOBS = {"learning_rate": "learning rate", "warmup": "warm-up", "max_grad_norm":
 
 def _words(value: Any, labels: dict[str, str]) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{KNOBS.get(key, labels.get(key, key))} {_words(v, labels)}" for key, v in value.items())
+        return ", ".join(
+            shortened([f"{KNOBS.get(key, labels.get(key, key))} {_words(v, labels)}" for key, v in value.items()])
+        )
     if isinstance(value, (tuple, list)):
-        return listed([_words(entry, labels) for entry in value])
+        return listed(shortened([_words(entry, labels) for entry in value]))
     return f"{value:.4g}" if isinstance(value, float) else KNOBS.get(value, labels.get(value, str(value)))
 
 
@@ -85,7 +87,7 @@ def in_words(note: Note, comparison: Comparison) -> str:
     """The sentence of one note."""
     labels = comparison.labels
     facts = {name: _words(value, labels) for name, value in note.facts.items()}
-    return TEXTS[note.kind].format(arms=listed([labels[arm] for arm in note.arms]), **facts)
+    return TEXTS[note.kind].format(arms=listed(shortened([labels[arm] for arm in note.arms])), **facts)
 
 
 def notes_in_words(comparison: Comparison) -> list[str]:

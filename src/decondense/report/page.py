@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from decondense import __version__
 from decondense.compare import CompareError, Comparison, Study, compare
-from decondense.formatting import NONE, count, listed, probability
+from decondense.formatting import NONE, count, listed, probability, shortened
 from decondense.records import Row, atomic_write
 from decondense.report.notes import notes_in_words
 from decondense.report.pictures import Pictures
@@ -41,9 +41,10 @@ def _compared(study: Study, comparison: Comparison | None) -> list[str]:
         f"corpus, and a comparison refuses runs in which {'they' if not others else 'the last two'} differ."
     ]
     if others:
+        named = listed(shortened([study.labels[arm] for arm in others]))
         lines.append(
-            f"{listed([study.labels[arm] for arm in others])}: other initial weights by design, so no pair from the "
-            "same start. All other arms start from the same weights, which is checked."
+            f"{named}: other initial weights by design, so no pair from the same start. All other arms "
+            "start from the same weights, which is checked."
         )
     return lines
 

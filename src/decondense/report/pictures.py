@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from decondense.compare import VALIDATION, Comparison, Study
 from decondense.compare.quantity import METRIC_TITLES
 from decondense.figures import comparison as draw
 from decondense.figures.style import COLUMN, export, render
+from decondense.report.selection import MOST_SHOWN, only, shown_arms, shown_in_words
 
 SECTIONS = ("loss", "profiles", "maps", "differences", "cost", "size", "rates")
 
@@ -45,15 +47,37 @@ def inline_svg(figure: Figure, name: str, title: str) -> str:
     return start + f'role="img" aria-label="{escape(title)}">' + text[len(head) :].strip()
 
 
+def _only(study: Study, arms: Sequence[str]) -> Study:
+    """The study as if it had some of its arms alone."""
+    cells = {place: cell for place, cell in study.cells.items() if cell.arm in arms}
+    return replace(study, arms=list(arms), cells=cells)
+
+
 @dataclass
 class Pictures:
-    """The figures of a page by section, drawn one after the other, and the files written for papers."""
+    """The figures of a page by section, drawn one after the other, and the files written for papers.
+
+    Of more than 13 arms the extremes are drawn (:func:`decondense.report.selection.shown_arms`); captions say so.
+    """
 
     study: Study
     comparison: Comparison | None
     folder: Path
     sections: dict[str, list[Picture]] = field(default_factory=lambda: {name: [] for name in SECTIONS})
     files: list[Path] = field(default_factory=list)
+    few: str = ""
+
+    def __post_init__(self) -> None:
+        self.whole, self.compared = self.study, self.comparison
+        if len(self.study.arms) <= MOST_SHOWN:
+            return
+        if self.comparison is None:
+            kept: tuple[str, ...] = tuple(self.study.arms[:MOST_SHOWN])
+            self.few = f"Shown: the first {MOST_SHOWN} of {len(self.study.arms)} arms."
+        else:
+            kept, self.few = shown_arms(self.comparison), shown_in_words(self.comparison)
+            self.comparison = only(self.comparison, kept)
+        self.study = _only(self.study, kept)
 
     def draw(self) -> Pictures:
         """All that the rows allow, in the order of the page."""
@@ -66,6 +90,7 @@ class Pictures:
         return self
 
     def _show(self, section: str, name: str, caption: str, figure: Figure, *, wide: bool = False) -> None:
+        caption = f"{caption} {self.few}".rstrip()
         picture = Picture(name, caption, inline_svg(figure, name, caption), wide, figure.get_figwidth())
         self.sections[section].append(picture)
 
@@ -142,7 +167,7 @@ class Pictures:
         self._show("size", "size", caption, figure, wide=True)
         self._write("condensation_by_size", figure)
         for place, family in enumerate(comparison.size.families, 1):
-            drawn = draw.family(self.study, comparison, family)
+            drawn = draw.family(self.whole, comparison, family)
             if drawn is not None:
                 caption = (
                     f"{family}: cosines of all pairs of tokens by layer, from the smallest to the largest model, and "
@@ -153,6 +178,9 @@ class Pictures:
 
     def _maps(self) -> None:
         study, comparison = self.study, self.comparison
+        if self.few:  # one page of maps: each takes seconds and hundreds of kilobytes
+            kept = shown_arms(self.compared, draw.MOST_MAPS) if self.compared else study.arms[: draw.MOST_MAPS]
+            study = _only(study, kept)
         sized = comparison.size if comparison is not None else None
         in_families = {point.arm for point in sized.points} if sized is not None else set()
         # what was not trained does not change over training; models of a family have their maps among the sizes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from decondense.compare import FEWEST_MODELS, SIZE_QUANTITIES, Comparison, Cost, Difference, SizeCorrelation
-from decondense.formatting import NBSP, interval, listed, number, probability
+from decondense.formatting import NBSP, interval, listed, number, probability, shortened
 from decondense.report import words
 from decondense.report.selection import MANY
 
@@ -72,12 +72,16 @@ def _grouped_scores(differences: Sequence[Difference], label: dict[str, str], *,
         if not members:
             continue
         if members[0].detected or not members[0].tested or len(members) <= MANY:
-            members_text = ", ".join(f"{label[d.arm]} ({number(d.mean, sign=True)})" for d in members)
+            members_text = ", ".join(shortened([f"{label[d.arm]} ({number(d.mean, sign=True)})" for d in members]))
         else:
             span = f"{number(members[0].mean, sign=True)} to {number(members[-1].mean, sign=True)}"
-            members_text = f"{', '.join(label[d.arm] for d in members)} ({span})"
+            members_text = f"{', '.join(shortened([label[d.arm] for d in members]))} ({span})"
         lost = [label[d.arm] for d in members if not d.detected and d.p is not None and d.p <= 0.05]
-        tail = f", of which {listed(lost)} would differ without the correction for several comparisons" if lost else ""
+        tail = (
+            f", of which {listed(shortened(lost))} would differ without the correction for several comparisons"
+            if lost
+            else ""
+        )
         parts.append(f"{len(members)} {words.outcome(members[0])}: {members_text}{tail}")
     strength = words.power(differences) if power else ""
     return "; ".join(parts) + (f". Power: {strength}" if strength else "")
@@ -203,7 +207,7 @@ def _plateaus(comparison: Comparison) -> list[str]:
     if not clauses:
         return []
     others = "" if len(clauses) == len(comparison.arms) else "; no run of the other arms"
-    return [f"Share of training with a mean cosine above 0.9 over the blocks: {'; '.join(clauses)}{others}."]
+    return [f"Share of training with a mean cosine above 0.9 over the blocks: {'; '.join(shortened(clauses))}{others}."]
 
 
 def sentences(comparison: Comparison) -> list[str]:

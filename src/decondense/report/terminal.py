@@ -10,7 +10,7 @@ from typing import Any
 from decondense.compare import QUANTITIES, Comparison, Cost, Difference, TaskMeasure
 from decondense.formatting import NONE, count, fitting, fitting_interval, number
 from decondense.report.cells import median_of
-from decondense.report.selection import MANY, main_measures, measures
+from decondense.report.selection import MANY, main_measures, measures, only, shown_arms, shown_in_words
 from decondense.report.words import CLOCKS, shares
 from decondense.table import Table
 
@@ -19,8 +19,10 @@ def terminal_table(comparison: Comparison) -> Table:
     """A table that fits 80 characters: measures, cosine by layer, step time, tokens to equal loss.
 
     With several arms each measure begins with a row of the baseline; with many the layers and, where they have a mean,
-    the single benchmarks are left to the report.
+    the single benchmarks are left to the report. Of more than 13 arms it shows the extremes, and a note says so.
     """
+    few = shown_in_words(comparison)
+    comparison = only(comparison, shown_arms(comparison)) if few else comparison
     several = len(comparison.treated) > 1
     many = len(comparison.treated) > MANY
     width = 13 if not several else 16
@@ -34,7 +36,7 @@ def terminal_table(comparison: Comparison) -> Table:
         for measure in measures(comparison):
             values = measure.of(comparison.baseline)
             lines.append([textwrap.fill(measure.title, 40), fitting(values.mean) if values else NONE])
-        return _table(comparison, ["", short[comparison.baseline]], lines)
+        return _table(comparison, ["", short[comparison.baseline]], lines, few)
     columns = (
         ["", "arm", "value", "difference", "95 % interval", "n"]
         if several
@@ -103,9 +105,9 @@ def terminal_table(comparison: Comparison) -> Table:
         share, bounds = shares(s.in_tokens)
         span = NONE if bounds is None else f"{bounds[0]:.2f} to {bounds[1]:.2f}"
         add("same-loss tokens", s.arm, base, own, f"× {share:.2f}\n{s.in_tokens.outcome}", span, str(s.n))
-    return _table(comparison, columns, lines)
+    return _table(comparison, columns, lines, few)
 
 
-def _table(comparison: Comparison, columns: list[str], lines: list[list[str]]) -> Table:
+def _table(comparison: Comparison, columns: list[str], lines: list[list[str]], few: str) -> Table:
     words = 2 if "arm" in columns else 1
-    return Table("comparison", comparison.title, tuple(columns), tuple(map(tuple, lines)), words)
+    return Table("comparison", comparison.title, tuple(columns), tuple(map(tuple, lines)), words, (few,) if few else ())
