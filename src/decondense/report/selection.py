@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from decondense.compare import Comparison, Measure, TaskMeasure
 from decondense.compare.quantity import METRIC_TITLES
+
+T = TypeVar("T")
 
 MANY = 3
 """With more arms than that beside the baseline, sentences group them, and tables have a row instead of columns for
@@ -54,18 +56,18 @@ def only(comparison: Comparison, arms: Collection[str]) -> Comparison:
     def cut(measure: Any) -> Any:
         return dataclasses.replace(measure, values=of(measure.values), differences=of(measure.differences))
 
+    def by_arm(groups: dict[str, T]) -> dict[str, T]:
+        return {arm: entries for arm, entries in groups.items() if arm in kept}
+
     layers, timed = comparison.layers, comparison.equal_time
-    by_arm = [
-        {arm: entries for arm, entries in group.items() if arm in kept}
-        for group in ((layers.values, layers.differences) if layers else ())
-    ]
     return dataclasses.replace(
         comparison,
         arms=tuple(arm for arm in comparison.arms if arm in kept),
         tasks=tuple(map(cut, comparison.tasks)),
         condensation=tuple(map(cut, comparison.condensation)),
         means=tuple(dataclasses.replace(mean, measure=cut(mean.measure)) for mean in comparison.means),
-        layers=layers and dataclasses.replace(layers, values=by_arm[0], differences=by_arm[1]),
+        layers=layers
+        and dataclasses.replace(layers, values=by_arm(layers.values), differences=by_arm(layers.differences)),
         equal_time=timed and dataclasses.replace(timed, differences=of(timed.differences)),
         speed=of(comparison.speed),
         cost=of(comparison.cost),
