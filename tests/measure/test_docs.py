@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 
-def test_every_block_runs(capsys: object) -> None:
+def test_every_block_runs(capsys: object, registry: None) -> None:
     page = (Path(__file__).parents[2] / "docs" / "measuring.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.S)
     assert len(blocks) == 7

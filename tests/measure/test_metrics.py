@@ -347,13 +347,6 @@ def test_choice_of_metrics() -> None:
         METRICS["isoscor"]
 
 
-@pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    import decondense.metrics as module
-
-    monkeypatch.setattr(module, "_REGISTRY", dict(module._REGISTRY))
-
-
 def own(name: str = "largest_norm", **options: object) -> Metric:
     """A metric of another package."""
     return Metric(name, "largest norm", "", "", lambda cloud: cloud.z.norm(dim=1).max(), "", **options)  # type: ignore[arg-type]
