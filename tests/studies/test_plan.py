@@ -260,9 +260,8 @@ def test_a_wrong_first_command_does_not_keep_the_directory(tmp_path) -> None:
     ],
 )
 def test_credentials_are_refused_before_anything_is_written(changes: dict, tmp_path) -> None:
-    study = small_study(**changes)
     with pytest.raises(ConfigError) as refusal:
-        open_directory(study, tmp_path / "out")
+        open_directory(small_study(**changes), tmp_path / "out")
     assert "passw0rd" not in str(refusal.value)
     assert "environment" in str(refusal.value)
     assert not (tmp_path / "out").exists()
