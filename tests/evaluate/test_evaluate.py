@@ -269,6 +269,7 @@ def test_the_final_checkpoint_of_a_study_is_known_and_long_answers_are_scored(tm
     assert "2 answers alone exceed the context and were scored in windows" in notes
 
 
+@pytest.mark.slow
 def test_a_study_gets_its_rows_also_under_a_launcher(tiny: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
     """One rank of several asks: the worker is one process all the same, and finished tasks are not scored again."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
@@ -309,6 +310,7 @@ def _wait_for_tasks(out: Path, process: subprocess.Popen[str], count: int) -> di
     raise AssertionError(f"ended too early: {process.communicate()}")
 
 
+@pytest.mark.slow
 def test_kill_9_keeps_finished_tasks_and_going_on_gives_the_same(
     tiny: Path, data: Path, whole: tuple[Evaluation, Path], tmp_path: Path
 ) -> None:
@@ -455,6 +457,7 @@ def test_a_device_that_is_not_there_is_refused(tiny: Path, data: Path) -> None:
         evaluate(tiny, "piqa", data_dir=data, device="cuda:99")
 
 
+@pytest.mark.slow
 def test_numbers_that_are_none_are_an_error(tiny: Path, data: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -478,6 +481,7 @@ def test_without_the_hub_the_way_out_is_named(tiny: Path, tmp_path: Path, monkey
     assert said.count("--data-dir DIR") == 1, "the way out is said once"
 
 
+@pytest.mark.slow
 def test_data_of_the_hub_give_what_local_files_give(
     whole: tuple[Evaluation, Path], tiny: Path, data: Path, tmp_path: Path, monkeypatch
 ) -> None:
@@ -543,6 +547,7 @@ def test_a_tokenizer_without_special_tokens_scores_what_it_can(tiny: Path, data:
     assert "Finished and kept: piqa." in said
 
 
+@pytest.mark.slow
 def test_a_label_outside_the_choices_of_any_task_is_refused(tiny: Path, tmp_path: Path) -> None:
     row = {"ind": 1, "activity_label": "Lamp", "ctx_a": "A lamp", "ctx_b": "it", "endings": list("wxyz"), "label": "9"}
     write(tmp_path / "hellaswag" / "validation.jsonl", [{**row, "label": "1"}, row])

@@ -358,6 +358,7 @@ def test_compare_omits_and_writes_tables(tmp_path: Path) -> None:
     assert (tmp_path / "tables" / "headline.csv").read_text() == headline(whole).to_csv()
 
 
+@pytest.mark.slow
 def test_report_of_compressed_rows_with_another_baseline(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl.gz", study(documents=5))
     status, said = _run("report", tmp_path / "rows.jsonl.gz", "--baseline", "dispersion", "--out", tmp_path / "out")

@@ -203,7 +203,7 @@ def test_compiled_blocks():
     assert greatest_difference(backward(model, batch)[0], plain) < 1e-12
 
 
-@pytest.mark.parametrize("tool", [attach, attach_trainer])
+@pytest.mark.parametrize("tool", [attach, pytest.param(attach_trainer, marks=pytest.mark.slow)])
 def test_compiled_in_the_trainer(tmp_path, tool):
     torch._dynamo.reset()
     found = []

@@ -15,11 +15,29 @@ import pytest
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_the_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize(
+    "chosen",
+    ["not lock_step and not fullgraph and not low_precision and not tf32", pytest.param("", marks=pytest.mark.slow)],
+    ids=["the cheap ones", "all"],
+)
+def test_the_kernels_in_the_interpreter(chosen: str) -> None:
     """Run the kernels' tests with TRITON_INTERPRET=1."""
     kernels = Path(__file__).with_name("test_fused_kernels.py")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", str(kernels)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "not gpu",
+            "-k",
+            chosen,
+            str(kernels),
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).resolve().parents[2],
         capture_output=True,

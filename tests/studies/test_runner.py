@@ -345,7 +345,8 @@ def test_kill_9_loses_nothing(tmp_path) -> None:
     assert stable_rows(rows) == stable_rows(run_study(study, tmp_path / "whole", workers=0))
 
 
-@pytest.mark.parametrize("room", [3_000, pytest.param(60_000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [3_000, 60_000])
 def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, uninterrupted, room: int) -> None:
     """A file size limit refuses writes as a full disk does: first to the rows, or else to a checkpoint."""
     (tmp_path / "study.yaml").write_text(small_study().to_yaml())
@@ -375,6 +376,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, uninterrupted, room: 
     assert stable_rows(run_study(small_study(), out, workers=0)) == stable_rows(uninterrupted[1])
 
 
+@pytest.mark.slow
 def test_a_worker_whose_runner_dies_stops_and_the_next_runner_takes_over(tmp_path) -> None:
     study = small_study(train={**small_study().train.model_dump(), "steps": 60, "checkpoint_every": 10})
     (tmp_path / "study.yaml").write_text(study.to_yaml())
@@ -390,6 +392,7 @@ def test_a_worker_whose_runner_dies_stops_and_the_next_runner_takes_over(tmp_pat
     assert stable_rows(rows) == stable_rows(run_study(study, tmp_path / "whole", workers=0))
 
 
+@pytest.mark.slow
 def test_workers_side_by_side_give_the_same_rows(tmp_path, uninterrupted) -> None:
     class Watching:
         def __init__(self) -> None:
@@ -562,7 +565,7 @@ def test_a_start_needs_its_tokenizer_its_positions_and_to_exist(tmp_path, uninte
     with pytest.raises(ConfigError, match=r"has 32 positions, less than train\.max_seq_length 64"):
         run_study(small_study(model={"pretrained": start}, corpus=corpus, train=longer), tmp_path / "a", workers=0)
     missing = str(tmp_path / "nobody")
-    with pytest.raises(ConfigError, match=r"model\.start .*nobody.*cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"model\.pretrained .*nobody.*cannot be loaded"):
         run_study(small_study(model={"pretrained": missing}, corpus=corpus), tmp_path / "b", workers=0)
     with pytest.raises(ConfigError, match=r"corpus\.tokenizer .*nobody.*cannot be loaded"):
         run_study(small_study(corpus={**corpus, "tokenizer": missing}), tmp_path / "c", workers=0)
