@@ -355,3 +355,11 @@ def test_two_writers_of_one_new_file_do_not_both_win(tmp_path) -> None:
         path.unlink()
     assert path.read_text() == "mine"
     assert os.listdir(tmp_path) == ["x.txt"]
+
+
+def test_a_field_is_read_under_its_former_name() -> None:
+    from decondense.records import check_row
+
+    row = make_row("run", **CELL, status="started", config={}, steps=5)
+    former = {key: value for key, value in row.items() if key != "max_grad_norm"} | {"gradient_clip": 0.5}
+    assert check_row(former) == row | {"max_grad_norm": 0.5}

@@ -19,9 +19,6 @@ class _NotJson(RecordError):
     """A line that is not JSON: at the end of a file, what a kill left of a row."""
 
 
-_RENAMED = {"gradient_clip": "max_grad_norm"}
-"""Former names of fields."""
-
 _SHARED_CONFIGURATIONS: dict[str, dict[str, Any]] = {}
 _MOST_SHARED = 16
 
@@ -60,8 +57,6 @@ class _Parser:
             raise _NotJson(f"{self}: not a valid row ({error}).") from error
         if not isinstance(row, dict):
             raise _NotJson(f"{self}: not a valid row (a row is a JSON object).")
-        for old in _RENAMED.keys() & row.keys():
-            row[_RENAMED[old]] = row.pop(old)
         kind = row.get("kind")
         if kind == "configuration":
             self._configuration(row)

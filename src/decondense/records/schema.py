@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from decondense.privacy import publishable, without_credentials
 
@@ -18,6 +18,10 @@ Row = dict[str, Any]
 
 class RecordError(ValueError):
     """A row or a file of rows that cannot be used; the message names the file and the line."""
+
+
+_MAX_GRAD_NORM = AliasChoices("max_grad_norm", "gradient_clip")
+"""The field and its name in rows of earlier releases."""
 
 
 class _Base(BaseModel):
@@ -61,7 +65,7 @@ class RunRow(_CellRow):
     """Peak learning rate of the run: the study's, the arm's, or the one that the sweep chose."""
     warmup: float | None = None
     """Fraction of the run's steps over which the learning rate rises, likewise; None in rows of earlier releases."""
-    max_grad_norm: float | None = None
+    max_grad_norm: float | None = Field(default=None, validation_alias=_MAX_GRAD_NORM)
     """Largest norm of the gradient, likewise."""
     error: str | None = None
     timing: dict[str, Any] = {}
@@ -80,7 +84,7 @@ class TrialRow(_CellRow):
     """Loss on the held-out documents that are set aside for this choice, in nats a token."""
     warmup: float | None = None
     """Warm-up as a fraction of the *run's* steps (the trial has that number of steps); None: not swept."""
-    max_grad_norm: float | None = None
+    max_grad_norm: float | None = Field(default=None, validation_alias=_MAX_GRAD_NORM)
     """Largest norm of the gradient; None: not swept."""
     chosen: bool = False
     """Whether the arm's runs take this setting: the least mean loss over the trial seeds."""
