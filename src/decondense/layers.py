@@ -78,3 +78,8 @@ def parse(text: str) -> Layer:
             return Layer(kind)
     known = ", ".join(kind for kind in _KINDS if kind != "block")
     raise ValueError(f"{text!r} is not a layer; expected 'block N' with N from 1, or one of: {known}.")
+
+
+def deep_half(states: int) -> int:
+    """How many of the states 0 to L are the deep half: L/2 rounded down, and at least one."""
+    return max(1, (states - 1) // 2)

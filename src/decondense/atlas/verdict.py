@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from decondense.atlas.entry import Entry, EntryError
 from decondense.atlas.references import references
+from decondense.layers import deep_half
 
 Level = Literal["low", "moderate", "high", "severe"]
 Trend = Literal["rises", "none", "falls"]
@@ -230,7 +231,7 @@ def _few_pairs(own: Entry, summary: Mapping[str, Any]) -> tuple[float, float] | 
     quantiles, means = summary.get("quantiles"), summary.get("mean_cosine_others")
     if not quantiles or not means:
         return None
-    half = max(1, (len(means) - 1) // 2)
+    half = deep_half(len(means))
     mean = sum(means[-half:]) / half
     median = sum(row[len(row) // 2] for row in quantiles[-half:]) / half
     return (mean, median) if abs(mean - median) >= 0.1 else None
@@ -240,7 +241,7 @@ def _one_axis(own: Entry, summary: Mapping[str, Any]) -> tuple[float, float] | N
     shares = (summary.get("metrics") or {}).get("explainable_variance")
     if not shares or own.deep_half is None or level(own.deep_half) != "low":
         return None
-    half = [share for share in shares[-max(1, (len(shares) - 1) // 2) :] if share is not None]
+    half = [share for share in shares[-deep_half(len(shares)) :] if share is not None]
     share = sum(half) / len(half) if half else 0.0
     return (own.deep_half, share) if share >= 0.5 else None
 

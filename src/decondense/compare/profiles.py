@@ -12,6 +12,7 @@ import numpy as np
 
 from decondense.compare.quantity import Quantity
 from decondense.compare.study import Cell
+from decondense.layers import deep_half
 from decondense.records import Row
 
 
@@ -35,8 +36,8 @@ def last(profile: Row, n: int = 1) -> float:
 
 
 def half(profile: Row) -> int:
-    """Number of blocks in the deep half, L/2 rounded down and at least 1."""
-    return max(1, (len(profile["mean_cosine"]) - 1) // 2)
+    """Number of blocks in the deep half."""
+    return deep_half(len(profile["mean_cosine"]))
 
 
 def deep(profile: Row) -> float:

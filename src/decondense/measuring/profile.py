@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from decondense.atlas import Verdict, find_reference, judge
 from decondense.config import MeasureConfig, one_of, suggest
-from decondense.layers import Layer
+from decondense.layers import Layer, deep_half
 from decondense.measuring import depth, files
 from decondense.measuring.sides import Sides, mean_of_known
 from decondense.measuring.sinks import Sinks
@@ -190,7 +190,7 @@ class Profile:
     def last(self, n: int | None = None) -> float:
         """Mean of the last ``n`` layers' mean cosines; None: half of the blocks (Liu et al. 2026, "last n")."""
         mu = self.mean_cosine
-        n = max(1, (len(mu) - 1) // 2) if n is None else n
+        n = deep_half(len(mu)) if n is None else n
         if not 1 <= n <= len(mu):
             raise ValueError(f"last n layers: n must be from 1 to {len(mu)}, got {n}.")
         return float(mu[-n:].mean())

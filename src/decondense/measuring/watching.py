@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from decondense.blocks import find_blocks
 from decondense.geometry import inverse_norm
-from decondense.layers import EMBEDDING, Layer, block
+from decondense.layers import EMBEDDING, Layer, block, deep_half
 from decondense.layout import Call, StateReader, hidden_state
 from decondense.measuring.alarm import GRACE, PATIENCE, PREFIX, Action, Alarm
 from decondense.measuring.depth import spearman
@@ -245,7 +245,7 @@ def _numbers(
         numbers[f"{PREFIX}/norm/{name}"] = norm
     means = [cosine for cosine, _ in values]
     blocks = max(1, len(means) - 1)
-    half = max(1, blocks // 2)
+    half = deep_half(len(means))
     numbers[f"{PREFIX}/mean_cosine"] = sum(means[1:]) / blocks
     numbers[f"{PREFIX}/deep_half"] = sum(means[-half:]) / half
     rho = float(spearman(means))
