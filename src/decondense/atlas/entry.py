@@ -120,7 +120,7 @@ class Entry(BaseModel):
         """
         document = _document(path)
         if "summary" in document:
-            return cls.from_summary(read_summary(path), **names)
+            return cls.from_summary(_summary(document, path), **names)
         return _validated(str(path), {**document, **{name: value for name, value in names.items() if value}})
 
     def to_json(self) -> str:
@@ -134,7 +134,10 @@ def read_summary(path: str | Path) -> dict[str, Any]:
     Raises:
         EntryError: there is no profile, or it is damaged.
     """
-    document = _document(path)
+    return _summary(_document(path), path)
+
+
+def _summary(document: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     summary = document.get("summary")
     needed = ("layers", "mean_cosine", "last", "spearman", "kendall", "passages", "passage_tokens", "final", "info")
     if document.get("format") != 1 or not isinstance(summary, dict) or any(key not in summary for key in needed):

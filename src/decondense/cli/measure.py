@@ -12,6 +12,7 @@ from decondense.cli import inputs, options
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from decondense.atlas import Entry
     from decondense.measuring import Profile
 
 _WHAT = "What is measured"
@@ -181,8 +182,7 @@ def measure_command(
     for source, _ in names:
         check_source(source)
     inputs.check_folder(folder)
-    if reference is not None:
-        _check_reference(reference, final)
+    compared = _reference(reference, final)
 
     text_source = without_credentials(text or dataset or defaults.dataset)
     with Display(console) as display:
@@ -218,29 +218,33 @@ def measure_command(
         profile.save(place / "profile")
         done.append((label, step, profile))
         _show(console, label, profile, place, *look)
-        _say(console, profile, reference)
+        _say(console, profile, compared)
     if len(done) > 1:
         _compare(console, done, folder, family, pairs, *look)
-    _end(console, folder, done, reference, as_json)
+    _end(console, folder, done, compared, as_json)
 
 
-def _check_reference(name: str, final: str) -> None:
-    """Refuse a reference that no measurement of this command can be compared with, before a model is loaded."""
+def _reference(name: str | None, final: str) -> Entry | None:
+    """What the verdict compares with; refused where no measurement of this command can be, before a model is loaded."""
     from decondense.atlas import find_reference
     from decondense.measuring.running import MeasureError
 
-    if (other := find_reference(name).final) != final:
+    if name is None:
+        return None
+    entry = find_reference(name)
+    if (other := entry.final) != final:
         raise MeasureError(
             f"--reference {name} has its last layer {other} the final norm; measure with --final {other} too."
         )
+    return entry
 
 
-def _say(console: Console, profile: Profile, reference: str | None) -> None:
+def _say(console: Console, profile: Profile, reference: Entry | None) -> None:
     """The verdict in sentences."""
-    from decondense.atlas import sentences
+    from decondense.atlas import judge, sentences
 
     console.print()
-    for sentence in sentences(profile.verdict(reference)):
+    for sentence in sentences(judge(profile.summary(), reference)):
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -303,8 +307,7 @@ def _measure_states(
     from decondense.measuring import measure_states
     from decondense.measuring.dumps import StateFiles
 
-    if reference is not None:
-        _check_reference(reference, final)
+    compared = _reference(reference, final)
     files = StateFiles(source)
     manifest, label = files.manifest, inputs.short_name(files.manifest.model)
     folder = out or Path(f"decondense-measure-{options.slug(label)}")
@@ -321,14 +324,15 @@ def _measure_states(
         ).at(final)  # type: ignore[arg-type]
     profile.save(folder / "profile")
     _show(console, label, profile, folder, *look)
-    _say(console, profile, reference)
-    _end(console, folder, [(label, None, profile)], reference, as_json)
+    _say(console, profile, compared)
+    _end(console, folder, [(label, None, profile)], compared, as_json)
 
 
 def _end(
-    console: Console, folder: Path, done: list[tuple[str, int | None, Profile]], reference: str | None, as_json: bool
+    console: Console, folder: Path, done: list[tuple[str, int | None, Profile]], reference: Entry | None, as_json: bool
 ) -> None:
     """Say where the results are, or all that they are."""
+    from decondense.atlas import judge
     from decondense.cli.printed import emit
 
     console.print(f"results: {folder}", highlight=False, markup=False, soft_wrap=True)
@@ -339,10 +343,10 @@ def _end(
                 "label": label,
                 "folder": str(place[label]),
                 "step": step,
-                "verdict": profile.verdict(reference).to_dict(),
-                **profile.summary(),
+                "verdict": judge(summary, reference).to_dict(),
+                **summary,
             }
-            for label, step, profile in done
+            for label, step, summary in ((label, step, profile.summary()) for label, step, profile in done)
         ]
         emit("measure", results=str(folder), models=models)
 

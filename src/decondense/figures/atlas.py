@@ -8,18 +8,18 @@ from matplotlib.figure import Figure
 
 from decondense.atlas import SCALE
 from decondense.figures.condensation import spread_ticks
-from decondense.figures.style import COLUMN, GREY, Looks, figure_style, legend_above, new_figure
+from decondense.figures.style import COLUMN, GREY, ArmStyle, figure_style, legend_above, new_figure
 from decondense.formatting import count
 
 
-def size_figure(families: Mapping[str, Sequence[tuple[float, float]]], looks: Looks | None = None) -> Figure:
+def size_figure(families: Mapping[str, Sequence[tuple[float, float]]], looks: ArmStyle | None = None) -> Figure:
     """Mean cosine of the deep half against the number of parameters, a line a family, on the scale of a verdict.
 
     Args:
         families: by name, (parameters, mean cosine of the deep half) of each model.
         looks: colours and markers, to have them alike in several figures.
     """
-    looks = looks or Looks(list(families), None)
+    looks = looks or ArmStyle(list(families), None)
     sizes = sorted({size for points in families.values() for size, _ in points})
     lowest = min([0.0, *(value for points in families.values() for _, value in points)])
     with figure_style():

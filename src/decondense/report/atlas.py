@@ -13,7 +13,7 @@ from decondense import __version__
 from decondense.atlas import SCALE, Atlas, Comparison, Entry, judge, level, sentences
 from decondense.figures.atlas import size_figure
 from decondense.figures.condensation import heatmap_figure
-from decondense.figures.style import Looks, render
+from decondense.figures.style import ArmStyle, render
 from decondense.formatting import NONE, count, listed, number, plural
 from decondense.records import atomic_write
 from decondense.report.page import render as page
@@ -100,7 +100,7 @@ def _pictures(entries: Mapping[str, Entry]) -> list[Picture]:
         if entry.parameters is not None and entry.deep_half is not None:
             families = groups.setdefault((entry.text, entry.final), {})
             families.setdefault(_family(entry), []).append((float(entry.parameters), entry.deep_half))
-    looks = Looks(sorted({family for families in groups.values() for family in families}), None)
+    looks = ArmStyle(sorted({family for families in groups.values() for family in families}), None)
     pictures = []
     for place, ((text, final), families) in enumerate(sorted(groups.items()), 1):
         where = f"Text: {text}; last state {final} the final norm."
