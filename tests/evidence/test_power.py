@@ -87,9 +87,9 @@ def test_where_the_rows_come_from(tmp_path: Path) -> None:
 
     own = DEMO.model_copy(update={"name": "mine"})
     assert "--pilot ROWS" in said(own, empty)
-    assert f"From the rows {rows}" in said(own, empty, rows)
+    assert f"From the rows of\n    {rows}\n" in said(own, empty, rows)
     assert ["seeds", "until", "decided"][0] in said(own.model_copy(update={"until": "decided"}), empty, rows)
-    assert f"From the rows {tmp_path / 'out' / 'rows.jsonl'}" in said(own, tmp_path / "out")
+    assert f"From the rows of\n    {tmp_path / 'out' / 'rows.jsonl'}\n" in said(own, tmp_path / "out")
     committed = committed_rows(DEMO)
     assert committed is None or "demo.jsonl" in said(DEMO, empty)
     with pytest.raises(ConfigError, match=r"no rows\.jsonl"):

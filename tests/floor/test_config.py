@@ -23,6 +23,7 @@ from decondense.config import (
     one_of,
     suggest,
 )
+from decondense.studies import load_study
 
 MINIMAL = {
     "name": "s",
@@ -101,6 +102,15 @@ def test_former_keys_are_read_and_keep_the_fingerprint() -> None:
 
 def test_the_fingerprint_is_that_of_rows_written_before_keys_were_renamed() -> None:
     assert TrainConfig().fingerprint() == "3585faca31ff6cc8"
+
+
+def test_a_later_field_counts_in_the_fingerprint_when_it_is_set() -> None:
+    assert EvaluateConfig().fingerprint() == "f8b5c91e96e0f9a7"
+    assert EvaluateConfig(document_tokens=64).fingerprint() != EvaluateConfig().fingerprint()
+    study = load_study("demo", "quick")
+    other = study.model_copy(update={"evaluate": study.evaluate.model_copy(update={"document_tokens": 64})})
+    assert study.fingerprint() == "f351bd5333178e8b"
+    assert other.fingerprint() != study.fingerprint()
 
 
 def test_every_knob_changes_the_fingerprint() -> None:

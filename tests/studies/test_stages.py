@@ -127,6 +127,21 @@ def test_tuning_takes_other_documents_or_says_that_there_are_none() -> None:
         corpus.held_out_documents(10**9, part="tuning")
 
 
+def test_a_document_counts_up_to_its_limit() -> None:
+    corpus = prepare(staged_study().corpus)
+    whole = dict(corpus.held_out_documents(10**9))
+    cut = dict(corpus.held_out_documents(10**9, of_one=300))
+    assert max(map(len, whole.values())) > 300
+    assert {name: len(ids) for name, ids in cut.items()} == {name: min(300, len(ids)) for name, ids in whole.items()}
+    assert all((ids == whole[name][: len(ids)]).all() for name, ids in cut.items())
+    # the same budget reaches more documents, and tuning still takes others
+    few, many = corpus.held_out_documents(3000), corpus.held_out_documents(3000, of_one=300)
+    assert sum(len(ids) for _, ids in many) == 3000
+    assert len(many) > len(few)
+    tuning = corpus.held_out_documents(3000, of_one=300, part="tuning")
+    assert not {name for name, _ in many} & {name for name, _ in tuning}
+
+
 def test_a_prepared_model_is_the_start_of_every_seed(staged) -> None:
     out, rows = staged
     for name in ("base", "teacher"):

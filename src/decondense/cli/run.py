@@ -286,11 +286,11 @@ def _show_power(chosen: StudyConfig, folder: Path, pilot: Path | None, console: 
             raise
         table = None
     if table is None:
-        console.print(f"Power: {where} has no arm with two seeds.", markup=False, soft_wrap=True)
+        console.print(f"Power: no arm has two seeds in the rows of\n    {where}", markup=False, soft_wrap=True)
         return
     console.print()
     console.print(table.to_rich(title=table.caption, fold=(0,)))
-    console.print(f"From the rows {where}.", markup=False, soft_wrap=True)
+    console.print(f"From the rows of\n    {where}", markup=False, soft_wrap=True)
 
 
 def _write_slurm(chosen: StudyConfig, words: list[str], folder: Path, path: Path) -> None:

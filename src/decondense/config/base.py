@@ -103,6 +103,17 @@ def formerly(old: str, new: str) -> dict[str, Any]:
     return {"validation_alias": AliasChoices(new, old), "serialization_alias": old}
 
 
+def _omit_later(config: Config, data: dict[str, Any]) -> None:
+    """Take out of ``data``, what ``config`` dumps to, every field of :attr:`Config.later` at its default."""
+    fields = type(config).model_fields
+    for name, field in fields.items():
+        value, key = getattr(config, name), field.serialization_alias or name
+        if name in config.later and value == field.default:
+            data.pop(key, None)
+        elif isinstance(value, Config) and key in data:
+            _omit_later(value, data[key])
+
+
 class Config(BaseModel):
     """Base of all configurations: frozen, keyword-only, no unknown keys."""
 
@@ -110,6 +121,9 @@ class Config(BaseModel):
 
     not_identity: ClassVar[frozenset[str]] = frozenset()
     """Fields that the fingerprint leaves out, because they change what is said of the runs and not the runs."""
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Fields that an earlier version did not have: the fingerprint leaves them out while they have their default, so
+    that rows written before still belong to their study."""
 
     @model_validator(mode="before")
     @classmethod
@@ -130,6 +144,7 @@ class Config(BaseModel):
     def fingerprint(self) -> str:
         """First 16 hexadecimal digits of the SHA-256 of the canonical JSON of this configuration."""
         data = self.model_dump(mode="json", exclude=set(self.not_identity), by_alias=True)
+        _omit_later(self, data)
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -94,10 +94,15 @@ class TrainConfig(Config):
 class EvaluateConfig(Config):
     """What is evaluated, and when. The final checkpoint is the one that counts, fixed in advance."""
 
+    later: ClassVar[frozenset[str]] = frozenset({"document_tokens"})
+
     points: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 1.0)
     """Fractions of training at which condensation and held-out loss are measured; 0 and 1 always are."""
     validation_tokens: int = Field(default=32_768, ge=1)
     """Held-out tokens at most, taken as whole documents in a fixed order."""
+    document_tokens: int | None = Field(default=None, ge=2)
+    """Tokens of one held-out document at most; None: all. Documents of like length weigh alike, so that few long ones
+    do not decide the mean (their effective number is what the interval rests on)."""
     passages: int = Field(default=32, ge=1)
     """Held-out passages on which condensation is measured."""
     passage_tokens: int = Field(default=128, ge=2)

@@ -128,25 +128,30 @@ class PackedCorpus:
         return np.asarray(self.train_tokens[index * length : (index + 1) * length])
 
     def held_out_documents(
-        self, most_tokens: int, *, least: int = 2, part: Literal["validation", "tuning"] = "validation"
+        self,
+        most_tokens: int,
+        *,
+        least: int = 2,
+        part: Literal["validation", "tuning"] = "validation",
+        of_one: int | None = None,
     ) -> list[tuple[str, IntArray]]:
         """(identity, token ids) of held-out documents in their fixed order, up to ``most_tokens`` in total.
 
-        The last document is cut where the budget ends, so that every run scores the same tokens. ``tuning`` takes
-        documents from the end, and none that ``validation`` takes.
+        The last document is cut where the budget ends, so that every run scores the same tokens; every one is cut
+        after ``of_one`` tokens. ``tuning`` takes documents from the end, and none that ``validation`` takes.
 
         Raises:
             ValueError: no document is left for tuning.
         """
         names = list(enumerate(self.held_out_names))
         if part == "tuning":
-            scored = {name for name, _ in self.held_out_documents(most_tokens, least=least)}
+            scored = {name for name, _ in self.held_out_documents(most_tokens, least=least, of_one=of_one)}
             names = [(number, name) for number, name in reversed(names) if name not in scored]
         documents: list[tuple[str, IntArray]] = []
         left = most_tokens
         for number, name in names:
             begin, end = self.held_out_starts[number : number + 2]
-            ids = np.asarray(self.held_out_tokens[begin : min(end, begin + left)])
+            ids = np.asarray(self.held_out_tokens[begin : min(end, begin + min(left, of_one or left))])
             if len(ids) >= least:
                 documents.append((name, ids))
                 left -= len(ids)

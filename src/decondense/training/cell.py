@@ -82,7 +82,9 @@ class Cell:
         settings = self.study.evaluate
         began = time.perf_counter()
         tokens = step * self.tokens_per_step
-        documents = self.corpus.held_out_documents(settings.validation_tokens, part=settings.held_out_part)
+        documents = self.corpus.held_out_documents(
+            settings.validation_tokens, part=settings.held_out_part, of_one=settings.document_tokens
+        )
         try:
             profile = self._profile(model)
             scores = held_out_loss(model, documents, window=self.train.max_seq_length)
