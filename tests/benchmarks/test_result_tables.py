@@ -17,7 +17,7 @@ from decondense.config import StudyConfig
 from decondense.records import read_rows, terminal_row
 from decondense.studies import load_study
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import claims  # noqa: E402
