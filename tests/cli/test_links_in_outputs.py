@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+from model_folders import save_model, write_text
+from synthetic import study
 
 from decondense.cli import main
 from decondense.outputs import OutputError, check_output
 from decondense.records import write_rows
-from evidence.synthetic import study
-from models.model_folders import save_model, write_text
 
 SIZES = ["--passages", "2", "--words", "10", "20", "--tokens", "8"]
 
