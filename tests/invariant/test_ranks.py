@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from attach_helpers import greatest_difference, mean_residual
+from once import once
 
 WORKER = Path(__file__).parents[1] / "helpers" / "rank_worker.py"
 
@@ -18,7 +19,11 @@ WORKER = Path(__file__).parents[1] / "helpers" / "rank_worker.py"
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What one process found, and what each of two found."""
-    folder = tmp_path_factory.mktemp("ranks")
+    folder = once(tmp_path_factory, "ranks", find)
+    return torch.load(folder / "found-1-0.pt"), [torch.load(folder / f"found-2-{rank}.pt") for rank in range(2)]
+
+
+def find(folder: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -39,7 +44,6 @@ def found(tmp_path_factory):
             process.kill()
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output[-4000:]
-    return torch.load(folder / "found-1-0.pt"), [torch.load(folder / f"found-2-{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
