@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests" / "models"))
+sys.path.insert(0, str(HERE.parent / "tests" / "helpers"))
 
 from trial_kills import write_study  # noqa: E402
 

@@ -18,7 +18,18 @@ from decondense.compare import (
     smallest_sign_flip_p,
     tokens_to_reach,
 )
-from decondense.compare.statistics import Spread, spread_over_items
+from decondense.compare.statistics import Spread, average_ranks, detectable, spread_over_items
+
+
+@pytest.mark.parametrize("values", [[3.0], [2.0, 2.0, 2.0], [1.0, 3.0, 2.0, 3.0, 1.0, 3.0, -0.0, 0.0], [math.pi] * 2])
+def test_ranks_are_scipys(values: list[float]) -> None:
+    assert average_ranks(values).tolist() == stats.rankdata(values).tolist()
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6, 11, 31, 101, 10_000])
+def test_the_detectable_effect_has_a_power_of_four_in_five(n: int) -> None:
+    critical = stats.t.ppf(0.975, n - 1)
+    assert stats.nct.sf(critical, n - 1, detectable(1.0, n) * math.sqrt(n)) == pytest.approx(0.8, abs=1e-5)
 
 
 def test_interval_and_p_are_the_paired_t_test() -> None:

@@ -197,6 +197,14 @@ def test_figures_of_many_arms_fit_and_can_be_read(rows: list[Row], found: Compar
         assert figure.get_figheight() <= 11, name  # a page
         sizes = [text.get_fontsize() for text in figure.findobj(matplotlib.text.Text) if text.get_text()]
         assert min(sizes) >= 7, name
+        # laid out once: the files of a figure agree, and the second costs half of the first
+        assert figure.get_layout_engine() is None, name
+    for name in ("layers", "forest"):
+        panels = [axes for axes in figures[name].axes if axes.get_visible()]
+        assert len({(axes.get_xlim(), axes.get_ylim()) for axes in panels}) == 1, name
+        for axes in panels:  # one range for all, and it holds what each of them draws
+            low, high = sorted(axes.get_xlim())
+            assert low <= axes.dataLim.x0 <= axes.dataLim.x1 <= high or axes.texts, name
     assert len([axes for axes in figures["forest"].axes if axes.get_visible()]) == len(TASKS)
     # the axes keep their height under a legend of thirteen names
     figures["trials"].draw_without_rendering()

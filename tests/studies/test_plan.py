@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from decondense.config import ConfigError, StudyConfig
-from decondense.records import Row, make_row, write_rows
+from decondense.records import Row, append_rows, make_row, write_rows
 from decondense.studies.devices import gpus
 from decondense.studies.directory import (
     Progress,
@@ -188,6 +188,26 @@ def test_progress_follows_the_rows_and_their_replacement(tmp_path) -> None:
     assert progress.states()[0].step == 2
     task.rows.write_text("damaged\n")
     assert progress.states()[0].status == "waiting"
+
+
+def test_progress_reads_only_what_is_new(tmp_path) -> None:
+    (task, *_) = listed = tasks(small_study(), tmp_path)
+    cell = {"study": "demo", "study_fingerprint": "f", "arm": task.arm, "seed": 0}
+
+    def rows(*numbers: int) -> list[Row]:
+        return [make_row("step", **cell, step=n, tokens=n, loss=1.0, learning_rate=0.1) for n in numbers]
+
+    progress = Progress(listed)
+    append_rows(task.rows, rows(*range(200)))
+    assert progress.state(task.folder).step == 199
+    with task.rows.open("r+b") as handle:  # whoever reads the file from its start finds no row there
+        handle.write(b"\0" * 4000)
+    append_rows(task.rows, rows(200))
+    for _ in range(2):
+        assert progress.states()[0].step == 200
+    append_rows(task.rows, [make_row("run", **cell, status="finished", config={})])
+    assert progress.state(task.folder).ended
+    assert [state.ended for state in progress.states()].count(True) == 1
 
 
 def documents(folder: Path, count: int = 40) -> Path:

@@ -171,14 +171,15 @@ def rows_at(where: Path) -> Iterator[Row]:
     from decondense.config import ConfigError
     from decondense.records import iter_rows
 
-    path, there = rows_file(where), False
+    path = rows_file(where)
     if not path.exists():
         raise ConfigError(f"{where}: there is no rows.jsonl; give a study's directory or its file of rows.")
-    for row in iter_rows(path):
-        there = True
-        yield row
-    if not there:
+    rows = iter_rows(path)
+    first = next(rows, None)
+    if first is None:
         raise ConfigError(f"{path} holds no rows; has any run of the study ended?")
+    yield first
+    yield from rows
 
 
 def _print_comparison(comparison: Comparison, console: Console) -> None:

@@ -133,10 +133,12 @@ def long_enough(
     return kept
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, labels: list[str]) -> None:
     """Refuse a directory of results that cannot be written to, and leave nothing behind."""
     from decondense.measuring.running import MeasureError
+    from decondense.outputs import check_output
 
+    check_output(folder, *map(slug, labels))
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

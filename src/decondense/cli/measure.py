@@ -181,7 +181,8 @@ def measure_command(
     # everything that can be known to fail fails before texts are read and models loaded
     for source, _ in names:
         check_source(source)
-    inputs.check_folder(folder)
+    labels = [f"step {step:,}" if step is not None else short for (_, step), short in zip(names, labels, strict=True)]
+    inputs.check_folder(folder, labels if len(names) > 1 else [])
     compared = _reference(reference, final)
 
     text_source = without_credentials(text or dataset or defaults.dataset)
@@ -208,8 +209,7 @@ def measure_command(
     }
     measuring |= {"logits": logits, "blocks": blocks, "batch_size": batch_size}
     done: list[tuple[str, int | None, Profile]] = []
-    for (source, step), short in zip(names, labels, strict=True):
-        label = short if step is None else f"step {step:,}"
+    for (source, step), label in zip(names, labels, strict=True):
         profile = _measure(console, source, label, texts, loading, measuring, each=each).at(final)  # type: ignore[arg-type]
         profile.info.update(
             {"source": text_source, "seed": seed or 0, "step": step, "name": label, "text_hash": hash_texts(texts)}
@@ -311,7 +311,7 @@ def _measure_states(
     files = StateFiles(source)
     manifest, label = files.manifest, inputs.short_name(files.manifest.model)
     folder = out or Path(f"decondense-measure-{options.slug(label)}")
-    inputs.check_folder(folder)
+    inputs.check_folder(folder, [])
     with Display(console) as display:
         name = f"measuring {label}"
         profile = measure_states(

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from decondense.compare import profiles
 from decondense.compare.context import Context, common
@@ -24,7 +24,7 @@ from decondense.compare.results import (
     SizeTrend,
     Values,
 )
-from decondense.compare.statistics import Difference
+from decondense.compare.statistics import Difference, average_ranks
 from decondense.compare.study import Study
 from decondense.config import ArmConfig, StudyConfig
 
@@ -110,7 +110,7 @@ def layers(context: Context) -> Layers | None:
 
 def _rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float | None, float | None]:
     """Spearman's rho and its two-sided p: over all orders up to 8 pairs, by Student's t beyond, none below 5."""
-    a, b = (stats.rankdata(values) - (len(x) + 1) / 2 for values in (x, y))
+    a, b = (average_ranks(values) - (len(x) + 1) / 2 for values in (x, y))
     scale = math.sqrt(float(a @ a) * float(b @ b))
     if scale == 0:
         return None, None
@@ -120,7 +120,8 @@ def _rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float | N
     if len(x) <= 8:
         orders = np.array(list(itertools.permutations(range(len(x)))))
         return rho, float(np.mean(np.abs(b[orders] @ a) >= abs(float(a @ b)) - 1e-9))
-    return rho, float(stats.spearmanr(x, y).pvalue)
+    t = math.inf if abs(rho) >= 1 else abs(rho) * math.sqrt((len(x) - 2) / (1 - rho**2))
+    return rho, float(2 * special.stdtr(len(x) - 2, -t))
 
 
 _SIZE_WORDS = re.compile(

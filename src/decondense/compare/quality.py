@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
 from decondense.compare.context import Context
 from decondense.compare.gold import decision_accuracy
 from decondense.compare.quantity import METRIC_TITLES, Quantity, task_id, task_quantity
 from decondense.compare.results import Measure, Selection, TaskMean, TaskMeasure
-from decondense.compare.statistics import Items
+from decondense.compare.statistics import Items, average_ranks
 from decondense.compare.study import VALIDATION, Cell, Key
 
 _NO_ITEMS = "without the same per-item scores in every run it holds for these items only"
@@ -91,7 +90,7 @@ def task_mean(context: Context, metric: str, keys: list[Key], higher_is_better: 
             if len(scores) < len(context.arms) or None in scores.values():
                 continue  # a rank among fewer arms is another rank
             numbers = np.array([score for score in scores.values() if score is not None])
-            for arm, rank in zip(scores, stats.rankdata(-numbers if higher_is_better else numbers), strict=True):
+            for arm, rank in zip(scores, average_ranks(-numbers if higher_is_better else numbers), strict=True):
                 ranks[arm].append(float(rank))
     mean_rank = {arm: float(np.mean(entries)) for arm, entries in ranks.items() if entries}
     return TaskMean(metric, tuple(task for task, _ in keys), measure, mean_rank)

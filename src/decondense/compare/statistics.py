@@ -39,12 +39,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize, special, stats
+from scipy import special  # scipy.stats takes longer to import than a small study to compare
 
 Array = npt.NDArray[np.float64]
 Interval = tuple[float, float]
@@ -71,13 +71,17 @@ def sign_flip_p(differences: Sequence[float] | Array, *, draws: int = 100_000, s
         raise ValueError("no differences to permute.")
     if n <= _EXACT_SEEDS:
         # scipy.stats.permutation_test loops over the patterns in Python: seconds instead of milliseconds for 16 seeds
-        # the overall sign does not matter in a two-sided test: fix the first
-        signs = 1.0 - 2.0 * (np.arange(2 ** (n - 1))[:, None] >> np.arange(n - 1) & 1)
-        sums = np.abs(d[0] + signs @ d[1:])
+        sums = np.abs(d[0] + _signs(n - 1) @ d[1:])
         return float(np.mean(sums >= observed * (1 - 1e-12)))
     rng = np.random.default_rng(seed)
     sums = np.abs(rng.choice((-1.0, 1.0), size=(draws, n)) @ d)
     return float((1 + np.sum(sums >= observed * (1 - 1e-12))) / (1 + draws))
+
+
+@cache
+def _signs(n: int) -> Array:
+    """All 2^n sign patterns [2^n, n]. The overall sign does not matter in a two-sided test: the first is fixed."""
+    return np.asarray(1.0 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1))
 
 
 def smallest_sign_flip_p(n: int, *, draws: int = 100_000) -> float:
@@ -104,12 +108,12 @@ class Items:
     difference_SI: Array
     weight_I: Array
 
-    @property
+    @cached_property
     def share_I(self) -> Array:
         """Weights that sum to 1."""
         return np.asarray(self.weight_I / self.weight_I.sum(), float)
 
-    @property
+    @cached_property
     def effective(self) -> float:
         """Kish's effective number of items, 1 / sum p_i^2: what equal weights would need for the same precision."""
         return float(1 / np.sum(self.share_I**2))
@@ -124,6 +128,7 @@ class Spread:
     fixed: float = 0.0
     """The part of the variance that more seeds do not reduce: the items'."""
 
+    @cached_property
     def half_width(self) -> float:
         """Half of the 95 % interval."""
         return float(special.stdtrit(self.degrees, 0.5 + CONFIDENCE / 2)) * math.sqrt(self.variance)
@@ -181,7 +186,13 @@ def _noncentrality(degrees: float) -> float:
     """The standardised effect at which a two-sided t test at 5 % has a power of 0.8."""
     critical = float(special.stdtrit(degrees, 0.5 + CONFIDENCE / 2))
     # the other tail is negligible at this power
-    return float(optimize.brentq(lambda effect: stats.nct.sf(critical, degrees, effect) - POWER, 0.1, 50 * critical))
+    return float(special.nctdtrinc(degrees, 1 - POWER, critical))
+
+
+def average_ranks(values: Sequence[float] | Array) -> Array:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, place, counts = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place], float)
 
 
 def seeds_needed(sd: float, effect: float, *, fixed: float = 0.0) -> int | None:
@@ -365,12 +376,12 @@ def paired_difference(
     over_seeds = Spread(plain.sd**2 / n, n - 1)
     over_both = spread_over_items(over_seeds, items) if items else None
     # of few seeds the variance may come out far too small; then the items' part must not lend it degrees of freedom
-    by_items = over_both is not None and over_both.half_width() > over_seeds.half_width()
+    by_items = over_both is not None and over_both.half_width > over_seeds.half_width
     spread = over_both if over_both is not None and by_items else over_seeds
     flip = sign_flip_p(d)
 
     def around(found: Spread) -> Interval:
-        return mean - found.half_width(), mean + found.half_width()
+        return mean - found.half_width, mean + found.half_width
 
     if over_both is None:
         reason = f"Student t over {n} seeds; {no_items if not items else 'one item has all of the weight'}"

@@ -189,7 +189,7 @@ class Study:
         # a row is taken when it comes: a file of rows may be larger than the memory
         studies: Counter[tuple[str, str]] = Counter()
         taken: dict[tuple[str, int], Cell] = {}
-        trials, words = [], _Words()
+        trials, items = [], _Items()
         known: list[dict[str, Any]] = []
         with _no_collection():
             for row in rows:
@@ -205,7 +205,10 @@ class Study:
                 place = (row["arm"], row["seed"])
                 if place not in taken:
                     taken[place] = Cell(*place)
-                _take(taken[place], row, words)
+                if kind == "eval_item":
+                    items.take(taken[place], row)
+                else:
+                    _take(taken[place], row)
         if not taken:
             raise CompareError("no rows of a run: give the rows.jsonl that a study or the demo wrote.")
         if len(studies) > 1:
@@ -296,12 +299,26 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-class _Words(dict[str, str]):
-    """One object for each of many equal strings."""
+class _Items:
+    """Takes items' rows, which are nearly all rows of a study with benchmarks."""
 
-    def __missing__(self, word: str) -> str:
-        self[word] = word
-        return word
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+        self._last: tuple[Any, ...] = ()
+        self._found: dict[str, tuple[float, float]] = {}
+
+    def take(self, cell: Cell, row: Row) -> None:
+        """Put the score of one item into its cell."""
+        if (place := (row["arm"], row["seed"], row["step"], row["task"], row["metric"])) != self._last:
+            self._last = place
+            self._found = cell.items.setdefault((row["task"], row["metric"]), {}).setdefault(row["step"], {})
+        if row["bits_per_byte"] is not None:
+            cell.gold.take(row)
+        entry = (float(row["value"]), float(row["weight"]))
+        name = row["item"]
+        # one object for each of many equal names
+        if self._found.setdefault(self._names.setdefault(name, name), entry) != entry:
+            cell.conflicts.append(f"two different {row['task']} scores of item {name} at step {row['step']}")
 
 
 def _config(known: list[dict[str, Any]]) -> StudyConfig:
@@ -311,7 +328,7 @@ def _config(known: list[dict[str, Any]]) -> StudyConfig:
         raise CompareError(f"the study configuration in the rows is not valid: {error}") from error
 
 
-def _take(cell: Cell, row: Row, words: _Words) -> None:
+def _take(cell: Cell, row: Row) -> None:
     kind = row["kind"]
     if kind == "run":
         status = row["status"]
@@ -326,13 +343,6 @@ def _take(cell: Cell, row: Row, words: _Words) -> None:
             cell.status = "failed" if status == "failed" else "unfinished"
     elif kind == "step":
         cell.steps[row["step"]] = row  # steps repeated after a resume are the same steps
-    elif kind == "eval_item":
-        found = cell.items.setdefault((row["task"], row["metric"]), {}).setdefault(row["step"], {})
-        if row["bits_per_byte"] is not None:
-            cell.gold.take(row)
-        entry = (float(row["value"]), float(row["weight"]))
-        if found.setdefault(words[row["item"]], entry) != entry:
-            cell.conflicts.append(f"two different {row['task']} scores of item {row['item']} at step {row['step']}")
     else:
         if kind == "profile":
             place, what = cell.profiles, "profiles"

@@ -36,6 +36,7 @@ from decondense.evaluate.results import Evaluation, TaskResult
 from decondense.gguf_files import is_gguf, only_gguf
 from decondense.lifeline import Lifeline
 from decondense.locks import lock
+from decondense.outputs import check_output
 from decondense.records import RecordError, Row, atomic_write, read_rows, write_rows
 
 _D = EvaluateConfig()
@@ -320,6 +321,7 @@ def _claimed(folder: Path) -> Iterator[int]:
     """Lock the directory; the worker inherits the lock, which holds until both processes have ended."""
     if folder.exists() and not folder.is_dir():
         raise EvaluationError(f"{folder} is a file; --out names a directory.")
+    check_output(folder, "tasks", "evaluate.log", ".lock", ".events.jsonl")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as handle:
         # the worker of a killed command ends by itself, but not at once

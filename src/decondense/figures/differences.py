@@ -11,7 +11,17 @@ from matplotlib.ticker import MaxNLocator
 
 from decondense.compare import Comparison, Difference, Measure
 from decondense.figures.curves import style_of
-from decondense.figures.style import COLUMN, INK, ArmStyle, figure_style, grid, legend_above, new_figure, panel_grid
+from decondense.figures.style import (
+    COLUMN,
+    INK,
+    ArmStyle,
+    figure_style,
+    grid,
+    legend_above,
+    new_figure,
+    panel_grid,
+    same_limits,
+)
 
 _MOST_GROUPED = 3
 
@@ -66,9 +76,10 @@ def _forest_panels(measures: Sequence[Measure], style: ArmStyle, xlabel: str, na
             axes.set_title(name, fontsize=8)
             axes.set_yticks(range(len(arms)), [style.tick(arm).replace("\n", " ") for arm in arms], fontsize=7)
             axes.tick_params(labelleft=is_first, labelbottom=is_last)
+            axes.set_ylim(len(arms) - 0.4, -0.6)
             if is_last:
                 axes.set_xlabel(xlabel)
-        figure.axes[0].set_ylim(len(arms) - 0.4, -0.6)
+        same_limits(figure)
     return figure
 
 
@@ -157,11 +168,12 @@ def _layer_panels(by_arm: Mapping[str, Sequence[Difference]], style: ArmStyle) -
             axes.plot(x, [d.mean for d in layers], color=colour, marker=style.marker(arm), markersize=3)
             axes.set_title(style.tick(arm), fontsize=8)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-            axes.tick_params(labelbottom=is_last)
+            axes.tick_params(labelleft=is_first, labelbottom=is_last)
             if is_last:
                 axes.set_xlabel("layer")
             if is_first:
                 axes.set_ylabel("Δ mean cosine")
+        same_limits(figure)
     return figure
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,8 +42,11 @@ def histograms(study: Study, arm: str) -> dict[int, dict[str, Any]]:
 
 def map_times(study: Study, arms: Sequence[str], count: int = 5) -> list[int]:
     """At most ``count`` steps at which all arms have a histogram, the first and the last among them."""
-    sets = [set(histograms(study, arm)) for arm in arms]
-    steps = sorted(set.intersection(*sets)) if sets else []
+    return _times([histograms(study, arm) for arm in arms], count)
+
+
+def _times(maps: Sequence[Mapping[int, object]], count: int) -> list[int]:
+    steps = sorted(set.intersection(*map(set, maps))) if maps else []
     chosen = np.linspace(0, len(steps) - 1, min(count, len(steps))) if steps else ()
     return [steps[place] for place in sorted({round(place) for place in chosen})]
 
@@ -65,16 +68,15 @@ def heat_maps(
     Raises:
         ValueError: there is no step at which every arm has a histogram.
     """
-    together = list(among or arms)
-    steps = map_times(study, together, count)
+    by_arm = {arm: histograms(study, arm) for arm in among or arms}
+    steps = _times(list(by_arm.values()), count)
     if not steps:
         raise ValueError(f"no evaluated step has histograms for all of {', '.join(arms)}.")
     style = style_of(study)
     with figure_style():
         size = (width or min(PAGE, 0.9 + 1.25 * len(steps)), 0.5 + 1.35 * len(arms))
         figure = Figure(figsize=size, layout="constrained")
-        table = figure.subplots(len(arms), len(steps), sharex=True, sharey=True, squeeze=False)
-        by_arm = {arm: histograms(study, arm) for arm in together}
+        table = figure.subplots(len(arms), len(steps), squeeze=False)
         every = [maps[step] for maps in by_arm.values() for step in steps]
         # pooled densities span a wide range over training: a square-root scale shows both ends
         top = max(float(np.quantile(density(profile, "pooled"), 0.995)) for profile in every)
@@ -88,6 +90,7 @@ def heat_maps(
                 if below > 0.02:  # the published range would cut these off
                     axes.set_ylim(-1, 1)
                     axes.set_yticks([-1, -0.5, 0, 0.5, 1], ["−1", "−0.5", "0", "0.5", "1"])
+                axes.label_outer()
             row[0].set_ylabel(f"{style.tick(arm)}\ncosine" if len(arms) > 1 else "cosine")
         for axes, step in zip(table[0], steps, strict=True):
             axes.set_title(when(study, step).replace(" (", "\n("), fontsize=8)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -161,7 +162,7 @@ def new_figure(width: float, height: float, panels: int = 1, **keywords: Any) ->
 
 
 def panel_grid(panels: int, row_height: float, extra_height: float) -> tuple[Figure, Iterator[tuple[Axes, bool, bool]]]:
-    """A page-wide grid of panels that share both axes, at most four in a row.
+    """A page-wide grid of panels, at most four in a row; :func:`same_limits` when they are drawn.
 
     Returns:
         The figure, and for each panel its axes, whether it is the first of its row, and the last of its column.
@@ -169,10 +170,21 @@ def panel_grid(panels: int, row_height: float, extra_height: float) -> tuple[Fig
     columns = min(4, panels)
     rows = math.ceil(panels / columns)
     figure = Figure(figsize=(PAGE, row_height * rows + extra_height), layout="constrained")
-    table = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    table = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in table[panels:]:
         axes.set_visible(False)
     return figure, ((table[n], n % columns == 0, n + columns >= panels) for n in range(panels))
+
+
+def same_limits(figure: Figure) -> None:
+    """Give all panels one range. Axes that matplotlib shares do the same, but each asks all others at every step."""
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    for get, set_ in (("get_xlim", "set_xlim"), ("get_ylim", "set_ylim")):
+        limits = np.array([getattr(axes, get)() for axes in panels])
+        down = limits[0, 0] > limits[0, 1]
+        low, high = limits.min(), limits.max()
+        for axes in panels:
+            getattr(axes, set_)(*((high, low) if down else (low, high)))
 
 
 def grid(axes: Axes, which: Literal["x", "y", "both"] = "y") -> None:
@@ -211,6 +223,9 @@ def render(figure: Figure, kind: str, *, dpi: int = 300) -> bytes:
         raise ValueError(f"unknown figure format {kind!r}; known: {', '.join(_METADATA)}.")
     buffer = io.BytesIO()
     with figure_style():
+        if figure.get_layout_engine() is not None:  # lay out once: every saving would do it again, for half of the time
+            figure.draw_without_rendering()
+            figure.set_layout_engine(None)
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=_METADATA[kind])
     return buffer.getvalue()
 

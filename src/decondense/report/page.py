@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 from decondense import __version__
 from decondense.compare import CompareError, Comparison, Study, compare
 from decondense.formatting import NONE, count, listed, probability, shortened
+from decondense.outputs import check_output
 from decondense.records import Row, atomic_write
 from decondense.report.notes import notes_in_words
 from decondense.report.pictures import Pictures
@@ -194,6 +195,7 @@ def build_report(rows: Iterable[Row] | Study, out_dir: str | Path, *, baseline: 
 def write_report(study: Study, comparison: Comparison | None, problems: list[str], out_dir: str | Path) -> ReportPaths:
     """The report of a comparison that was made already (:func:`compare_if_possible`)."""
     out = Path(out_dir)
+    check_output(out, "figures", "tables")
     pictures = Pictures(study, comparison, out / "figures").draw()
     tables = all_tables(comparison)
     written = [path for table in tables.values() for path in table.write(out / "tables")]

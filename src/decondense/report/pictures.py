@@ -129,9 +129,9 @@ class Pictures:
                 panels.append("difference")
         if not panels:
             return
+        whole = draw.loss_curves(study, panels)
         if self._many:  # one legend of many arms is enough
-            caption = " ".join(captions[panel] for panel in panels)
-            self._show("loss", "loss", caption, draw.loss_curves(study, panels), wide=True)
+            self._show("loss", "loss", " ".join(captions[panel] for panel in panels), whole, wide=True)
         else:
             names = {
                 "training": "training-loss",
@@ -140,20 +140,20 @@ class Pictures:
             }
             for panel in panels:
                 self._show("loss", names[panel], captions[panel], draw.loss_curves(study, [panel]))
-        self._write("loss_curves", draw.loss_curves(study, panels))
+        self._write("loss_curves", whole)
 
     def _profiles(self) -> None:
         study, steps = self.study, draw.times(self.study)
         if not steps:
             return
+        whole = draw.profiles(study, steps)
         if self._many:
-            caption = "Mean cosine by layer, mean over seeds."
-            self._show("profiles", "profiles", caption, draw.profiles(study, steps), wide=True)
+            self._show("profiles", "profiles", "Mean cosine by layer, mean over seeds.", whole, wide=True)
         else:
             for step in steps:
                 caption = f"Mean cosine by layer, {draw.when(study, step)}{self._band}."
                 self._show("profiles", f"profile-{step}", caption, draw.profiles(study, [step]))
-        self._write("mean_cosine_by_layer", draw.profiles(study, steps))
+        self._write("mean_cosine_by_layer", whole)
 
     def _sizes(self) -> None:
         comparison = self.comparison

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from scipy import stats
+from scipy import special
 
 from decondense.compare import Comparison, Difference, seeds_needed
 from decondense.compare.sequential import seeds_to_decide
@@ -68,7 +68,7 @@ def power_table(pilot: Comparison, study: StudyConfig) -> Table | None:
 def _seeds(d: Difference, margin: float) -> Entry:
     assert d.sd is not None
     # the SD that is not exceeded with confidence 0.8
-    upper = d.sd * math.sqrt((d.n - 1) / stats.chi2.ppf(1 - _UNLUCKY, d.n - 1))
+    upper = d.sd * math.sqrt((d.n - 1) / special.chdtri(d.n - 1, _UNLUCKY))
     counts = [seeds_needed(sd, margin, fixed=d.item_variance) for sd in (d.sd, upper)]
     if counts[0] is None:
         return "none: too few documents"

@@ -24,6 +24,7 @@ from decondense.config import SETTINGS, ArmConfig, ConfigError, StudyConfig, par
 from decondense.corpora.embedded import cache_directory
 from decondense.corpora.packed import PackedCorpus, load, prepare
 from decondense.locks import lock
+from decondense.outputs import check_output
 from decondense.privacy import publishable, strings
 from decondense.records import (
     RecordError,
@@ -39,6 +40,7 @@ from decondense.studies.catalogue import refuse_credentials
 from decondense.studies.plan import Setting, Task, tasks
 
 STUDY, LOCAL, CORPUS = "study.yaml", "local.json", "corpus.json"
+_OWNED = ("prepared", "sweep", "cells", "logs", "figures", "tables", ".study.lock")
 
 
 class StudyFailed(RuntimeError):
@@ -58,6 +60,11 @@ class CellState:
     status: str
     """``waiting``, ``running``, ``finished`` or ``failed``."""
     kind: Literal["prepared", "trial", "cell"] = "cell"
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.status in ("finished", "failed")
 
 
 class Watcher(Protocol):
@@ -126,8 +133,10 @@ def open_directory(study: StudyConfig, out: Path, *, resume: bool = False) -> St
     Raises:
         ConfigError: the directory holds another study (unless ``resume`` asks for that one), or other files; or the
             study names a URL with credentials, which would be written into files.
+        OutputError: its name is not UTF-8, or it holds links that lead elsewhere.
     """
     refuse_credentials(study)
+    check_output(out, *_OWNED, models=True)
     path = out / STUDY
     if not path.exists():
         if out.exists() and not out.is_dir():
@@ -420,22 +429,25 @@ class Progress:
     """Where every task is; each call reads only what was written since the last one."""
 
     def __init__(self, listed: Iterable[Task]) -> None:
-        self._tasks = list(listed)
-        self._readers = {task.folder: RowReader(task.rows) for task in self._tasks}
-        self._states = {task.folder: _waiting(task) for task in self._tasks}
+        self._tasks = {task.folder: task for task in listed}
+        self._readers = {folder: RowReader(task.rows) for folder, task in self._tasks.items()}
+        self._states = {folder: _waiting(task) for folder, task in self._tasks.items()}
+
+    def state(self, folder: Path) -> CellState:
+        """Where the task of a folder is."""
+        try:
+            restarted, rows = self._readers[folder].read()
+        except RecordError:  # damaged: it will be started again
+            restarted, rows = True, []
+        if restarted:
+            self._states[folder] = _waiting(self._tasks[folder])
+        if rows:
+            self._states[folder] = _later(self._states[folder], rows)
+        return self._states[folder]
 
     def states(self) -> list[CellState]:
         """One state per task, in their order."""
-        for task in self._tasks:
-            try:
-                restarted, rows = self._readers[task.folder].read()
-            except RecordError:  # damaged: it will be started again
-                restarted, rows = True, []
-            if restarted:
-                self._states[task.folder] = _waiting(task)
-            if rows:
-                self._states[task.folder] = _later(self._states[task.folder], rows)
-        return list(self._states.values())
+        return [self.state(folder) for folder in self._tasks]
 
 
 def _waiting(task: Task) -> CellState:

@@ -213,7 +213,7 @@ class _Run:
                 raise
             finally:
                 self._end()
-            if save_requested() and any(s.status not in ("finished", "failed") for s in self.progress.states()):
+            if save_requested() and not all(state.ended for state in self.progress.states()):
                 assert SAVE_FIRST is not None
                 raise Stopped(SAVE_FIRST)
             return save_requested()
@@ -263,7 +263,7 @@ class _Run:
                 self._pass_on(SAVE_FIRST)  # again: a worker may have been started while the signal came
             now = self.progress.states()
             self.watcher.cells(now)
-            count = sum(state.status in ("finished", "failed") for state in now)
+            count = sum(state.ended for state in now)
             when, took = self._wrote
             if count != ended and time.monotonic() - when >= took / _WRITING_SHARE:
                 ended = count
@@ -300,7 +300,7 @@ class _Run:
         rows = self._write()
         now = self.progress.states()
         self.watcher.cells(now)
-        left = [state for state in now if state.status not in ("finished", "failed")]
+        left = [state for state in now if not state.ended]
         if left:
             raise StudyFailed(_unfinished(left, self.workers))
         self._tell_ignored(now)

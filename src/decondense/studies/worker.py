@@ -17,6 +17,7 @@ from decondense.records import Row, make_row, write_rows
 from decondense.stopping import Stopped, stop_if_requested, stop_on_signals
 from decondense.studies.directory import (
     CORPUS,
+    Progress,
     StudyFailed,
     make_below,
     opened_corpus,
@@ -178,6 +179,7 @@ def work(out: Path, told: Callable[[], None] | None = None) -> None:
     corpus = None if study.measure is not None else opened_corpus(out)
     listed = tasks(study, out)
     left = list(listed)
+    progress = Progress(listed)
     ended: set[Path] = set()
     stuck: set[Path] = set()
     errors: list[Exception] = []
@@ -189,7 +191,7 @@ def work(out: Path, told: Callable[[], None] | None = None) -> None:
             if stuck.intersection(task.needs):
                 stuck.add(task.folder)
                 continue
-            ended |= {folder for folder in task.needs if folder not in ended and task_end(folder) is not None}
+            ended |= {folder for folder in task.needs if folder not in ended and progress.state(folder).ended}
             if not ended.issuperset(task.needs):
                 waiting.append(task)
                 continue

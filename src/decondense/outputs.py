@@ -1,0 +1,51 @@
+"""Directories that results are written to. Standard library only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class OutputError(ValueError):
+    """A directory that results must not be written to; the message names it and the remedy."""
+
+
+def check_output(folder: str | os.PathLike[str], *owned: str, models: bool = False) -> None:
+    """Refuse a directory of results before anything is written.
+
+    It may be a symbolic link itself: the user named it. A link inside would lead writing and removing elsewhere. Files
+    that are replaced in one move need no check: the move replaces a link, not what it leads to.
+
+    Args:
+        folder: the directory; it need not exist.
+        owned: names in it that are appended to, written into or removed, each with all below it.
+        models: models are saved there, which safetensors and torch do only below names in UTF-8.
+
+    Raises:
+        OutputError: there is a link, or the name is not UTF-8.
+    """
+    if models and not _utf8(folder):
+        raise OutputError(f"{folder}: models cannot be saved below a name that is not UTF-8; choose another --out.")
+    for name in owned:
+        for link in _links(Path(folder, name)):
+            raise OutputError(
+                f"{link} is a symbolic link to {os.readlink(link)}: nothing is written or removed outside {folder}. "
+                "Remove the link, or choose another directory with --out (which may be a link itself)."
+            )
+
+
+def _utf8(path: str | os.PathLike[str]) -> bool:
+    try:
+        return bool(os.fsencode(path).decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def _links(path: Path) -> Iterator[Path]:
+    """Links at and below a path; they are not followed."""
+    if path.is_symlink():
+        yield path
+    elif path.is_dir():
+        for item in path.iterdir():
+            yield from _links(item)
