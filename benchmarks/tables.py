@@ -23,6 +23,7 @@ from decondense.report import sentences
 from geometry import TABLES as GEOMETRY_TABLES
 from geometry_field import TABLES as FIELD_TABLES
 from geometry_figure import dose_figure
+from kernel_tables import TABLES as KERNEL_TABLES
 from loss_tables import TABLES as LOSS_TABLES
 from measure_tables import TABLES as MEASURE_TABLES
 from sections import TABLES as RESULT_TABLES
@@ -60,6 +61,7 @@ def demo() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     **LOSS_TABLES,
+    **KERNEL_TABLES,
     **ATTACH_TABLES,
     **MEASURE_TABLES,
     **RESULT_TABLES,
