@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,7 +227,7 @@ with attach(model, 2.0, gradient_ratio_every=1) as handle:
 )
 def test_liger_fused_cross_entropy():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    code = _LIGER.format(folder=os.path.dirname(__file__))
+    code = _LIGER.format(folder=str(Path(__file__).parents[1] / "helpers"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert done.stdout.strip() == "exact", done.stderr[-2000:]
 
