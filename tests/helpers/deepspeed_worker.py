@@ -10,6 +10,7 @@ import torch
 from attach_helpers import tiny
 from torch.nn import functional
 from trainer_helpers import examples, make_trainer, pad
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from decondense import attach, attach_trainer
 
@@ -119,6 +120,8 @@ def trained(folder: Path, stage: int | None, weight: float | None, *, resume: bo
     saving = {"save_strategy": "steps", "save_steps": 1} if resume else {}
 
     def make(steps: int):
+        # while a Trainer with stage 3 is alive, transformers builds every model in pieces, with other random weights
+        unset_hf_deepspeed_config()
         trainer = make_trainer(
             folder,
             model(),
