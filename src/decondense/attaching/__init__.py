@@ -19,6 +19,7 @@ which is what ``output_hidden_states`` of transformers returns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -41,6 +42,7 @@ def attach(
     weight: float = _DEFAULT.weight,
     layers: str | Sequence[int] = _DEFAULT.layers,
     *,
+    target: float | Sequence[float] | str | Path | None = _DEFAULT.target,
     config: DispersionConfig | None = None,
     schedule: WeightSchedule = _DEFAULT.schedule,
     blocks: str | None = _DEFAULT.blocks,
@@ -58,8 +60,14 @@ def attach(
 
     Args:
         model: A causal or masked language model, also inside PEFT, DDP, ``fully_shard`` or ``torch.compile`` wrappers.
-        weight: The coefficient lambda. Liu et al.: 0.1.
+        weight: The coefficient lambda; below 0 the loss is raised instead of lowered. Liu et al.: 0.1.
         layers: ``"all"``, ``"deep"`` (second half), ``"shallow"``, ``"last"``, or block numbers from 0.
+        target: Hold each layer's mean cosine at or below this instead of keeping ``weight``, which training then only
+            starts with (:mod:`decondense.attaching.target`). A number; one for each layer; the path of a profile that
+            ``decondense measure`` or :meth:`Profile.save` wrote, its mean cosines interpolated over relative depth; or
+            the name of a shipped reference (:func:`decondense.atlas.references`): its mean cosines, or for
+            ``layers="deep"`` the mean of its deep half. Cosines are of pairs of different tokens; those of profiles
+            are converted. Call :meth:`DispersionHandle.set_progress` every step.
         config: All of these settings as one object.
         schedule: How the weight changes over training; then call :meth:`DispersionHandle.set_progress` every step.
         blocks: Dotted path of the list of blocks, where the rule of :func:`decondense.blocks.find_blocks` cannot tell.
@@ -84,6 +92,7 @@ def attach(
     """
     settings: dict[str, Any] = {
         "weight": weight,
+        "target": str(target) if isinstance(target, Path) else target,
         "layers": layers if isinstance(layers, str) else tuple(layers),
         "schedule": schedule,
         "blocks": blocks,
