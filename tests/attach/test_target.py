@@ -17,7 +17,7 @@ from decondense.atlas import Entry, references
 from decondense.attaching import AttachError
 from decondense.attaching.target import BRAKE, HIGHEST, LOWEST, RATE, SMALLEST_SCALE, SMOOTHING, Controller
 from decondense.blocks import find_blocks
-from decondense.config import ConfigError, DispersionConfig, WeightSchedule
+from decondense.config import ArmConfig, ConfigError, DispersionConfig, WeightSchedule
 from decondense.config.titan import Dispersion
 
 KEYS = ("block_01", "block_02", "block_03")
@@ -101,8 +101,8 @@ def test_a_layer_below_its_target_is_let_go():
     found = train(tiny(), 0.5, 40, lr=0.0, layers="all", data=lambda step: tokens(8, 12, step))
     for key in KEYS:
         assert found[f"dispersion_cosine/{key}"].max() < 0.2
-        # the logarithm falls by RATE times an error that is clipped to -1 below twice the target
-        assert found[f"dispersion_weight/{key}"][-1] == pytest.approx(0.1 * math.exp(-0.95 * RATE * 39), rel=0.15)
+        # the logarithm falls by RATE times the error, which is between -1 and -0.7
+        assert 0.1 * math.exp(-RATE * 39) < found[f"dispersion_weight/{key}"][-1] < 0.1 * math.exp(-0.7 * RATE * 39) * 2
 
 
 # ---- the rule --------------------------------------------------------------------------------------------------------
@@ -431,3 +431,72 @@ def test_a_negative_weight_gives_the_opposite_gradient():
     for name, value in plain.items():
         torch.testing.assert_close(up[name] + down[name], 2 * value, atol=1e-7, rtol=0)
     assert greatest_difference(up, plain) > 1e-4
+
+
+# ---- forms that aim at cosines ---------------------------------------------------------------------------------------
+
+
+def test_the_profile_form_has_a_target_for_each_layer():
+    model, ids, targets = tiny(), tokens(), [0.1, 0.2, 0.3]
+    with attach(model, 0.7, target=targets, form="profile", schedule=WeightSchedule(kind="linear")) as handle:
+        handle.set_progress(1, 2)  # half of the weight
+        model(input_ids=ids, labels=ids).loss.backward()
+    found = gradients(model)
+    model.zero_grad()
+    kept, hooks = block_outputs(find_blocks(model).modules)
+    loss = model(input_ids=ids, labels=ids).loss
+    for hook in hooks:
+        hook.remove()
+    terms = []
+    for z_BTD, target in zip(kept, targets, strict=True):
+        unit = torch.nn.functional.normalize(z_BTD, dim=-1)
+        cosine_BTT = (unit @ unit.mT)[:, ~torch.eye(12, dtype=torch.bool)]
+        terms.append((cosine_BTT.mean(dim=1) - target).square().mean())
+    (loss + 0.35 * torch.stack(terms).mean()).backward()
+    assert greatest_difference(found, gradients(model)) < 1e-7
+    with pytest.raises(ConfigError, match=r"target and loss.target_cosine say the same thing"):
+        attach(model, target=0.1, form="profile", target_cosine=0.2)
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 7])
+def test_gram_compares_with_the_teachers_state_at_the_same_depth(blocks):
+    model, ids = tiny(), tokens()
+    teacher = tiny("gpt2", num_hidden_layers=blocks, hidden_size=16, seed=3, resid_pdrop=0.5)
+    before = torch.get_rng_state()
+    with attach(model, 0.7, form="gram", teacher=teacher) as handle:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert torch.equal(before, torch.get_rng_state())
+    assert teacher.training
+    assert not gradients(teacher)
+    found = gradients(model)
+    model.zero_grad()
+    own, hooks = block_outputs(find_blocks(model).modules)
+    theirs, more = block_outputs(find_blocks(teacher).modules)
+    loss = model(input_ids=ids, labels=ids).loss
+    with torch.no_grad():
+        teacher.eval()(input_ids=ids)
+    for hook in (*hooks, *more):
+        hook.remove()
+    matched = {2: [0, 0, 1], 3: [0, 1, 2], 7: [1, 4, 6]}[blocks]  # 7/3 = 2.3, 14/3 = 4.7
+    terms = []
+    for z_BTD, place in zip(own, matched, strict=True):
+        unit, other = (torch.nn.functional.normalize(x, dim=-1) for x in (z_BTD, theirs[place]))
+        difference = (unit @ unit.mT - other @ other.mT)[:, ~torch.eye(12, dtype=torch.bool)]
+        terms.append(difference.square().mean())
+    (loss + 0.7 * torch.stack(terms).mean()).backward()
+    assert greatest_difference(found, gradients(model)) < 1e-7
+    assert float(handle.last) == pytest.approx(torch.stack(terms).mean().item())
+
+
+def test_teachers_that_are_none():
+    model = tiny()
+    with pytest.raises(AttachError, match=r"form 'gram' needs a teacher: attach\(model, teacher=...\)"):
+        attach(model, form="gram")
+    with pytest.raises(AttachError, match="form 'angular' has no use for a teacher"):
+        attach(model, teacher=tiny(seed=1))
+    with pytest.raises(AttachError, match="the teacher is the attached model"):
+        attach(model, form="gram", teacher=model)
+    with pytest.raises(ConfigError, match="form 'gram' follows a teacher; omit target"):
+        attach(model, form="gram", teacher=tiny(seed=1), target=0.1)
+    with pytest.raises(ConfigError, match="needs the teacher of distillation in the same arm"):
+        ArmConfig.parse({"name": "a", "dispersion": {"loss": {"form": "gram"}}}, where="study.yaml")

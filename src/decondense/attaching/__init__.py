@@ -43,6 +43,7 @@ def attach(
     layers: str | Sequence[int] = _DEFAULT.layers,
     *,
     target: float | Sequence[float] | str | Path | None = _DEFAULT.target,
+    teacher: nn.Module | None = None,
     config: DispersionConfig | None = None,
     schedule: WeightSchedule = _DEFAULT.schedule,
     blocks: str | None = _DEFAULT.blocks,
@@ -67,7 +68,11 @@ def attach(
             ``decondense measure`` or :meth:`Profile.save` wrote, its mean cosines interpolated over relative depth; or
             the name of a shipped reference (:func:`decondense.atlas.references`): its mean cosines, or for
             ``layers="deep"`` the mean of its deep half. Cosines are of pairs of different tokens; those of profiles
-            are converted. Call :meth:`DispersionHandle.set_progress` every step.
+            are converted. Call :meth:`DispersionHandle.set_progress` every step. With ``form="profile"`` the weight
+            stays, and the loss is the squared difference from the target.
+        teacher: For ``form="gram"``: the model whose cosines the layers are to have, of any width and number of blocks
+            and with the same tokenizer, which cannot be checked here. It reads the same token ids in every training
+            forward, in evaluation mode and without gradients.
         config: All of these settings as one object.
         schedule: How the weight changes over training; then call :meth:`DispersionHandle.set_progress` every step.
         blocks: Dotted path of the list of blocks, where the rule of :func:`decondense.blocks.find_blocks` cannot tell.
@@ -103,8 +108,9 @@ def attach(
     }
     if config is None:
         loss_config = LossConfig.parse(dict(loss), where="attach()")
-        return DispersionHandle(model, DispersionConfig.parse({**settings, "loss": loss_config}, where="attach()"))
+        config = DispersionConfig.parse({**settings, "loss": loss_config}, where="attach()")
+        return DispersionHandle(model, config, teacher)
     extra = [*(name for name, value in settings.items() if value != getattr(_DEFAULT, name)), *loss]
     if extra:
         raise AttachError(f"attach() got config= and also {', '.join(extra)}; put them into the DispersionConfig.")
-    return DispersionHandle(model, config)
+    return DispersionHandle(model, config, teacher)

@@ -16,6 +16,7 @@ from decondense.attaching.metrics import Totals
 from decondense.attaching.output import returned_loss, share_of_step, shifts_labels, with_loss
 from decondense.attaching.target import Controller
 from decondense.attaching.target_values import resolve_target
+from decondense.attaching.teacher import Teacher
 from decondense.blocks import base_model, find_blocks, find_final_norm, resolve_layers
 from decondense.config import DispersionConfig
 from decondense.layers import EMBEDDING, FINAL_NORM, Layer, block
@@ -34,8 +35,11 @@ class DispersionHandle:
     ``copy.deepcopy(model)`` copies the hooks with a handle of their own; detach first for a plain copy.
     """
 
-    def __init__(self, model: nn.Module, config: DispersionConfig) -> None:
+    def __init__(self, model: nn.Module, config: DispersionConfig, teacher: nn.Module | None = None) -> None:
         refuse(model)
+        if config.loss.info.teacher != (teacher is not None):
+            what = "needs a teacher: attach(model, teacher=...)" if teacher is None else "has no use for a teacher"
+            raise AttachError(f"form {config.loss.form!r} {what}.")
         other = attached(model)
         if other is not None:
             raise AttachError(f"the model has a dispersion loss already: {other!r}. Call its detach() first.")
@@ -89,10 +93,17 @@ class DispersionHandle:
         self._reader = StateReader(blocks, config.tokens_first, norm)
         self._shifts_labels = shifts_labels(base_model(blocks.root))
         self._totals = Totals(len(self._states_of), device)
+        states = list(self._states_of.values())
+        self.targets = [] if config.target is None else resolve_target(config.target, states, len(blocks))
+        """The mean cosine that each layer is held to, over pairs of different tokens; empty without a target."""
         self._controller: Controller | None = None
-        if config.target is not None:
-            targets = resolve_target(config.target, list(self._states_of.values()), len(blocks))
-            self._controller = Controller(config.weight, targets, device)
+        self._losses = [self.loss] * len(states)
+        if config.loss.form == "profile" and self.targets:
+            each = [config.loss.model_copy(update={"target_cosine": value}) for value in self.targets]
+            self._losses = [DispersionLoss.from_config(one) for one in each]
+        elif self.targets:
+            self._controller = Controller(config.weight, self.targets, device)
+        self._teacher = None if teacher is None else Teacher(teacher, blocks, states)
         self._set_weight()
 
         root = blocks.root
@@ -114,7 +125,7 @@ class DispersionHandle:
     def __repr__(self) -> str:
         loss = self.config.loss
         now = "" if self.weight == self.config.weight else f" (now {self.weight:.4g})"
-        if self._controller is not None:
+        if self.targets:
             now += f", target={', '.join(f'{value:.4g}' for value in dict.fromkeys(self.targets))}"
         return (
             f"DispersionHandle(layers={', '.join(map(str, self._states_of.values()))} of {len(self._blocks)} blocks at "
@@ -142,11 +153,6 @@ class DispersionHandle:
         """The weight lambda that the next training forward uses, after the schedule; with a target the mean of the
         layers' weights, for which the device is waited for."""
         return self._weight if self._controller is None else float(self._controller.mean)
-
-    @property
-    def targets(self) -> list[float]:
-        """The mean cosine that each layer is held to, over pairs of different tokens; empty without a target."""
-        return [] if self._controller is None else self._controller.targets_L.tolist()
 
     def detach(self) -> None:
         """Remove every hook, which restores the model. Detaching twice does nothing."""
@@ -435,11 +441,12 @@ class DispersionHandle:
             check_graph(states, self._states_of, self._sources)
         self._seed_draws()
         sums, counts = [], []
+        others = [None] * len(states) if self._teacher is None else self._teacher.states(call)
         # inside autocast the products would be taken in bfloat16
         with torch.autocast(first.device.type, enabled=False):
-            for z_BTD in states.values():
-                on_device = [None if tensor is None else tensor.to(z_BTD.device) for tensor in (mask, segments)]
-                value, count = self.loss.sum_and_count(z_BTD, *on_device)
+            for loss, z_BTD, other in zip(self._losses, states.values(), others, strict=True):
+                inputs = [None if one is None else one.to(z_BTD.device) for one in (mask, segments, other)]
+                value, count = loss.sum_and_count(z_BTD, *inputs)
                 sums.append(value.to(first.device))
                 counts.append(count.to(first.device))
             sums_L, count = torch.stack(sums), counts[0]
@@ -458,7 +465,8 @@ class DispersionHandle:
         # a function of (seed, step, micro-batch) alone, so that a resumed run draws the same numbers
         purpose = f"dispersion loss, micro-batch {self._forwards}"
         self._forwards += 1
-        self.loss.generator.manual_seed(seeding.derive(self.config.loss.seed, purpose, self._step or 0))
+        for loss in self._losses:
+            loss.generator.manual_seed(seeding.derive(self.config.loss.seed, purpose, self._step or 0))
 
     def _watch(self, total: Tensor) -> None:
         node = total.grad_fn

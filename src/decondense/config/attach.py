@@ -83,7 +83,8 @@ class DispersionConfig(Treatment):
     target: float | tuple[float, ...] | str | None = None
     """Mean cosine over pairs of different tokens at or below which the weights of the layers are to hold them
     (:mod:`decondense.attaching.target`): one for all chosen layers, one for each, the path of a profile
-    (``profile.json``, interpolated over relative depth), or the name of a shipped reference."""
+    (``profile.json``, interpolated over relative depth), or the name of a shipped reference. With the form ``profile``
+    the weight stays, and this is what the loss aims at."""
     layers: Literal["all", "deep", "shallow", "last"] | tuple[int, ...] = "all"
     """Blocks whose outputs are dispersed. Paper: all (tables 2, 5); the deep half does better (table 3)."""
     loss: LossConfig = LossConfig()
@@ -120,12 +121,18 @@ class DispersionConfig(Treatment):
     def _one_says_the_weight(self) -> DispersionConfig:
         if self.target is None:
             return self
+        if self.loss.info.teacher:
+            raise ValueError(f"form {self.loss.form!r} follows a teacher; omit target.")
         numbers = [self.target] if isinstance(self.target, float) else self.target
         if not numbers:
             raise ValueError("target is empty; give a mean cosine, one for each layer, a profile or a reference.")
         for value in () if isinstance(numbers, str) else numbers:
             if not -1 <= value <= 1:  # NaN too
                 raise ValueError(f"target {value} is not a mean cosine, which lies between -1 and 1.")
+        if self.loss.form == "profile":  # which has the target in the loss, and keeps its weight
+            if self.loss.target_cosine != LossConfig().target_cosine:
+                raise ValueError("target and loss.target_cosine say the same thing; give one of them.")
+            return self
         if self.weight <= 0:
             raise ValueError(f"weight {self.weight:g} cannot start a search for a target; give one above 0.")
         if not self.schedule.is_constant:

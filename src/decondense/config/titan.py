@@ -45,6 +45,7 @@ class Dispersion:
     variance_weight: float = _D.loss.variance_weight
     covariance_weight: float = _D.loss.covariance_weight
     target_std: float = _D.loss.target_std
+    target_cosine: float = _D.loss.target_cosine
     slices: int = _D.loss.slices
     knots: int = _D.loss.knots
     seed: int = _D.loss.seed

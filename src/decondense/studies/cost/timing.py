@@ -100,6 +100,8 @@ class Timer:
         from decondense.config import WeightSchedule
         from decondense.seeding import generator
 
+        if dispersion is not None and dispersion.loss.info.teacher:
+            return None  # the teacher may not be there yet
         train = run.train
         cuda = torch.cuda.is_available()
         device = torch.device("cuda" if cuda else "cpu")
