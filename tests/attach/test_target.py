@@ -198,6 +198,31 @@ def test_each_layer_has_its_own_weight_in_the_gradient(defer):
     assert float(handle.last) == pytest.approx(dispersion(kept).item())
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("cut", [(1, 8), (4, 2)])
+def test_lightning_ends_a_step_when_its_optimizer_steps(tmp_path, cut):
+    pytest.importorskip("lightning.pytorch")
+    from decondense.integrations.lightning import DispersionCallback
+    from test_frameworks import lightning_fit
+
+    model, ids, target = tiny(), tokens(8, 12), [0.02, 0.4, -0.01]
+    kept, hooks = block_outputs(list(model.model.layers))
+    model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    expected = by_the_book(0.5, target, np.array([mean_cosines(kept, [12] * 8)] * 5))
+    settings = {"accumulate": cut[0], "batch": cut[1], "learning_rate": 0.0}
+    callback = DispersionCallback(0.5, target=target)
+    _, rows = lightning_fit(tmp_path, callback, max_steps=3, **settings)
+    logged = [[row[f"dispersion_weight/{key}"] for key in KEYS] for _, row in rows if "dispersion_weight" in row]
+    np.testing.assert_allclose(logged, expected[:3], rtol=1e-6)  # Lightning logs float32
+    other = DispersionCallback(0.5, target=target)
+    other.load_state_dict(callback.state_dict())
+    _, rows = lightning_fit(tmp_path, other, max_steps=2, **settings)
+    logged = [[row[f"dispersion_weight/{key}"] for key in KEYS] for _, row in rows if "dispersion_weight" in row]
+    np.testing.assert_allclose(logged, expected[3:5], rtol=1e-6)
+
+
 # ---- its state -------------------------------------------------------------------------------------------------------
 
 
