@@ -81,28 +81,44 @@ def train(model, target, steps, *, lr=3e-3, layers="last", weight=0.1, data=zipf
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "target"), [("gpt2", 0.03), ("llama", 0.1), ("qwen3", 0.1)])
-def test_the_target_is_reached_and_held_without_oscillation(family, target):
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_target_is_reached_and_held_without_oscillation(family):
     """A cosine that would be .99 comes within 5 % of its target and stays.
 
-    The criterion: in the last 60 of 300 steps the mean cosine is within 5 % of the target, each third of them is within
-    10 %, and the logarithm of the weight, averaged over 20 steps, turns at most twice after step 100.
+    The criterion: over the last 160 of 400 steps the mean cosine is within 5 % of the target, in each 40 of them it is
+    within 10 %, and the weight, averaged over 40 steps, turns at most once after step 200.
     """
-    found = train(tiny(family, dtype=torch.float32), target, 300)
+    found = train(tiny(family, dtype=torch.float32), 0.1, 400)
     cosine, weight = found["dispersion_cosine"], found["dispersion_weight"]
-    assert cosine[10:30].mean() > 2 * target
-    assert cosine[-60:].mean() == pytest.approx(target, rel=0.05)
-    assert cosine[-60:].reshape(3, 20).mean(axis=1) == pytest.approx([target] * 3, rel=0.1)
-    slope = np.diff(np.log(weight[100:]).reshape(-1, 20).mean(axis=1))
-    assert (np.sign(slope[1:]) != np.sign(slope[:-1])).sum() <= 2
+    assert cosine[10:30].mean() > 0.8
+    assert cosine[-160:].mean() == pytest.approx(0.1, rel=0.05)
+    assert cosine[-160:].reshape(4, 40).mean(axis=1) == pytest.approx([0.1] * 4, rel=0.1)
+    slope = np.sign(np.diff(weight[200:].reshape(5, 40).mean(axis=1)))
+    assert (slope[1:] != slope[:-1]).sum() <= 1
+
+
+@pytest.mark.slow
+def test_a_model_that_stays_below_without_help_is_let_go():
+    """A GPT-2 whose positions are frozen at 0 has left its condensed state by step 200 and does not return to it.
+
+    The criterion: no 40 of the last 200 steps have a mean cosine above the target by more than 5 %, and the weight ends
+    below a third of its start, having been above ten times its start.
+    """
+    model = tiny("gpt2", dtype=torch.float32)
+    model.transformer.wpe.weight.requires_grad_(False).zero_()
+    found = train(model, 0.1, 400)
+    assert found["dispersion_cosine"][200:].reshape(5, 40).mean(axis=1).max() < 0.105
+    assert found["dispersion_weight"].max() > 1
+    assert found["dispersion_weight"][-40:].mean() < 0.033
 
 
 def test_a_layer_below_its_target_is_let_go():
-    found = train(tiny(), 0.5, 40, lr=0.0, layers="all", data=lambda step: tokens(8, 12, step))
+    found = train(tiny(), 0.9, 40, lr=0.0, layers="all", data=lambda step: tokens(8, 12, step))
     for key in KEYS:
-        assert found[f"dispersion_cosine/{key}"].max() < 0.2
-        # the logarithm falls by RATE times the error, which is between -1 and -0.7
-        assert 0.1 * math.exp(-RATE * 39) < found[f"dispersion_weight/{key}"][-1] < 0.1 * math.exp(-0.7 * RATE * 39) * 2
+        assert found[f"dispersion_cosine/{key}"].max() < 0.4
+        # the logarithm falls by RATE times the error, which is between -1 and -0.5
+        weight = found[f"dispersion_weight/{key}"]
+        assert weight[0] * math.exp(-RATE * 39) < weight[-1] < weight[0] * math.exp(-0.5 * RATE * 39)
 
 
 # ---- the rule --------------------------------------------------------------------------------------------------------
@@ -202,8 +218,9 @@ def test_each_layer_has_its_own_weight_in_the_gradient(defer):
 @pytest.mark.parametrize("cut", [(1, 8), (4, 2)])
 def test_lightning_ends_a_step_when_its_optimizer_steps(tmp_path, cut):
     pytest.importorskip("lightning.pytorch")
-    from decondense.integrations.lightning import DispersionCallback
     from test_frameworks import lightning_fit
+
+    from decondense.integrations.lightning import DispersionCallback
 
     model, ids, target = tiny(), tokens(8, 12), [0.02, 0.4, -0.01]
     kept, hooks = block_outputs(list(model.model.layers))
