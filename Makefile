@@ -48,8 +48,8 @@ test-oldest:
 	$(OLDEST)/bin/python -m pip install --quiet torch==$(OLDEST_TORCH) numpy==1.26.*
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt . pyarrow pandas pytest hypothesis
 	$(OLDEST)/bin/python -m pip check
-	$(OLDEST)/bin/python -m pytest -q -m "not slow and not gpu and not hub and not titan" tests/floor tests/losses/test_api.py \
-		tests/attach/test_attach.py tests/measure/test_measure.py tests/studies/test_baselines.py
+	$(OLDEST)/bin/python -m pytest -q -m "not slow and not gpu and not hub and not titan" tests/config tests/records tests/test_imports.py \
+		tests/losses/test_api.py tests/attaching/test_attach.py tests/measuring/test_measure.py tests/studies/test_plan.py
 	$(OLDEST)/bin/decondense demo --quick --out $(OLDEST)/demo
 	$(OLDEST)/bin/decondense compare $(OLDEST)/demo
 	$(OLDEST)/bin/decondense measure $(OLDEST)/demo/cells/dispersion/seed-0/final --out $(OLDEST)/measured --passages 8

@@ -7,12 +7,15 @@ chosen by what the rows show.
 All contrasts that the claims on one study make share its runs, so their p-values are corrected together (Holm). A
 contrast *agrees* when it is detected on the expected side, *disagrees* when on the other; it is *equivalent* when it is
 not detected and its interval lies within the study's margin; *not tested* when it does not vary between seeds, or there
-is one seed; else *undecided*. A claim takes the verdict that all of its contrasts share; one that disagrees decides
-it.
+is one seed; *not testable* when its statistic is at its largest possible value in more than half of the runs, so that
+no trend can show at this scale; else *undecided*. A claim takes the verdict that all of its contrasts share; one that
+disagrees decides it, and where all are decided, some equivalent and the others agreeing, it is equivalent: better than
+some and than the others not.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -34,7 +37,7 @@ from study_rows import (
     slope,
 )
 
-Verdict = Literal["agrees", "disagrees", "equivalent", "undecided", "not tested", "not run"]
+Verdict = Literal["agrees", "disagrees", "equivalent", "undecided", "not tested", "not testable", "not run"]
 Side = Literal["below", "above"]
 ALPHA = 0.05
 
@@ -47,6 +50,8 @@ class Contrast:
     difference: Difference
     context: str = ""
     """Values behind it."""
+    saturated: bool = False
+    """Whether the statistic is at its largest possible value in more than half of the runs."""
 
     def text(self) -> str:
         tail = f" ({self.context})" if self.context else ""
@@ -83,7 +88,10 @@ def joint(verdicts: Sequence[Verdict], *, majority: bool = False) -> Verdict:
         return "disagrees"
     if majority and 2 * verdicts.count("agrees") > len(verdicts):
         return "agrees"
-    return verdicts[0] if len(set(verdicts)) == 1 else "undecided"
+    kinds = set(verdicts)
+    if kinds == {"agrees", "equivalent"}:
+        return "equivalent"
+    return verdicts[0] if len(kinds) == 1 else "undecided"
 
 
 def verdicts(f: Committed, claims: Sequence[Claim]) -> dict[str, tuple[str, Verdict]]:
@@ -95,7 +103,9 @@ def verdicts(f: Committed, claims: Sequence[Claim]) -> dict[str, tuple[str, Verd
     result: dict[str, tuple[str, Verdict]] = {}
     for claim in claims:
         contrasts = made[claim.published]
-        each = [judge(c.difference, claim.expected, p_of.get(id(c))) for c in contrasts]
+        each = [
+            "not testable" if c.saturated else judge(c.difference, claim.expected, p_of.get(id(c))) for c in contrasts
+        ]
         text = "; ".join(c.text() for c in contrasts) if len(contrasts) <= 4 else _counted(contrasts, each)
         result[claim.published] = text, joint(each, majority=claim.majority)
     return result
@@ -112,8 +122,10 @@ def _counted(contrasts: Sequence[Contrast], each: Sequence[Verdict]) -> str:
 # ---- contrasts -------------------------------------------------------------------------------------------------------
 
 
-def by_size(title: str, of: Callable[[Cell], float]) -> Callable[[Committed], list[Contrast]]:
-    """The slope per doubling of the parameters, one contrast per family."""
+def by_size(
+    title: str, of: Callable[[Cell], float], *, largest: float = math.inf
+) -> Callable[[Committed], list[Contrast]]:
+    """The slope per doubling of the parameters, one contrast per family; ``largest``: what the value cannot exceed."""
 
     def made(f: Committed) -> list[Contrast]:
         families: dict[str, list[str]] = {}
@@ -124,8 +136,12 @@ def by_size(title: str, of: Callable[[Cell], float]) -> Callable[[Committed], li
             d = slope(f, arms, of)
             if d is not None:
                 ends = " to ".join(number(mean([of(cell) for cell in f.cells(arm)]), 2) for arm in (arms[0], arms[-1]))
+                values = [of(cell) for arm in arms for cell in f.cells(arm)]
+                at_most = sum(value >= largest - 1e-9 for value in values)
                 label = f"{title} per doubling of size, {len(arms)} sizes of {family}"
-                contrasts.append(Contrast(label, d, f"{ends} from the smallest to the largest"))
+                context = f"{ends} from the smallest to the largest"
+                context += f"; {at_most} of {len(values)} runs are at {number(largest, 0)}" if at_most else ""
+                contrasts.append(Contrast(label, d, context, saturated=2 * at_most > len(values)))
         return contrasts
 
     return made
@@ -221,7 +237,7 @@ def every_setting(f: Committed) -> list[Contrast]:
     return [Contrast(f.label(d.arm), d) for d in f.comparison.validation.differences]
 
 
-SPEARMAN = by_size("Spearman with depth", depth)
+SPEARMAN = by_size("Spearman with depth", depth, largest=1.0)
 DEEP = by_size("mean cosine of the last L/2 layers", deep_half)
 
 CLAIMS = (

@@ -88,7 +88,7 @@ def overview() -> str:
         (small, verdict), (large, gpu_verdict) = (entries[claim.study, claim.published] for entries in (tiny, gpu))
         settled.append(verdict if gpu_verdict == "not run" else gpu_verdict)
         lines.append([f"`{claim.study}`", claim.published, small, large, NOT_RUN, f"**{settled[-1]}**"])
-    kinds = ("agrees", "disagrees", "equivalent", "undecided", "not tested", "not run")
+    kinds = ("agrees", "disagrees", "equivalent", "undecided", "not tested", "not testable", "not run")
     tally = ", ".join(f"{settled.count(kind)} {kind}" for kind in kinds)
     return (
         pipe_table(("study", "published", "ours, `tiny`", "ours, `gpu`", "ours, `paper`", "verdict"), lines)

@@ -20,6 +20,7 @@ from decondense.figures.comparison import overview
 from decondense.figures.style import export
 from decondense.records import Row, read_rows
 from decondense.report import sentences
+from front import TABLES as FRONT_TABLES
 from geometry import TABLES as GEOMETRY_TABLES
 from geometry_field import TABLES as FIELD_TABLES
 from geometry_figure import dose_figure
@@ -62,6 +63,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **LOSS_TABLES,
     **ATTACH_TABLES,
     **MEASURE_TABLES,
+    **FRONT_TABLES,
     **RESULT_TABLES,
     **GEOMETRY_TABLES,
     **FIELD_TABLES,

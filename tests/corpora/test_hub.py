@@ -29,7 +29,7 @@ from decondense.corpora.packed import END, PackedCorpus, is_held_out, prepare
 from decondense.corpora.passages import paragraphs
 from decondense.corpora.sources import documents_of, find_source
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 TEXTS = [
     f"Document {number} tells of {' and '.join(f'w{number * k % 89}' for k in range(40))}." for number in range(300)
 ]
@@ -491,7 +491,7 @@ def ask(endpoint: str, home: Path, *requests: dict[str, Any]) -> list[dict[str, 
 def test_a_hub_and_then_none(subsets: Path, tmp_path: Path) -> None:
     commit = "0123456789abcdef" * 2 + "01234567"
     server = subprocess.Popen(
-        [sys.executable, str(HERE / "hub_server.py"), str(subsets), commit],
+        [sys.executable, str(HELPERS / "hub_server.py"), str(subsets), commit],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -557,7 +557,7 @@ def test_a_hub_that_does_not_answer_is_given_up_in_time(tmp_path: Path) -> None:
     tokenizer, text = ask(
         "http://127.0.0.1:9",
         tmp_path,
-        {"cache": str(tmp_path / "a"), "source": str(HERE / "hub_server.py"), "tokenizer": "owner/name"},
+        {"cache": str(tmp_path / "a"), "source": str(HELPERS / "hub_server.py"), "tokenizer": "owner/name"},
         {"cache": str(tmp_path / "a"), "streaming": True},
     )
     assert "corpus.tokenizer 'owner/name' cannot be loaded: the hub cannot be reached" in tokenizer["error"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from attach_helpers import greatest_difference, mean_residual
 
-WORKER = Path(__file__).with_name("rank_worker.py")
+WORKER = Path(__file__).parents[1] / "helpers" / "rank_worker.py"
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from decondense.losses import dispersion_loss
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_are_one_set(world: int, tmp_path: Path) -> None:
-    script = Path(__file__).with_name("rank_of_world.py")
+    script = Path(__file__).parents[1] / "helpers" / "rank_of_world.py"
     ranks = [
         subprocess.Popen(
             [sys.executable, str(script), str(rank), str(world), str(tmp_path / "store")],

@@ -19,7 +19,7 @@ interval of the mean difference is ``mean +- t(nu) sqrt(v)`` with
 
 Student's interval over the seeds alone is shown where it is the wider of the two: a variance of few seeds may come out
 far too small, and the items' part must not lend it degrees of freedom then. Simulated coverage is 94 to 98 % over the
-conditions of ``tests/evidence/test_paired_statistics.py``: unequal weights, heavy tails; seeds, items or their
+conditions of ``tests/compare/test_paired_statistics.py``: unequal weights, heavy tails; seeds, items or their
 interaction dominating. No interval of a mean covers a rare plateau in one arm only.
 
 **Tests.** ``p`` belongs to the interval; ``p_sign_flip`` is the exact two-sided permutation test over all 2^S sign

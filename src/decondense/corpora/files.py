@@ -127,12 +127,14 @@ def decoded(raw: Any, name: object, *, newline: str | None = None) -> io.TextIOW
     """
     buffered = io.BufferedReader(raw)
     head = buffered.peek(4096)[:4096]
+    refused = ""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (head.count(0) > len(head) // 4 and head.isascii()):
-        raise PassageError(
-            f"{name} cannot be read as UTF-8: it is UTF-16 or UTF-32. Convert it: iconv -f UTF-16 -t UTF-8."
-        )
-    if 0 in head:
-        raise PassageError(f"{name} cannot be read as UTF-8: it is a binary file (it holds zero bytes).")
+        refused = "it is UTF-16 or UTF-32. Convert it: iconv -f UTF-16 -t UTF-8."
+    elif 0 in head:
+        refused = "it is a binary file (it holds zero bytes)."
+    if refused:
+        buffered.detach()  # whoever opened it closes it
+        raise PassageError(f"{name} cannot be read as UTF-8: {refused}")
     return io.TextIOWrapper(buffered, encoding="utf-8-sig", newline=newline)
 
 
@@ -169,7 +171,7 @@ def _text(path: Path, position: Position, newline: str | None = None) -> Iterato
         try:
             yield lines() if raw.seekable() else iter(stream)
         finally:
-            stream.detach()  # the file is closed where it was opened
+            stream.detach().detach()  # the file is closed where it was opened
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------

@@ -243,7 +243,7 @@ def ask_harness(
     spec = {"model": str(model), "runs": list(runs), "served": served, "out": str(scratch / "oracle.json"), **more}
     (scratch / "spec.json").write_text(json.dumps(spec))
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "oracle.py"), str(scratch / "spec.json")],
+        [sys.executable, str(Path(__file__).parent / "harness_oracle.py"), str(scratch / "spec.json")],
         env={**os.environ, "HF_DATASETS_CACHE": str(scratch / "cache")},
         capture_output=True,
         text=True,

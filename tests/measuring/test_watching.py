@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle import cosines
+from measure_oracle import cosines
 from torch import nn
 from transformers import (
     GPT2Config,

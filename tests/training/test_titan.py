@@ -16,7 +16,7 @@ from attach_helpers import mean_residual
 pytestmark = pytest.mark.titan
 pytest.importorskip("torchtitan.trainer", exc_type=ImportError)
 
-WORKER = Path(__file__).with_name("titan_worker.py")
+WORKER = Path(__file__).parents[1] / "helpers" / "titan_worker.py"
 # name, ranks, weight, rows of a micro-batch, micro-batches of a step on a rank: always 8 rows a step
 RUNS = [("whole", 1, 0.5, 8, 1), ("cut", 1, 0.5, 2, 4), ("ranks", 2, 0.5, 2, 2), ("control", 1, 0.0, 8, 1)]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from oracle import hidden_states, mean_cosine
+from measure_oracle import hidden_states, mean_cosine
 
 from decondense import measure
 

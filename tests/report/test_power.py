@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from scipy import optimize, stats
+from synthetic import study, trial
 
 from decondense.cli.run import _show_power
 from decondense.compare import Comparison, compare, paired_difference
@@ -22,7 +23,6 @@ from decondense.report.power import power_table
 from decondense.studies import load_study
 from decondense.studies.catalogue import committed_rows
 from decondense.studies.cost import Line, Plan, Size, totals
-from evidence.synthetic import study, trial
 
 DEMO = load_study("demo")
 

@@ -5,7 +5,7 @@ repository:
 
     python -m venv peer
     peer/bin/pip install "torch==2.13.0" "transformers<4.48" embedding-condensation==2.0 scipy
-    peer/bin/python tests/measure/golden/make_golden.py [DIRECTORY_OF_STORIES260K] > embedding_condensation_2.0.json
+    peer/bin/python tests/measuring/golden/make_golden.py [DIRECTORY_OF_STORIES260K] > embedding_condensation_2.0.json
 
 Its import asks for NLTK's punkt data, which only its own sampling of texts uses; passages are given here, so a stand-in
 for the word tokenizer is put in place before the import.
@@ -97,7 +97,7 @@ def main() -> None:
             "torch": torch.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),
-            "program": "tests/measure/golden/make_golden.py",
+            "program": "tests/measuring/golden/make_golden.py",
         },
         "gpt2": {
             "config": GPT2,

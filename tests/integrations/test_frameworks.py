@@ -8,10 +8,13 @@ import subprocess
 import sys
 import types
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from attach_helpers import block_outputs, dispersion, gradients, greatest_difference, tiny, tokens
+from target_oracle import by_the_book, mean_cosines
 from trainer_helpers import examples, make_trainer, weights
 
 from decondense import attach, attach_trainer
@@ -226,7 +229,7 @@ with attach(model, 2.0, gradient_ratio_every=1) as handle:
 )
 def test_liger_fused_cross_entropy():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    code = _LIGER.format(folder=os.path.dirname(__file__))
+    code = _LIGER.format(folder=str(Path(__file__).parents[1] / "helpers"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert done.stdout.strip() == "exact", done.stderr[-2000:]
 
@@ -300,6 +303,39 @@ def test_lightning(tmp_path):
         assert logged["dispersion"] == pytest.approx(dispersion(kept).item(), abs=1e-5)
         assert "dispersion/block_01" in logged
         assert attached(module.model) is None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("cut", [(1, 8), (4, 2)])
+def test_lightning_ends_a_step_when_its_optimizer_steps(tmp_path, cut):
+    pytest.importorskip("lightning.pytorch")
+
+    from decondense.integrations.lightning import DispersionCallback
+
+    model, ids, target = tiny(), tokens(8, 12), [0.02, 0.4, -0.01]
+    kept, hooks = block_outputs(list(model.model.layers))
+    model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    expected = by_the_book(0.5, target, np.array([mean_cosines(kept, [12] * 8)] * 5))
+    settings = {"accumulate": cut[0], "batch": cut[1], "learning_rate": 0.0}
+    callback = DispersionCallback(0.5, target=target)
+    _, rows = lightning_fit(tmp_path, callback, max_steps=3, **settings)
+    logged = [
+        [row[f"dispersion_weight/{key}"] for key in ("block_01", "block_02", "block_03")]
+        for _, row in rows
+        if "dispersion_weight" in row
+    ]
+    np.testing.assert_allclose(logged, expected[:3], rtol=1e-6)  # Lightning logs float32
+    other = DispersionCallback(0.5, target=target)
+    other.load_state_dict(callback.state_dict())
+    _, rows = lightning_fit(tmp_path, other, max_steps=2, **settings)
+    logged = [
+        [row[f"dispersion_weight/{key}"] for key in ("block_01", "block_02", "block_03")]
+        for _, row in rows
+        if "dispersion_weight" in row
+    ]
+    np.testing.assert_allclose(logged, expected[3:5], rtol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
+from synthetic import study
 
 from decondense.compare import Comparison, compare, holm
 from decondense.compare.gold import DECISION_ACCURACY
 from decondense.records import Row
 from decondense.report import notes_in_words, terminal_table
 from decondense.report.score_tables import task_table
-from evidence.synthetic import study
 
 TASKS = {"piqa": 0.6, "winogrande": 0.5, "lambada_openai": 0.3}
 

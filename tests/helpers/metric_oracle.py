@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from oracle import cosines
+from measure_oracle import cosines
 
 
 def isoscore_by_its_algorithm(z: np.ndarray) -> float:

@@ -17,13 +17,13 @@ from decondense.config import StudyConfig
 from decondense.records import read_rows, terminal_row
 from decondense.studies import load_study
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import claims  # noqa: E402
 import sections  # noqa: E402
 import study_rows  # noqa: E402
-from claims import CLAIMS, Claim, Contrast, joint, judge, verdicts  # noqa: E402
+from claims import CLAIMS, Claim, Contrast, by_size, joint, judge, verdicts  # noqa: E402
 from study_rows import estimate  # noqa: E402
 
 COMMITTED = sorted((ROOT / "benchmarks" / "results" / "studies").glob("*.jsonl.gz"))
@@ -48,7 +48,9 @@ def test_a_difference_within_the_margin_is_equivalence_only_where_there_is_a_mar
 def test_parts_make_one_verdict() -> None:
     assert joint(["agrees", "agrees"]) == "agrees"
     assert joint(["agrees", "undecided"]) == "undecided"
-    assert joint(["agrees", "equivalent"]) == "undecided"
+    assert joint(["agrees", "equivalent"]) == "equivalent", "better than some only"
+    assert joint(["agrees", "equivalent", "undecided"]) == "undecided"
+    assert joint(["not testable", "agrees"]) == "undecided"
     assert joint(["equivalent", "equivalent"]) == "equivalent"
     assert joint(["agrees", "disagrees", "undecided"]) == "disagrees"
     assert joint(["agrees", "agrees", "undecided"], majority=True) == "agrees"
@@ -78,6 +80,18 @@ def test_a_slope_is_per_doubling_of_the_parameters() -> None:
     d = study_rows.slope(f, f.study.arms, lambda cell: 3 + 0.5 * math.log2(cell.run["parameters"]) + cell.seed)
     assert d is not None
     assert d.mean == pytest.approx(0.5)
+
+
+def test_a_statistic_at_its_bound_shows_no_trend() -> None:
+    f = study_rows.committed("fig3")
+    if f is None:
+        pytest.skip("no rows of fig3")
+    value = {arm: number for number, arm in enumerate(f.study.arms)}
+    for bound, expected in ((0.5, True), (2.5, False), (9.0, False)):  # of 4 arms 3, 1 and 0 are at the bound
+        (contrast,) = by_size("x", lambda cell, b=bound: min(b, float(value[cell.arm])), largest=bound)(f)
+        assert contrast.saturated == expected
+        claim = Claim("fig3", "c", "above", lambda f, c=contrast: [c])
+        assert (verdicts(f, [claim])["c"][1] == "not testable") == expected
 
 
 def test_settings_are_read_from_the_configuration_and_not_from_names() -> None:

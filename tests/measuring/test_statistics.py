@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import cosines, mean_cosine
+from measure_oracle import cosines, mean_cosine
 
 from decondense.losses import dispersion_loss
 from decondense.measuring.statistics import FINE_BINS, UNIT_SCALE, LayerStatistics, NotFiniteError, PairStream

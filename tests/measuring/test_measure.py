@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle import cosines, hidden_states
+from measure_oracle import cosines, hidden_states
 from torch import nn
 from transformers import (
     GPT2Config,

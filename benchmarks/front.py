@@ -1,0 +1,116 @@
+"""What the rows say in five sentences, for the head of the results page; collected by tables.py."""
+
+from __future__ import annotations
+
+from claims import CLAIMS, judged
+from decondense.compare import VALIDATION, Study
+from decondense.records import read_rows
+from decondense.report import number
+from decondense.report import words as report_words
+from real_tables import measured_rows
+from study_rows import FOLDER, blocks, committed, estimate, loss_difference, mean, paired, shown
+
+KINDS = {
+    "agrees": "agree",
+    "disagrees": "disagree",
+    "equivalent": "show no difference that matters",
+    "undecided": "are undecided",
+    "not tested": "cannot be tested by an interval (every seed gives one value)",
+    "not testable": "cannot be tested at this scale (the statistic is at its bound)",
+    "not run": "have not been run",
+}
+
+
+def front() -> str:
+    """Five sentences, good or bad, each from committed rows."""
+    sentences = [_claims(), _dispersed(), _lead(), _horizon(), _trained()]
+    return "\n".join(f"{number}. {sentence}" for number, sentence in enumerate(sentences, start=1))
+
+
+def _claims() -> str:
+    found = [verdict for _, verdict in judged("tiny").values()]
+    counts = [f"{found.count(kind)} {said}" for kind, said in KINDS.items() if kind in found]
+    return f"**The published claims, at the scale of minutes:** of {len(CLAIMS)}, {', '.join(counts)}."
+
+
+def _dispersed() -> str:
+    """How many studies a dispersion loss spread the states in, by the mean cosine over the blocks."""
+    lower, tested = 0, 0
+    for name in ("schedule", "table5", "table3", "fig5", "fig7"):
+        f = committed(name)
+        if f is None:
+            continue
+        for arm in f.comparison.treated:
+            if arm in f.comparison.dispersed:
+                d = paired(f, arm, f.comparison.baseline, blocks)
+                tested += 1
+                lower += d.p is not None and d.p <= 0.05 and d.mean < 0
+    real = next((row for row in measured_rows().values() if "SmolLM2" in row["variant"]), None)
+    seen = "" if real is None else (
+        f" Real small models are condensed: {real['variant']} has a mean cosine of "
+        f"{number(real['metrics']['last']['half'], 2)} over its deep half, rising with depth (Spearman "
+        f"{number(real['metrics']['spearman'], 2, sign=True)})."
+    )  # fmt: skip
+    return f"**Dispersion loss disperses:** it lowers the mean cosine in {lower} of {tested} arms that have it.{seen}"
+
+
+def _lead() -> str:
+    f, path = committed("schedule"), FOLDER.parent / "controls" / "warm-up.jsonl.gz"
+    if f is None or not path.exists():
+        return "**The early lead:** not run yet."
+    d = loss_difference(f, "cosine-0.3", "cross-entropy")
+    study = Study.from_rows(read_rows(path))
+    ends: dict[tuple[bool, float], dict[int, float]] = {}
+    for cell in study.cells.values():
+        arm = study.arm_config(cell.arm)
+        if arm is not None and arm.learning_rate is not None and cell.status == "finished":
+            scores = cell.scores[VALIDATION]
+            key = (arm.dispersion is not None, arm.learning_rate)
+            ends.setdefault(key, {})[cell.seed] = float(scores[max(scores)]["value"])
+    # each side at its own best rate of those that have more than one seed
+    best = {
+        side: min(
+            (key for key in ends if key[0] == side and len(ends[key]) > 1), key=lambda k: mean([*ends[k].values()])
+        )
+        for side in (False, True)
+    }
+    plain, dispersed = ends[best[False]], ends[best[True]]
+    both = sorted({*plain} & {*dispersed})
+    fair = estimate([dispersed[seed] - plain[seed] for seed in both], of=f)
+    return (
+        "**Most of the early lead is the baseline's warm-up:** after 2 M tokens the held-out loss with dispersion loss "
+        f"less that without is {shown(d)} with 10 % of warm-up, and {shown(fair)} with 30 % and a learning rate of its "
+        "own for either."
+    )
+
+
+def _horizon() -> str:
+    f = committed("horizon")
+    if f is None:
+        return (
+            "**Accelerator or better end point?** Not answered: the study at 20 tokens a parameter (`decondense study "
+            "horizon`, `--text` for another corpus) has not been run."
+        )
+    d = loss_difference(f, f.comparison.treated[0], f.comparison.baseline)
+    tuned = "at tuned rates and warm-ups"
+    return f"**At 20 tokens a parameter, {tuned}:** held-out loss {shown(d)}, {report_words.outcome(d)}."
+
+
+def _trained() -> str:
+    said, scores = [], []
+    for name, arm in (("table2", "angular"), ("mid-training-260k", "dispersion-0.1")):
+        f = committed(name)
+        if f is not None and arm in f.comparison.treated:
+            d = loss_difference(f, arm, f.comparison.baseline)
+            verdict = "equivalent" if d.within_margin else report_words.outcome(d)
+            said.append(f"{shown(d)} ({verdict})")
+            scores += [mean_.measure.difference(arm) for mean_ in f.comparison.means]
+    outcomes = {d.outcome for d in scores if d is not None}
+    mean_score = "has not been measured" if not outcomes else f"is {' and '.join(sorted(outcomes))}"
+    return (
+        "**Added to a model that is trained already, at the paper's weight 0.1:** the held-out loss differs by "
+        f"{' and by '.join(said)}; the mean score over the ten benchmarks {mean_score}."
+    )
+
+
+TABLES = {"results-front": front}
