@@ -320,6 +320,7 @@ def test_lightning_ends_a_step_when_its_optimizer_steps(tmp_path, cut):
     expected = by_the_book(0.5, target, np.array([mean_cosines(kept, [12] * 8)] * 5))
     settings = {"accumulate": cut[0], "batch": cut[1], "learning_rate": 0.0}
     callback = DispersionCallback(0.5, target=target)
+    keys = [f"dispersion_weight/block_0{number}" for number in (1, 2, 3)]
     _, rows = lightning_fit(tmp_path, callback, max_steps=3, **settings)
     logged = [
         [row[f"dispersion_weight/{key}"] for key in ("block_01", "block_02", "block_03")]
