@@ -82,6 +82,18 @@ def test_dispersion_part_of_a_training_step(found, case, alone):
             assert rank[f"{case}: values"][kind].item() == pytest.approx(one[f"{alone}: values"][kind].item(), abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("case", "alone"), [("target", "target"), ("target, fsdp2", "target"), ("target, callback", "target, callback")]
+)
+def test_a_target_moves_the_weights_of_one_process_on_every_rank(found, case, alone):
+    one, two = found
+    logged = [key for key in two[0][case] if key.startswith("dispersion_")]
+    assert len(logged) == 8
+    assert all(torch.equal(two[0][case][key], two[1][case][key]) for key in logged)
+    for rank in two:
+        assert greatest_difference(rank[case], one[alone]) < 1e-6
+
+
 def test_accelerate_loop(found):
     one, two = found
     for rank in two:
