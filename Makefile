@@ -8,7 +8,11 @@ OLDEST := .venv-oldest
 # torch 2.6 brings gigabytes of CUDA packages: `make test-oldest OLDEST_TORCH=2.13.0` takes another build
 OLDEST_TORCH ?= 2.6.0
 
-.PHONY: help setup demo test test-all test-oldest check format bench trial figures docs docs-serve build clean
+# what the GPU's machine has installed, where `make setup` has not run
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_PART ?=
+
+.PHONY: help setup demo test test-all test-oldest check format bench gpu kernels trial figures docs docs-serve build clean
 
 help:
 	@echo "make demo      train with and without dispersion loss, compare, report (4 to 6 minutes on 2 cores)"
@@ -17,6 +21,8 @@ help:
 	@echo "make test-all  the default and the slow tests"
 	@echo "make test-oldest  a handful of tests and the quick demo with the oldest supported versions, in .venv-oldest"
 	@echo "make bench     the benchmarks; rows go to benchmarks/results/"
+	@echo "make kernels   the Triton kernels compiled for four GPUs, none needed: registers, spills, shared memory"
+	@echo "make gpu       on one GPU, under 9 minutes, resumable: tests, speed, memory (GPU_PART=attach: one part)"
 	@echo "make trial     kills, damaged files and hostile folders: one table (about 10 minutes on 2 cores)"
 	@echo "make figures   the README's figure and every generated table, from committed rows"
 	@echo "make docs      the documentation, into site/ (docs-serve: on a local port, rebuilt on every change)"
@@ -65,10 +71,19 @@ format: $(STAMP)
 	$(BIN)/ruff format src tests benchmarks docs/hooks
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/bench_losses.py
-	$(BIN)/python benchmarks/bench_measure.py
-	$(BIN)/python benchmarks/bench_attach.py
+	$(BIN)/python benchmarks/bench_losses.py time --out benchmarks/results/losses-cpu.jsonl
+	$(BIN)/python benchmarks/bench_measure.py --out benchmarks/results/measure.jsonl
+	$(BIN)/python benchmarks/bench_attach.py --out benchmarks/results/attach.jsonl
 	$(BIN)/python benchmarks/tables.py
+
+kernels: $(STAMP)
+	$(BIN)/python benchmarks/bench_kernels_static.py --jobs $(WORKERS) --out benchmarks/results/kernels-static.jsonl
+	$(BIN)/python benchmarks/tables.py
+
+# no set-up: it must run where nothing can be installed
+gpu:
+	code=0; export PYTHONPATH=src; $(GPU_PYTHON) benchmarks/gpu.py $(if $(GPU_PART),--parts $(GPU_PART)) || code=$$?; \
+		$(GPU_PYTHON) benchmarks/tables.py; exit $$code
 
 trial: $(STAMP)
 	$(BIN)/python benchmarks/trial.py --out benchmarks/results/trial.jsonl

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from pipes import pipe_table
 
 from decondense.records import read_rows
 
-RESULTS = Path(__file__).resolve().parent / "results" / "attach.jsonl"
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def attach() -> str:
-    rows = read_rows(RESULTS) if RESULTS.exists() else []
+def attach(name: str, command: str) -> str:
+    """The newest row of each model, way of running and variant in the file ``name``."""
+    path = RESULTS / f"{name}.jsonl"
+    rows = read_rows(path) if path.exists() else []
     if not rows:
-        return "Not measured yet: `python benchmarks/bench_attach.py --out benchmarks/results/attach.jsonl`."
+        return f"Not run: no row in `benchmarks/results/{name}.jsonl`; `{command}` makes them."
     newest = {}
     for row in rows:
         params = row["params"]
@@ -25,11 +28,16 @@ def attach() -> str:
     lines = []
     for (model, how, place, variant), metrics in newest.items():
         over = "" if variant == "none" else f"{metrics['overhead_percent']:+.1f} %"
-        lines.append([model, how, place, variant, f"{metrics['step_ms']:.1f} ms", over])
+        peak = [f"{metrics['peak_bytes'] / 1e9:.2f}"] if "peak_bytes" in metrics else []
+        lines.append([model, how, place, variant, f"{metrics['step_ms']:.1f} ms", over, *peak])
+    head = ["model, step", "precision, impl", "machine", "loss", "step", "overhead", "peak, GB"][: len(lines[0])]
     return (
-        pipe_table(["model, step", "precision, impl", "machine", "loss", "step", "overhead"], lines, (4, 5))
-        + "\n\nMedians over rounds in which every variant takes one step; rows: `benchmarks/results/attach.jsonl`."
+        pipe_table(head, lines, (4, 5, 6))
+        + f"\n\nMedians over rounds in which every variant takes one step; rows: `benchmarks/results/{name}.jsonl`."
     )
 
 
-TABLES = {"attach": attach}
+TABLES = {
+    "attach": partial(attach, "attach", "python benchmarks/bench_attach.py --out benchmarks/results/attach.jsonl"),
+    "attach-gpu": partial(attach, "attach-gpu", "make gpu"),
+}

@@ -5,7 +5,8 @@
 A GPT-2-like model (6 layers, width 256, 512 tokens, vocabulary of 4,096 by default), forward, backward and AdamW.
 Rounds of one step per variant follow each other, in turning order, so that a busy machine slows all alike; a row gives
 the median step time and the median ratio of a round to its own step without the loss. Variants: no loss; all layers;
-the deep half; weight 0 (values watched). ``--compile`` compiles the model, loss included.
+the deep half; the mean cosine of all layers; weight 0 (values watched). ``--compile`` compiles the model, loss
+included. On a GPU also the peak of allocated memory of a step over what lay there before it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "all layers": {"weight": 0.1, "layers": "all"},
     "deep half": {"weight": 0.1, "layers": "deep"},
+    "mean cosine": {"weight": 0.1, "layers": "all", "form": "mean_cosine"},
     "weight 0": {"weight": 0.0, "layers": "all"},
 }
 
@@ -63,6 +65,16 @@ def stepper(arguments: argparse.Namespace, settings: dict[str, Any] | None) -> C
     return step
 
 
+def peak_bytes(step: Callable[[], None]) -> int:
+    """Most memory that one step allocates on the GPU beyond what was allocated before it."""
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=6)
@@ -89,6 +101,7 @@ def main() -> None:
     for step in steps.values():
         for _ in range(arguments.warm_up):
             step()
+    peaks = {name: peak_bytes(step) for name, step in steps.items()} if arguments.device == "cuda" else {}
     names = list(steps)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(arguments.rounds):
@@ -105,6 +118,7 @@ def main() -> None:
         metrics = {"step_ms": statistics.median(times[name]), "ratio": statistics.median(ratios)}
         metrics |= {"overhead_percent": 100 * (metrics["ratio"] - 1), "fastest_ms": min(times[name])}
         metrics["overhead_of_fastest_percent"] = 100 * (min(times[name]) / min(times["none"]) - 1)
+        metrics |= {"peak_bytes": peaks[name]} if name in peaks else {}
         extra = {} if device is None else {"gpu": device}
         rows.append(
             make_row(

@@ -1,7 +1,7 @@
 """What measuring costs beside the forward pass: wall time and peak memory, as ratios within one run.
 
     python benchmarks/bench_measure.py [--width 256 | --model DIR_OR_GGUF] [--passages 100] [--rounds 10] [--threads N]
-                                       [--no-metrics] [--out FILE.jsonl]
+                                       [--no-metrics] [--device cuda] [--out FILE.jsonl]
 
 A GPT-2-like model of 12 layers with random weights, or with ``--model`` whatever ``decondense measure`` loads, 512
 tokens a passage. Time: rounds of (forward, means, both histograms, side metrics by cost class) follow each other, so
@@ -10,7 +10,8 @@ forward pass, of the clock and of the processor time. "means, rows" are the mean
 ``rows``, "means, all" with all of them. "forward" is the model without its language-model head, which measuring
 does not need; "forward with logits" is what a plain call of the model costs. "watch": what ``CondensationWatch`` spends
 of a training step (4 sequences, forward and backward) when it watches every one. Memory: the peak of resident memory
-after the model is built, each variant in a process of its own (Linux).
+after the model is built, each variant in a process of its own (Linux); on a GPU the peak of what is allocated there,
+and no "watch", whose share of a step the clock of the host cannot tell.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def runner(variant: str, model: Any, batch_size: int) -> Callable[[Any], None]:
         def forward(ids: Any) -> None:
             with torch.no_grad():
                 for start in range(0, len(ids), batch_size):
-                    module(input_ids=ids[start : start + batch_size], use_cache=False)
+                    module(input_ids=ids[start : start + batch_size].to(model.device), use_cache=False)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
 
         return forward
     options: dict[str, Any] = {"histograms": {"pooled": ("pooled",), "both": ("pooled", "averaged")}.get(variant, ())}
@@ -105,6 +108,15 @@ def watch_share(model: Any, ids: Any) -> tuple[float, float]:
     return statistics.median(steps[1:]), statistics.median(shares[1:])
 
 
+def peak_on_gpu(run: Callable[[Any], None], ids: Any) -> int:
+    """Most memory allocated on the GPU while ``run`` works on these passages."""
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    run(ids)
+    return torch.cuda.max_memory_allocated()
+
+
 def peak_bytes(variant: str, arguments: argparse.Namespace, count: int, batch_size: int) -> int:
     """Peak resident bytes of a process that runs one variant on ``count`` passages."""
     command = [sys.executable, __file__, "--child", variant, "--width", str(arguments.width)]
@@ -122,7 +134,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=None)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--memory-passages", type=int, default=12)
+    parser.add_argument("--memory-passages", type=int, default=12, help="0: memory is not measured")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default=None, help="append rows to this .jsonl file")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -130,7 +143,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(arguments.threads)
-    model = build(arguments.width, arguments.model)
+    model = build(arguments.width, arguments.model).to(arguments.device)
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = passages(arguments.passages, vocabulary)
     if arguments.child:
@@ -145,7 +158,7 @@ def main() -> None:
     from decondense.measuring.running import _batch_size
 
     found = find_blocks(model)
-    batch_size = arguments.batch_size or _batch_size(model, found, TOKENS, False, torch.device("cpu"))
+    batch_size = arguments.batch_size or _batch_size(model, found, TOKENS, False, model.device)
     variants = ["forward", "forward with logits", "means", "pooled", "both"]
     variants += [] if arguments.no_metrics else [f"means, {cost}" for cost in COSTS]
     runs = {variant: runner(variant, model, batch_size) for variant in variants}
@@ -162,12 +175,19 @@ def main() -> None:
             cpu_seconds[variant].append(time.process_time() - cpu_start)
     few, many = arguments.memory_passages, 4 * arguments.memory_passages
     memory = {
-        variant: {n: peak_bytes(variant, arguments, n, batch_size) for n in (few, many)}
+        variant: {
+            n: peak_on_gpu(runs[variant], passages(n, vocabulary))
+            if arguments.device == "cuda"
+            else peak_bytes(variant, arguments, n, batch_size)
+            for n in (few, many)
+        }
         for variant in ("forward", "means", "both", *(["means, all"] if "means, all" in variants else []))
+        if few
     }
 
     from decondense.records import append_rows, make_row, provenance
 
+    made = provenance(**({"gpu": torch.cuda.get_device_name()} if arguments.device == "cuda" else {}))
     rows = []
     shape: dict[str, Any] = {"layers": len(found.modules), "width": model.get_input_embeddings().embedding_dim}
     shape |= {"model": Path(arguments.model).name} if arguments.model else {}
@@ -192,12 +212,10 @@ def main() -> None:
             "rounds": arguments.rounds,
             "batch_size": batch_size,
             "threads": arguments.threads,
-            "device": "cpu",
+            "device": arguments.device,
         }
         rows.append(
-            make_row(
-                "benchmark", name="measure", variant=variant, params=params, metrics=metrics, provenance=provenance()
-            )
+            make_row("benchmark", name="measure", variant=variant, params=params, metrics=metrics, provenance=made)
         )
         line = f"{variant:20s} {metrics['wall_s']:8.2f} s  {metrics['ratio_to_forward']:.3f} x"
         line += f"  cpu {metrics['cpu_ratio_to_forward']:.3f} x"
@@ -205,14 +223,15 @@ def main() -> None:
             above, growth = metrics["above_forward_bytes"] / 1e6, metrics["growth_bytes"] / 1e6
             line += f"  peak {above:+.0f} MB, growth {growth:+.0f} MB"
         print(line)
-    step_seconds, share = watch_share(model, ids[:4])
-    metrics = {"step_s": step_seconds, "share_of_step": share}
-    params = {**shape, "tokens": TOKENS, "sequences": 4, "every": 1}
-    params |= {"threads": arguments.threads, "device": "cpu"}
-    rows.append(
-        make_row("benchmark", name="measure", variant="watch", params=params, metrics=metrics, provenance=provenance())
-    )
-    print(f"{'watch, every step':20s} {100 * share:.2f} % of a training step of {step_seconds:.2f} s")
+    if arguments.device == "cpu":
+        step_seconds, share = watch_share(model, ids[:4])
+        metrics = {"step_s": step_seconds, "share_of_step": share}
+        params = {**shape, "tokens": TOKENS, "sequences": 4, "every": 1}
+        params |= {"threads": arguments.threads, "device": "cpu"}
+        rows.append(
+            make_row("benchmark", name="measure", variant="watch", params=params, metrics=metrics, provenance=made)
+        )
+        print(f"{'watch, every step':20s} {100 * share:.2f} % of a training step of {step_seconds:.2f} s")
     if arguments.out:
         append_rows(arguments.out, rows)
 

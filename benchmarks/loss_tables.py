@@ -83,7 +83,7 @@ def cpu_short() -> str:
 def gpu() -> str:
     rows = [row for row in _last(_rows("losses-gpu")) if row["name"] == "losses"]
     if not rows:
-        return "Not measured: no row in `benchmarks/results/losses-gpu.jsonl` yet.\n"
+        return "Not run: no row in `benchmarks/results/losses-gpu.jsonl`; `make gpu` makes them.\n"
     body = []
     for row in rows:
         params, metrics = row["params"], row["metrics"]

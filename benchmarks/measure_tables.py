@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from pipes import pipe_table
 
@@ -12,15 +13,15 @@ from decondense.records import Row, read_rows
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def measure() -> str:
+def measure(name: str = "measure") -> str:
     """Time and memory of each variant for each width; the newest row of a variant counts."""
-    path = RESULTS / "measure.jsonl"
+    path = RESULTS / f"{name}.jsonl"
     rows = [row for row in read_rows(path) if row["name"] == "measure"] if path.exists() else []
     newest: dict[tuple[int, str, str], Row] = {
         (row["params"].get("model", ""), row["params"]["width"], row["variant"]): row for row in rows
     }
     if not newest:
-        return ""
+        return f"Not run: no row in `benchmarks/results/{name}.jsonl`.\n"
     head = ["model", "variant", "time / forward", "peak memory above forward, MB", "growth for 4 x the passages, MB"]
     lines, watches, passages = [], [], []
     for (model, width, variant), row in sorted(newest.items(), key=lambda item: item[0][:2]):
@@ -36,14 +37,15 @@ def measure() -> str:
         lines.append([label, variant, f"{metrics['ratio_to_forward']:.2f}", above, growth])
     timed = next(row for row in rows if row["variant"] == "forward")
     params, made = timed["params"], timed["provenance"]
+    machine = f"{made.get('gpu') or made['cpu']}; torch {made['versions']['torch']}"
     note = (
         f"12 layers where a width is named, {params['tokens']} tokens, {', '.join(passages)}, {params['threads']} "
         "threads; medians "
-        f"over {params['rounds']} rounds of one run; {made['cpu']}; torch {made['versions']['torch']}."
+        f"over {params['rounds']} rounds of one run; {machine}."
     )
     if watches:
         note += f" Watching every training step (`CondensationWatch`) takes {', '.join(watches)} of it."
-    return pipe_table(head, lines, (2, 3, 4)) + f"\n\n{note} Rows: `benchmarks/results/measure.jsonl`.\n"
+    return pipe_table(head, lines, (2, 3, 4)) + f"\n\n{note} Rows: `benchmarks/results/{name}.jsonl`.\n"
 
 
 def metrics() -> str:
@@ -60,4 +62,4 @@ def metrics() -> str:
     return pipe_table(["metric", "definition", "source", "what moves it", "where it is not defined", "cost"], body)
 
 
-TABLES = {"measure": measure, "metrics": metrics}
+TABLES = {"measure": measure, "measure-gpu": partial(measure, "measure-gpu"), "metrics": metrics}

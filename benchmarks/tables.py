@@ -24,6 +24,7 @@ from front import TABLES as FRONT_TABLES
 from geometry import TABLES as GEOMETRY_TABLES
 from geometry_field import TABLES as FIELD_TABLES
 from geometry_figure import dose_figure
+from kernel_tables import TABLES as KERNEL_TABLES
 from loss_tables import TABLES as LOSS_TABLES
 from measure_tables import TABLES as MEASURE_TABLES
 from sections import TABLES as RESULT_TABLES
@@ -61,6 +62,7 @@ def demo() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     **LOSS_TABLES,
+    **KERNEL_TABLES,
     **ATTACH_TABLES,
     **MEASURE_TABLES,
     **FRONT_TABLES,

@@ -52,6 +52,8 @@ class FormInfo:
     """True if ``impl="fused"`` covers it."""
     random: bool = False
     """True if the form itself draws (and therefore needs a generator)."""
+    teacher: bool = False
+    """True if it compares with the states of a teacher (``teacher=``)."""
     cost: Cost = "pairs"
     """Products per token: with its partners (``pairs``), the smaller of n and D (``gram``), one (``mean``), ``slices``.
     """
@@ -167,6 +169,23 @@ def _forms() -> dict[str, FormInfo]:
             "features",
             cost="mean",
             extremes="all equal: 1; least -1/(n-1), when the unit vectors sum to 0",
+        ),
+        FormInfo(
+            "profile",
+            r"\big(\frac{1}{n(n-1)} \sum_{i \ne j} c_{ij} - c^*\big)^2",
+            "this package: the mean cosine of a measured layer as the target of each sequence",
+            "features",
+            cost="mean",
+            uses=("target_cosine",),
+            extremes="all equal: (1 - c*)^2; least 0, at a mean cosine of c*",
+        ),
+        FormInfo(
+            "gram",
+            r"\frac{1}{n(n-1)} \sum_{i \ne j} (c_{ij} - c'_{ij})^2",
+            "this package: the cosines c' of a teacher of any width, on the same tokens",
+            "rows",
+            extremes="as the teacher: 0, the least; greatest 4",
+            teacher=True,
         ),
         FormInfo(
             "uniformity",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
 
@@ -545,7 +546,7 @@ def test_settings_are_checked():
     with pytest.raises(ValueError, match="layer 3 does not exist"):
         attach(model, layers=[3])
     with pytest.raises(ValueError, match="weight"):
-        attach(model, -0.1)
+        attach(model, math.nan)
     with pytest.raises(AttachError, match="also weight, tau"):
         attach(model, 0.3, config=DispersionConfig(), tau=0.5)
     assert attached(model) is None

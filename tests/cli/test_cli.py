@@ -175,6 +175,13 @@ def test_env_and_version(capsys) -> None:
     assert said.strip() == f"decondense {decondense.__version__}"
 
 
+def test_a_check_of_the_gpu_needs_one(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, said, err = run(capsys, "env", "--gpu")
+    assert (status, said) == (2, "")
+    assert "--gpu needs a GPU that torch can use" in " ".join(err.split())
+
+
 def test_a_dry_run_shows_the_plan_and_runs_nothing(capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     status, said, _ = run(capsys, "study", "demo", "--dry-run", "--seeds", 2)

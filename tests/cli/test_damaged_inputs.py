@@ -186,6 +186,7 @@ def test_a_hub_out_of_reach_is_said_without_half_a_minute_of_attempts(home: Path
     assert err.strip().count("\n") == 0, "one message"
 
 
+@pytest.mark.slow
 def test_a_download_that_was_interrupted(home: Path, tmp_path: Path) -> None:
     """A cache in the hub's layout whose weights never arrived."""
     repository = tmp_path / "hub" / "models--nobody--half"

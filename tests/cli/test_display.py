@@ -148,7 +148,7 @@ def test_an_evaluation_shows_one_task_at_a_time() -> None:
 
 
 def test_measure_into_a_log_is_not_silent(tmp_path: Path, capsys, monkeypatch) -> None:
-    from measure.test_cli_measure import TEXT, save
+    from tiny_models import TEXT, save
 
     monkeypatch.setattr(display, "EVERY", 0.0)
     (tmp_path / "text.txt").write_text(TEXT)

@@ -56,7 +56,7 @@ def test_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_measure_of_a_gguf_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gguf")
-    from models.gguf_file import TEXT, write_pair
+    from gguf_file import TEXT, write_pair
 
     file, _ = write_pair(tmp_path)
     (tmp_path / "text.txt").write_text("\n\n".join([TEXT] * 4))

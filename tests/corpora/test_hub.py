@@ -488,6 +488,7 @@ def ask(endpoint: str, home: Path, *requests: dict[str, Any]) -> list[dict[str, 
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_hub_and_then_none(subsets: Path, tmp_path: Path) -> None:
     commit = "0123456789abcdef" * 2 + "01234567"
     server = subprocess.Popen(

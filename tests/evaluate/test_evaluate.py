@@ -226,6 +226,7 @@ def test_two_models_are_paired_item_by_item(whole: tuple[Evaluation, Path], data
         assert said in table.to_markdown()
 
 
+@pytest.mark.slow
 def test_the_final_checkpoint_of_a_study_is_known_and_long_answers_are_scored(tmp_path: Path) -> None:
     """Rows carry the run's identity; an answer longer than the context is the sum of its windows, by plain torch."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -519,6 +520,7 @@ def test_rows_of_another_release_score_as_the_hubs_and_the_tables_say_so(
     assert all(note in row["notes"] for row in found.rows() if row["kind"] == "eval")
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_special_tokens_scores_what_it_can(tiny: Path, data: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny, model)

@@ -7,7 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from decondense.losses import FORMS
+
 FLOAT64 = torch.float64
+
+ALONE = [name for name, info in FORMS.items() if not info.teacher]
+"""The forms that need no teacher's states; gram has a file of its own."""
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = FLOAT64) -> Tensor:

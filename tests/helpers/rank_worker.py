@@ -89,7 +89,9 @@ def plain_cases(rank: int, ranks: int) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-def one_training(folder, ranks, weight, *, average=True, fsdp=False, callback=False, lengths=RAGGED, steps=2, **loss):
+def one_training(
+    folder, ranks, weight, *, average=True, fsdp=False, callback=False, lengths=RAGGED, steps=2, times=1, **loss
+):
     settings = (
         {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}} if fsdp else {}
     )
@@ -99,6 +101,7 @@ def one_training(folder, ranks, weight, *, average=True, fsdp=False, callback=Fa
         per_device_train_batch_size=8 // ranks // steps,
         gradient_accumulation_steps=steps,
         average_tokens_across_devices=average,
+        max_steps=times,
         **settings,
     )
     if callback:
@@ -106,8 +109,9 @@ def one_training(folder, ranks, weight, *, average=True, fsdp=False, callback=Fa
     else:
         attach_trainer(trainer, weight, **loss)
     trainer.train()
-    log = next(row for row in trainer.state.log_history if "loss" in row)
-    return full(weights(trainer.model)), log["dispersion"]
+    [*_, log] = [row for row in trainer.state.log_history if "loss" in row]
+    moved = {key: torch.tensor(value) for key, value in log.items() if key.startswith(("dispersion_w", "dispersion_c"))}
+    return full(weights(trainer.model)), log["dispersion"], moved
 
 
 def trainer_cases(folder: Path, ranks: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -124,10 +128,22 @@ def trainer_cases(folder: Path, ranks: int) -> dict[str, dict[str, torch.Tensor]
         cases["trainer, fsdp2"] = {"fsdp": True}
     found = {}
     for name, settings in cases.items():
-        with_it, logged = one_training(folder, ranks, WEIGHT, **settings)
-        without, watched = one_training(folder, ranks, 0.0, **settings)
+        with_it, logged, _ = one_training(folder, ranks, WEIGHT, **settings)
+        without, watched, _ = one_training(folder, ranks, 0.0, **settings)
         found[name] = {key: with_it[key] - without[key] for key in with_it}
         found[f"{name}: values"] = {"with": torch.tensor(logged), "without": torch.tensor(watched)}
+    return found
+
+
+def target_cases(folder: Path, ranks: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights of the model, and the logged weights and cosines of its layers, after three steps with a target."""
+    cases = {"target": {}, "target, callback": {"callback": True, "lengths": LENGTHS}}
+    if ranks > 1:
+        cases["target, fsdp2"] = {"fsdp": True}
+    found = {}
+    for name, settings in cases.items():
+        trained, _, moved = one_training(folder, ranks, 0.5, target=[0.02, 0.4, 0.01], times=3, **settings)
+        found[name] = {**trained, **moved}
     return found
 
 
@@ -153,7 +169,8 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     if ranks > 1:
         dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    found = {**plain_cases(rank, ranks), **trainer_cases(folder / f"rank{rank}", ranks), **accelerate_case(ranks)}
+    found = {**plain_cases(rank, ranks), **trainer_cases(folder / f"rank{rank}", ranks)}
+    found |= {**target_cases(folder / f"rank{rank}", ranks), **accelerate_case(ranks)}
     torch.save(found, folder / f"found-{ranks}-{rank}.pt")
     if ranks > 1:
         dist.destroy_process_group()

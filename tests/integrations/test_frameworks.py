@@ -10,9 +10,11 @@ import types
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from attach_helpers import block_outputs, dispersion, gradients, greatest_difference, tiny, tokens
+from target_oracle import by_the_book, mean_cosines
 from trainer_helpers import examples, make_trainer, weights
 
 from decondense import attach, attach_trainer
@@ -301,6 +303,32 @@ def test_lightning(tmp_path):
         assert logged["dispersion"] == pytest.approx(dispersion(kept).item(), abs=1e-5)
         assert "dispersion/block_01" in logged
         assert attached(module.model) is None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("cut", [(1, 8), (4, 2)])
+def test_lightning_ends_a_step_when_its_optimizer_steps(tmp_path, cut):
+    pytest.importorskip("lightning.pytorch")
+
+    from decondense.integrations.lightning import DispersionCallback
+
+    model, ids, target = tiny(), tokens(8, 12), [0.02, 0.4, -0.01]
+    kept, hooks = block_outputs(list(model.model.layers))
+    model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    expected = by_the_book(0.5, target, np.array([mean_cosines(kept, [12] * 8)] * 5))
+    settings = {"accumulate": cut[0], "batch": cut[1], "learning_rate": 0.0}
+    callback = DispersionCallback(0.5, target=target)
+    keys = [f"dispersion_weight/block_0{number}" for number in (1, 2, 3)]
+    _, rows = lightning_fit(tmp_path, callback, max_steps=3, **settings)
+    logged = [[row[key] for key in keys] for _, row in rows if keys[0] in row]
+    np.testing.assert_allclose(logged, expected[:3], rtol=1e-6)  # Lightning logs float32
+    other = DispersionCallback(0.5, target=target)
+    other.load_state_dict(callback.state_dict())
+    _, rows = lightning_fit(tmp_path, other, max_steps=2, **settings)
+    logged = [[row[key] for key in keys] for _, row in rows if keys[0] in row]
+    np.testing.assert_allclose(logged, expected[3:5], rtol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")

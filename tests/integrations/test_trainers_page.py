@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from decondense.config import DispersionConfig
+from decondense.config import ArmConfig, DispersionConfig
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "trainers.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
@@ -49,3 +49,15 @@ def test_text_blocks_name_things_that_exist():
     for name in ("qwen3_0_6b_dispersion", "qwen3_0_6b_cross_entropy", "qwen3_debugmodel_dispersion", "to_huggingface"):
         assert name in text
         assert f"def {name}(" in source
+
+
+def test_blocks_of_the_page_on_choosing():
+    page = PAGE.with_name("choosing.md")
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    for language, code in blocks:
+        if language == "python":
+            exec(compile(code, str(page), "exec"), {})
+        else:
+            for arm in yaml.safe_load(code)["arms"]:
+                ArmConfig.parse(arm, where=str(page))
+    assert [language for language, _ in blocks] == ["python", "yaml", "yaml"]

@@ -29,9 +29,8 @@ STUDY = {
 }
 
 
-@pytest.mark.parametrize(
-    "fsdp", [pytest.param(False, id="ddp"), pytest.param(True, id="fsdp2", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [pytest.param(False, id="ddp"), pytest.param(True, id="fsdp2")])
 def test_two_ranks_train_the_same_cell_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fsdp: bool) -> None:
     monkeypatch.setenv("DECONDENSE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "study.yaml").write_text(

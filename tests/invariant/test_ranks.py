@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from attach_helpers import greatest_difference, mean_residual
+from once import once
 
 WORKER = Path(__file__).parents[1] / "helpers" / "rank_worker.py"
 
@@ -18,7 +19,11 @@ WORKER = Path(__file__).parents[1] / "helpers" / "rank_worker.py"
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What one process found, and what each of two found."""
-    folder = tmp_path_factory.mktemp("ranks")
+    folder = once(tmp_path_factory, "ranks", find)
+    return torch.load(folder / "found-1-0.pt"), [torch.load(folder / f"found-2-{rank}.pt") for rank in range(2)]
+
+
+def find(folder: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -39,7 +44,6 @@ def found(tmp_path_factory):
             process.kill()
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output[-4000:]
-    return torch.load(folder / "found-1-0.pt"), [torch.load(folder / f"found-2-{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
@@ -76,6 +80,18 @@ def test_dispersion_part_of_a_training_step(found, case, alone):
         # and what is logged is the mean over all ranks
         for kind in ("with", "without"):
             assert rank[f"{case}: values"][kind].item() == pytest.approx(one[f"{alone}: values"][kind].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("case", "alone"), [("target", "target"), ("target, fsdp2", "target"), ("target, callback", "target, callback")]
+)
+def test_a_target_moves_the_weights_of_one_process_on_every_rank(found, case, alone):
+    one, two = found
+    logged = [key for key in two[0][case] if key.startswith("dispersion_")]
+    assert len(logged) == 8
+    assert all(torch.equal(two[0][case][key], two[1][case][key]) for key in logged)
+    for rank in two:
+        assert greatest_difference(rank[case], one[alone]) < 1e-6
 
 
 def test_accelerate_loop(found):

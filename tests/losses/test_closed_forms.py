@@ -53,6 +53,7 @@ CLOSED = {
         (1 + MARGIN) ** 2,
     ),
     "mean_cosine": (0.0, S, 1.0),
+    "profile": (0.0, S**2, 1.0),
     "uniformity": (uniform(0), uniform(S), 0.0),
     "koleo": (
         -0.5 * math.log(2),
@@ -81,7 +82,7 @@ def test_orthonormal_simplex_and_equal_tokens(form: str, impl: str) -> None:
 
 
 def test_every_form_is_in_the_tables() -> None:
-    assert set(CLOSED) | {"sigreg"} == set(FORMS)
+    assert set(CLOSED) | {"sigreg", "gram"} == set(FORMS)
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])

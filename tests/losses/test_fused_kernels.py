@@ -11,7 +11,7 @@ from loss_inputs import INPUTS, randn, with_duplicates
 from torch import Tensor
 
 from decondense.config import LossConfig
-from decondense.losses import FORMS, DispersionLoss, dispersion_loss, engine, fused, vectors
+from decondense.losses import FORMS, DispersionLoss, device_check, dispersion_loss, engine, fused, vectors
 from decondense.losses.operator import _pair_sums
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -267,3 +267,29 @@ def test_the_trial_is_a_constant_to_the_compiler(device: str) -> None:
     engine._kernels_agree_once.cache_clear()
     compiled = torch.compile(step, fullgraph=True, backend="eager")
     assert torch.equal(compiled(torch.ones(3, device=device)), torch.full((3,), 2.0, device=device))
+
+
+@on_device
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_check_of_the_device_sees_errors(device: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_check, "ALLOWED", {dtype: device_check.ALLOWED[dtype]})
+    sweep = fused.sweep
+
+    def wrong(*arguments: object) -> object:
+        sums, gradient, factor = sweep(*arguments)
+        return sums, gradient, None if factor is None else 1.02 * factor
+
+    if dtype == "bfloat16":
+        monkeypatch.setattr(fused, "sweep", wrong)
+    found = device_check.check_device(device, (1, 9, 8), (1, 9, 8), 1)
+    assert set(found.errors) == set(found.auto) == {dtype}
+    assert found.right == (dtype == "float32")
+    assert ("WRONG" if dtype == "bfloat16" else "are right") in device_check.sentences(found)[1]
+    if dtype == "bfloat16":
+        assert found.errors[dtype] == pytest.approx(0.02, rel=0.3)
+
+
+def test_a_check_where_the_kernels_cannot_run() -> None:
+    found = device_check.check_device("meta", (1, 8, 4), (1, 8, 4), 1)
+    assert not found.right
+    assert device_check.sentences(found)[0].startswith("The fused kernels do not run on meta: ")

@@ -90,6 +90,7 @@ def test_a_vocabulary_with_code_does_not_run(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.filterwarnings("ignore::decondense.corpora.columns.TextWarning")
 def test_a_data_set_with_a_script_does_not_run_it(tmp_path: Path) -> None:
     from decondense.corpora.passages import sample_passages
 
@@ -178,6 +179,7 @@ def test_code_runs_when_the_user_says_so(tmp_path: Path) -> None:
     assert (tmp_path / "ran").exists(), "the folders of these tests would do harm if they could"
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_pickle_in_these_tests_would_run(tmp_path: Path) -> None:
     import pickle
 

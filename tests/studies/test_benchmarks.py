@@ -13,6 +13,7 @@ from studies.conftest import SMALL, small_study
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
 
+@pytest.mark.slow
 def test_a_study_scores_its_final_checkpoints_once(tmp_path: Path) -> None:
     (tmp_path / "data" / "lambada_openai").mkdir(parents=True)
     rows = [{"text": f"the number of the word is {number}"} for number in range(6)]

@@ -237,6 +237,7 @@ def test_an_arm_with_a_model_of_its_own_reads_the_same_data(tmp_path) -> None:
     assert wide["init_hash"] != base["init_hash"]
 
 
+@pytest.mark.slow
 def test_adapters_train_alone_and_resume(tmp_path) -> None:
     pytest.importorskip("peft")
     from decondense.training.hf import run_cell
@@ -285,6 +286,7 @@ def test_adapters_train_alone_and_resume(tmp_path) -> None:
         run_study(forgetting, tmp_path / "forget", workers=0)
 
 
+@pytest.mark.slow
 def test_measured_starts_are_measured_with_their_own_tokenizers(staged, tmp_path) -> None:
     out, _ = staged
     places = {name: str(prepared_folder(out, name) / "final") for name in ("base", "teacher")}

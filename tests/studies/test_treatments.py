@@ -106,7 +106,7 @@ def test_baselines_are_arms_that_pair_and_resume(tmp_path) -> None:
         {"name": "cross-entropy"},
         {"name": "noise", "noisy_embedding": {"alpha": 5.0}},
         {"name": "forget", "active_forgetting": {"every": 3}},
-        {"name": "all", "noisy_embedding": {}, "active_forgetting": {"every": 3}, "dispersion": {"weight": 0.3}},
+        {"name": "all", "noisy_embedding": {}, "active_forgetting": {"every": 3}, "dispersion": {"target": 0.01}},
     ]
     study = small_study(arms=arms)
     rows = run_study(study, tmp_path / "whole", workers=0)
@@ -114,6 +114,9 @@ def test_baselines_are_arms_that_pair_and_resume(tmp_path) -> None:
     assert len({row["init_hash"] for row in ends.values()}) == 1
     assert len({row["order_hash"] for row in ends.values()}) == 1
     assert len({row["final_hash"] for row in ends.values()}) == 4
+    moved = [row["dispersion_weights"] for row in rows if row["kind"] == "step" and row["arm"] == "all"]
+    assert all(set(weights) == {"block 1", "block 2"} for weights in moved)
+    assert moved[-1]["block 2"] != moved[0]["block 2"]
 
     out = tmp_path / "resumed"
     open_directory(study, out)

@@ -19,6 +19,7 @@ which is what ``output_hidden_states`` of transformers returns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -41,6 +42,8 @@ def attach(
     weight: float = _DEFAULT.weight,
     layers: str | Sequence[int] = _DEFAULT.layers,
     *,
+    target: float | Sequence[float] | str | Path | None = _DEFAULT.target,
+    teacher: nn.Module | None = None,
     config: DispersionConfig | None = None,
     schedule: WeightSchedule = _DEFAULT.schedule,
     blocks: str | None = _DEFAULT.blocks,
@@ -58,8 +61,18 @@ def attach(
 
     Args:
         model: A causal or masked language model, also inside PEFT, DDP, ``fully_shard`` or ``torch.compile`` wrappers.
-        weight: The coefficient lambda. Liu et al.: 0.1.
+        weight: The coefficient lambda; below 0 the loss is raised instead of lowered. Liu et al.: 0.1.
         layers: ``"all"``, ``"deep"`` (second half), ``"shallow"``, ``"last"``, or block numbers from 0.
+        target: Hold each layer's mean cosine at or below this instead of keeping ``weight``, which training then only
+            starts with (:mod:`decondense.attaching.target`). A number; one for each layer; the path of a profile that
+            ``decondense measure`` or :meth:`Profile.save` wrote, its mean cosines interpolated over relative depth; or
+            the name of a shipped reference (:func:`decondense.atlas.references`): its mean cosines, or for
+            ``layers="deep"`` the mean of its deep half. Cosines are of pairs of different tokens; those of profiles
+            are converted. Call :meth:`DispersionHandle.set_progress` every step. With ``form="profile"`` the weight
+            stays, and the loss is the squared difference from the target.
+        teacher: For ``form="gram"``: the model whose cosines the layers are to have, of any width and number of blocks
+            and with the same tokenizer, which cannot be checked here. It reads the same token ids in every training
+            forward, in evaluation mode and without gradients.
         config: All of these settings as one object.
         schedule: How the weight changes over training; then call :meth:`DispersionHandle.set_progress` every step.
         blocks: Dotted path of the list of blocks, where the rule of :func:`decondense.blocks.find_blocks` cannot tell.
@@ -84,6 +97,7 @@ def attach(
     """
     settings: dict[str, Any] = {
         "weight": weight,
+        "target": str(target) if isinstance(target, Path) else target,
         "layers": layers if isinstance(layers, str) else tuple(layers),
         "schedule": schedule,
         "blocks": blocks,
@@ -94,8 +108,9 @@ def attach(
     }
     if config is None:
         loss_config = LossConfig.parse(dict(loss), where="attach()")
-        return DispersionHandle(model, DispersionConfig.parse({**settings, "loss": loss_config}, where="attach()"))
+        config = DispersionConfig.parse({**settings, "loss": loss_config}, where="attach()")
+        return DispersionHandle(model, config, teacher)
     extra = [*(name for name, value in settings.items() if value != getattr(_DEFAULT, name)), *loss]
     if extra:
         raise AttachError(f"attach() got config= and also {', '.join(extra)}; put them into the DispersionConfig.")
-    return DispersionHandle(model, config)
+    return DispersionHandle(model, config, teacher)

@@ -14,6 +14,9 @@ from decondense.attaching.gradient_ratio import gradient_ratio
 from decondense.attaching.hooks import Begin, End, Keep, KeepInput, Watch, attached
 from decondense.attaching.metrics import Totals
 from decondense.attaching.output import returned_loss, share_of_step, shifts_labels, with_loss
+from decondense.attaching.target import Controller
+from decondense.attaching.target_values import resolve_target
+from decondense.attaching.teacher import Teacher
 from decondense.blocks import base_model, find_blocks, find_final_norm, resolve_layers
 from decondense.config import DispersionConfig
 from decondense.layers import EMBEDDING, FINAL_NORM, Layer, block
@@ -32,8 +35,11 @@ class DispersionHandle:
     ``copy.deepcopy(model)`` copies the hooks with a handle of their own; detach first for a plain copy.
     """
 
-    def __init__(self, model: nn.Module, config: DispersionConfig) -> None:
+    def __init__(self, model: nn.Module, config: DispersionConfig, teacher: nn.Module | None = None) -> None:
         refuse(model)
+        if config.loss.info.teacher != (teacher is not None):
+            what = "needs a teacher: attach(model, teacher=...)" if teacher is None else "has no use for a teacher"
+            raise AttachError(f"form {config.loss.form!r} {what}.")
         other = attached(model)
         if other is not None:
             raise AttachError(f"the model has a dispersion loss already: {other!r}. Call its detach() first.")
@@ -70,7 +76,6 @@ class DispersionHandle:
         # a Python number would recompile a compiled model each time that the schedule changes it; a tensor does not
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._weight_tensor = torch.zeros((), dtype=dtype, device=device)
-        self._set_weight()
         sources = {number: blocks.modules[number] for number in self._layers}
         layers = {number: block(number + 1) for number in self._layers}
         if config.final_norm:
@@ -88,6 +93,18 @@ class DispersionHandle:
         self._reader = StateReader(blocks, config.tokens_first, norm)
         self._shifts_labels = shifts_labels(base_model(blocks.root))
         self._totals = Totals(len(self._states_of), device)
+        states = list(self._states_of.values())
+        self.targets = [] if config.target is None else resolve_target(config.target, states, len(blocks))
+        """The mean cosine that each layer is held to, over pairs of different tokens; empty without a target."""
+        self._controller: Controller | None = None
+        self._losses = [self.loss] * len(states)
+        if config.loss.form == "profile" and self.targets:
+            each = [config.loss.model_copy(update={"target_cosine": value}) for value in self.targets]
+            self._losses = [DispersionLoss.from_config(one) for one in each]
+        elif self.targets:
+            self._controller = Controller(config.weight, self.targets, device)
+        self._teacher = None if teacher is None else Teacher(teacher, blocks, states)
+        self._set_weight()
 
         root = blocks.root
         self._removable = [
@@ -108,6 +125,8 @@ class DispersionHandle:
     def __repr__(self) -> str:
         loss = self.config.loss
         now = "" if self.weight == self.config.weight else f" (now {self.weight:.4g})"
+        if self.targets:
+            now += f", target={', '.join(f'{value:.4g}' for value in dict.fromkeys(self.targets))}"
         return (
             f"DispersionHandle(layers={', '.join(map(str, self._states_of.values()))} of {len(self._blocks)} blocks at "
             f"{self._blocks.path!r}, form={loss.form!r}, tau={loss.tau:g}, weight={self.config.weight:g}{now}, "
@@ -125,9 +144,15 @@ class DispersionHandle:
         return list(self._layers)
 
     @property
+    def step(self) -> int | None:
+        """The optimizer step that :meth:`set_progress` set last."""
+        return self._step
+
+    @property
     def weight(self) -> float:
-        """The weight lambda that the next training forward uses, after the schedule."""
-        return self._weight
+        """The weight lambda that the next training forward uses, after the schedule; with a target the mean of the
+        layers' weights, for which the device is waited for."""
+        return self._weight if self._controller is None else float(self._controller.mean)
 
     def detach(self) -> None:
         """Remove every hook, which restores the model. Detaching twice does nothing."""
@@ -144,6 +169,8 @@ class DispersionHandle:
         self._discarded = self._forwards = 0
         self._ratio = self._ratio_step = self._step = self._total_steps = None
         self._totals.reset()
+        if self._controller is not None:
+            self._controller.restart()
         self._set_weight()
 
     def on_detach(self, action: Callable[[], None]) -> None:
@@ -155,15 +182,36 @@ class DispersionHandle:
         fresh: dict[str, Any] = {"_on_detach": [], "_pending": None, "_states": {}, "_call": None, "_active": False}
         return {**self.__dict__, **fresh}
 
-    def set_progress(self, step: int, total_steps: int) -> None:
-        """Set the step (from 0) of the next forward and the number of steps, which determine the weight."""
+    def set_progress(self, step: int, total_steps: int | None = None) -> None:
+        """Set the step (from 0) of the next forward, and the number of steps, which only a schedule needs.
+
+        Another step than before ends that one (:meth:`end_step`).
+        """
+        if total_steps is None and not self.config.schedule.is_constant:
+            raise AttachError("the weight schedule needs the number of steps: handle.set_progress(step, total_steps).")
         if step != self._step:
+            self.end_step()
             self._forwards = 0
+            if self._controller is not None:
+                self._controller.ended = False
         self._step, self._total_steps = step, total_steps
         self._set_weight()
 
+    def end_step(self) -> None:
+        """With a target: move the weights by what the micro-batches of the step showed, once a step; else nothing.
+
+        Sums one small tensor over the ranks, so every rank must call it. :meth:`set_progress` does when the step
+        changes; call it before :meth:`state_dict` where several ranks train.
+        """
+        if self._controller is not None:
+            self._controller.end_step()
+            self._set_weight()
+
     def take(self) -> Tensor | None:
-        """With ``defer``: the loss of the last training forward with its graph, unweighted; None if there was none."""
+        """With ``defer``: the loss of the last training forward with its graph, to be multiplied by :attr:`weight`.
+
+        None if there was no forward. With a target a layer counts by its weight over the mean weight.
+        """
         taken = self.take_sum_and_count()
         return None if taken is None else taken[0] / taken[1].clamp(min=1)
 
@@ -177,7 +225,10 @@ class DispersionHandle:
 
         ``dispersion`` (mean over layers), ``dispersion_weight``, ``dispersion/block_01`` ..., ``cross_entropy`` (the
         model's own loss without the added term, if it returns one), and with ``gradient_ratio_every`` also
-        ``dispersion_gradient_ratio``. Waits for the device. ``reduce`` sums a tensor over ranks.
+        ``dispersion_gradient_ratio``. With a target also the weights of the last step by layer
+        (``dispersion_weight/block_01``, ...), whose mean is ``dispersion_weight``, and the mean cosines of the steps
+        that have ended (``dispersion_cosine``, ``dispersion_cosine/block_01``, ...). Waits for the device. ``reduce``
+        sums a tensor over ranks.
         """
         try:
             self._reader.sequences.check()
@@ -187,8 +238,10 @@ class DispersionHandle:
         if means is None:
             return {}
         values = {"dispersion": sum(means) / len(means), "dispersion_weight": self.weight}
-        for layer, mean in zip(self._states_of.values(), means, strict=True):
-            values[f"dispersion/{layer.key(len(self._blocks))}"] = mean
+        keys = [layer.key(len(self._blocks)) for layer in self._states_of.values()]
+        values.update({f"dispersion/{key}": mean for key, mean in zip(keys, means, strict=True)})
+        if self._controller is not None:
+            values.update(self._controller.pop(keys))
         if loss is not None:
             values["cross_entropy"] = loss
         if self._ratio is not None:
@@ -219,28 +272,35 @@ class DispersionHandle:
 
     def weighted(self, value: Tensor) -> Tensor:
         """``value`` times the current weight."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._controller is not None:
             return self._weight_tensor.to(value.device, value.dtype) * value
         return self._weight * value
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the schedule and of the random generator, with the configuration."""
+        """State of the schedule, of the weights that a target moves, and of the random generator; the configuration."""
         clock = {"step": self._step, "total_steps": self._total_steps, "forwards": self._forwards}
-        return {"config": self.config.model_dump(mode="json"), **clock}
+        weights = {} if self._controller is None else {"controller": self._controller.state_dict()}
+        return {"config": self.config.model_dump(mode="json"), **clock, **weights}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from :meth:`state_dict`; a state of other settings is refused."""
+    def differences(self, state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Settings of a :meth:`state_dict` that are not this handle's: then and now."""
         # parsed, so that a state of an earlier release has today's keys
         saved = DispersionConfig.parse(dict(state["config"]), where="the saved dispersion state")
         then, now = saved.model_dump(mode="json"), self.config.model_dump(mode="json")
-        different = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
-        if different:
-            pairs = ", ".join(f"{key}: {then.get(key)} then, {now.get(key)} now" for key in different)
+        return {key: (then[key], now[key]) for key in sorted(now) if then[key] != now[key]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from :meth:`state_dict`; a state of other settings is refused."""
+        pairs = ", ".join(f"{key}: {then} then, {now} now" for key, (then, now) in self.differences(state).items())
+        if pairs:
             raise AttachError(
                 f"the saved dispersion state was made with other settings ({pairs}); attach with the same."
             )
-        if state["step"] is not None and state["total_steps"] is not None:
-            self.set_progress(int(state["step"]), int(state["total_steps"]))
+        if self._controller is not None:
+            self._controller.load_state_dict(state["controller"])
+        if state["step"] is not None:
+            self._step, self._total_steps = int(state["step"]), state["total_steps"]
+        self._set_weight()
         self._forwards = int(state["forwards"])
 
     # ---- called by the hooks
@@ -251,7 +311,10 @@ class DispersionHandle:
             factor = self.config.schedule.factor(self._step, self._total_steps)
         self._off = factor == 0
         self._weight = self.config.weight * factor
-        self._weight_tensor.fill_(self._weight)
+        if self._controller is None:
+            self._weight_tensor.fill_(self._weight)
+        else:
+            self._weight_tensor.copy_(self._controller.mean)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._states = {}
@@ -286,6 +349,11 @@ class DispersionHandle:
             raise AttachError(
                 "the weight schedule needs to know the progress of training: call handle.set_progress(step, "
                 "total_steps) before each optimizer step, or use attach_trainer(trainer)."
+            )
+        if self._step is None and self._controller is not None:
+            raise AttachError(
+                "a target needs to know where an optimizer step begins: call handle.set_progress(step) before each, or "
+                "use attach_trainer(trainer)."
             )
 
     def _keep(self, key: int, module: nn.Module, output: Any) -> None:
@@ -373,16 +441,21 @@ class DispersionHandle:
             check_graph(states, self._states_of, self._sources)
         self._seed_draws()
         sums, counts = [], []
+        others = [None] * len(states) if self._teacher is None else self._teacher.states(call)
         # inside autocast the products would be taken in bfloat16
         with torch.autocast(first.device.type, enabled=False):
-            for z_BTD in states.values():
-                on_device = [None if tensor is None else tensor.to(z_BTD.device) for tensor in (mask, segments)]
-                value, count = self.loss.sum_and_count(z_BTD, *on_device)
+            for loss, z_BTD, other in zip(self._losses, states.values(), others, strict=True):
+                inputs = [None if one is None else one.to(z_BTD.device) for one in (mask, segments, other)]
+                value, count = loss.sum_and_count(z_BTD, *inputs)
                 sums.append(value.to(first.device))
                 counts.append(count.to(first.device))
-            sums_L = torch.stack(sums)
-            total, count = sums_L.mean(), counts[0]
-            self.last = total.detach() / count.clamp(min=1)
+            sums_L, count = torch.stack(sums), counts[0]
+            if self._controller is None:
+                total = sums_L.mean()
+            else:
+                total = self._controller.weigh(sums_L)
+                self._controller.observe(list(states.values()), mask, segments)
+            self.last = sums_L.detach().mean() / count.clamp(min=1)
             self._totals.add(sums_L.detach(), count)
         return total, count
 
@@ -392,7 +465,8 @@ class DispersionHandle:
         # a function of (seed, step, micro-batch) alone, so that a resumed run draws the same numbers
         purpose = f"dispersion loss, micro-batch {self._forwards}"
         self._forwards += 1
-        self.loss.generator.manual_seed(seeding.derive(self.config.loss.seed, purpose, self._step or 0))
+        for loss in self._losses:
+            loss.generator.manual_seed(seeding.derive(self.config.loss.seed, purpose, self._step or 0))
 
     def _watch(self, total: Tensor) -> None:
         node = total.grad_fn

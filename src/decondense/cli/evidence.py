@@ -75,8 +75,16 @@ def report(
         present(rows, folder, console, baseline=baseline, source=rows_file(where), json_of=command)
 
 
-def env() -> None:
+def env(
+    gpu: Annotated[
+        bool,
+        typer.Option("--gpu", help="Run the fused kernels on the GPU, compare with float64, time (about a minute)."),
+    ] = False,
+) -> None:
     """Show versions, devices and directories: what to send along with a question."""
+    if gpu:
+        _check_gpu()
+        return
     import json
 
     from decondense.corpora.embedded import cache_directory
@@ -89,6 +97,22 @@ def env() -> None:
     comparison["threads"] = torch.get_num_threads()
     comparison["cache"] = str(cache_directory())
     typer.echo(json.dumps(comparison, indent=1))
+
+
+def _check_gpu() -> None:
+    """Print what the kernels do on the GPU; exit status 1 where they are wrong or do not run, 2 without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        reason = "no driver or no visible device" if built else f"torch {torch.__version__} is built for the CPU"
+        raise ValueError(f"--gpu needs a GPU that torch can use, and there is none: {reason}. See `decondense env`.")
+    from decondense.losses.device_check import check_device, sentences
+
+    found = check_device()
+    typer.echo("\n".join(sentences(found)))
+    if not found.right:
+        raise typer.Exit(1)
 
 
 def present(

@@ -76,8 +76,15 @@ class DispersionConfig(Treatment):
     title: ClassVar[str] = "dispersion"
     torchtitan: ClassVar[bool] = True
 
-    weight: float = Field(default=0.1, ge=0)
-    """lambda. Paper: 0.1."""
+    later: ClassVar[frozenset[str]] = frozenset({"target"})
+
+    weight: float = Field(default=0.1, allow_inf_nan=False)
+    """lambda; below 0 the loss is raised instead. With ``target`` the weight that training starts with. Paper: 0.1."""
+    target: float | tuple[float, ...] | str | None = None
+    """Mean cosine over pairs of different tokens at or below which the weights of the layers are to hold them
+    (:mod:`decondense.attaching.target`): one for all chosen layers, one for each, the path of a profile
+    (``profile.json``, interpolated over relative depth), or the name of a shipped reference. With the form ``profile``
+    the weight stays, and this is what the loss aims at."""
     layers: Literal["all", "deep", "shallow", "last"] | tuple[int, ...] = "all"
     """Blocks whose outputs are dispersed. Paper: all (tables 2, 5); the deep half does better (table 3)."""
     loss: LossConfig = LossConfig()
@@ -109,6 +116,28 @@ class DispersionConfig(Treatment):
         loss = rest.get("loss", {})
         loss = loss.model_dump() if isinstance(loss, LossConfig) else loss
         return {**rest, "loss": {**loss, "seed": data["seed"]}} if isinstance(loss, dict) else rest
+
+    @model_validator(mode="after")
+    def _one_says_the_weight(self) -> DispersionConfig:
+        if self.target is None:
+            return self
+        if self.loss.info.teacher:
+            raise ValueError(f"form {self.loss.form!r} follows a teacher; omit target.")
+        numbers = [self.target] if isinstance(self.target, float) else self.target
+        if not numbers:
+            raise ValueError("target is empty; give a mean cosine, one for each layer, a profile or a reference.")
+        for value in () if isinstance(numbers, str) else numbers:
+            if not -1 <= value <= 1:  # NaN too
+                raise ValueError(f"target {value} is not a mean cosine, which lies between -1 and 1.")
+        if self.loss.form == "profile":  # which has the target in the loss, and keeps its weight
+            if self.loss.target_cosine != LossConfig().target_cosine:
+                raise ValueError("target and loss.target_cosine say the same thing; give one of them.")
+            return self
+        if self.weight <= 0:
+            raise ValueError(f"weight {self.weight:g} cannot start a search for a target; give one above 0.")
+        if not self.schedule.is_constant:
+            raise ValueError("schedule and target both say what the weight is; give one of them.")
+        return self
 
     @field_validator("layers", mode="before")
     @classmethod

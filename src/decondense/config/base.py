@@ -103,15 +103,21 @@ def formerly(old: str, new: str) -> dict[str, Any]:
     return {"validation_alias": AliasChoices(new, old), "serialization_alias": old}
 
 
-def _omit_later(config: Config, data: dict[str, Any]) -> None:
-    """Take out of ``data``, what ``config`` dumps to, every field of :attr:`Config.later` at its default."""
-    fields = type(config).model_fields
-    for name, field in fields.items():
-        value, key = getattr(config, name), field.serialization_alias or name
-        if name in config.later and value == field.default:
-            data.pop(key, None)
-        elif isinstance(value, Config) and key in data:
-            _omit_later(value, data[key])
+def _omit_later(value: Any, data: Any) -> None:
+    """Take out of ``data``, what ``value`` dumps to, the fields of :attr:`Config.later` that have their default."""
+    if isinstance(value, Config):
+        for name, field in type(value).model_fields.items():
+            inner, key = getattr(value, name), field.serialization_alias or name
+            if name in value.later and inner == field.default:
+                data.pop(key, None)
+            elif key in data:
+                _omit_later(inner, data[key])
+    elif isinstance(value, (tuple, list)):
+        for inner, part in zip(value, data, strict=True):
+            _omit_later(inner, part)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _omit_later(inner, data[key])
 
 
 class Config(BaseModel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from typing import ClassVar, Literal, TypedDict
 
 from pydantic import Field, field_validator, model_validator
 
@@ -27,6 +27,8 @@ class LossConfig(Config):
     ``pairs="grouped"`` for a form without pairs, a ``compat`` that does not cover the form, and an ``impl`` that the
     form does not have (:attr:`decondense.forms.FormInfo.implementations`).
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"target_cosine"})
 
     form: str = "angular"
     """Which objective; the names are the keys of ``decondense.losses.FORMS``."""
@@ -65,6 +67,8 @@ class LossConfig(Config):
     """``vicreg``: weight of the covariance term. VICReg: 1."""
     target_std: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """``vicreg``: standard deviation below which a feature is pushed. VICReg: 1."""
+    target_cosine: float = Field(default=0.0, ge=-1, le=1, allow_inf_nan=False)
+    """``profile``: the mean cosine that is aimed at, over pairs of different tokens."""
     slices: int = Field(default=256, ge=1)
     """``sigreg``: number of random directions."""
     knots: int = Field(default=17, ge=2)
@@ -139,6 +143,7 @@ class CallOptions(TypedDict, total=False):
     variance_weight: float
     covariance_weight: float
     target_std: float
+    target_cosine: float
     slices: int
     knots: int
 

@@ -20,6 +20,8 @@ class Dispersion:
 
     weight: float = _D.weight
     """lambda; 0 watches the dispersion and adds nothing: the control arm."""
+    target: str | None = None
+    """A mean cosine, several with commas between, a profile or a reference; refused by torchtitan's trainer."""
     layers: str = "all"
     """all, deep, shallow, last, or block numbers: 0,5,-1."""
     blocks: str | None = _D.blocks
@@ -43,6 +45,7 @@ class Dispersion:
     variance_weight: float = _D.loss.variance_weight
     covariance_weight: float = _D.loss.covariance_weight
     target_std: float = _D.loss.target_std
+    target_cosine: float = _D.loss.target_cosine
     slices: int = _D.loss.slices
     knots: int = _D.loss.knots
     seed: int = _D.loss.seed
@@ -63,8 +66,11 @@ class Dispersion:
         values: dict[str, Any] = {flag: getattr(config, name) for name, flag in _OWN.items()}
         values.update({flag: getattr(config.loss, name) for name, flag in _LOSS.items()})
         values.update({flag: getattr(config.schedule, name) for name, flag in _SCHEDULE.items()})
-        if not isinstance(config.layers, str):
-            values["layers"] = ",".join(map(str, config.layers))
+        for name in ("layers", "target"):
+            if isinstance(values[name], tuple):
+                values[name] = ",".join(map(str, values[name]))
+        if isinstance(config.target, float):
+            values["target"] = str(config.target)
         return cls(**values)
 
     def config(self) -> DispersionConfig:
@@ -72,6 +78,7 @@ class Dispersion:
         numbers = self.layers.replace(",", "").replace("-", "").replace(" ", "")
         layers: Any = [int(part) for part in self.layers.split(",")] if numbers.isdigit() else self.layers
         settings: dict[str, Any] = {name: getattr(self, flag) for name, flag in _OWN.items()}
+        settings["target"] = _numbers(self.target)
         loss = {name: getattr(self, flag) for name, flag in _LOSS.items()}
         schedule = {name: getattr(self, flag) for name, flag in _SCHEDULE.items()}
         return DispersionConfig.parse(
@@ -91,6 +98,15 @@ class Dispersion:
                 # with "=", because a list of block numbers may begin with a minus
                 found.append(f"--dispersion.{item.name}={value}")
         return found
+
+
+def _numbers(text: str | None) -> Any:
+    """What a word of the command line says: a number, several with commas between, or a name."""
+    try:
+        numbers = [float(part) for part in (text or "").split(",")]
+    except ValueError:
+        return text
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 _OWN = {name: name for name in DispersionConfig.model_fields if name not in ("loss", "schedule")}

@@ -24,6 +24,7 @@ from transformers.trainer_callback import ExportableState
 
 from decondense.attaching import AttachError, DispersionHandle, attach, attached
 from decondense.blocks import unwrap
+from decondense.config import DispersionConfig
 from decondense.integrations.plain_loss import KeepPlainLoss, PlainLoss, keep_plain_loss
 
 
@@ -97,6 +98,7 @@ class _TrainerHandle:
         self.expected, self.seen = torch.zeros_like(self.expected), torch.zeros_like(self.seen)
         self.plain.reset()
         self.handle.restart()
+        resume(self.handle, self.run)
 
     def count_step(self, *arguments: Any, **keywords: Any) -> Any:
         """Count the sequences of an optimizer step over all ranks, once the trainer has its micro-batches."""
@@ -180,9 +182,9 @@ class _TrainerHandle:
 
 
 class DispersionState(TrainerCallback, ExportableState):
-    """Stores the settings of the loss in the trainer's checkpoints, and warns when a run resumes with other settings.
+    """Stores the settings of the loss and the weights that a target moves in the trainer's checkpoints.
 
-    The schedule needs no state: it follows the trainer's step, which the Trainer restores.
+    It warns when a run resumes with other settings.
     """
 
     def __init__(self, handle: DispersionHandle | None = None) -> None:
@@ -197,21 +199,39 @@ class DispersionState(TrainerCallback, ExportableState):
         """Compare with the settings of a checkpoint."""
         if self.handle is None and model is not None:  # rebuilt by the Trainer from the checkpoint
             self.handle = attached(model)
-        stored = state.stateful_callbacks.get(type(self).__name__) or {}
-        saved = (stored.get("attributes") or {}).get("saved")
-        if self.handle is None or not saved or not state.global_step:
-            return
-        then, now = saved["config"], self.handle.config.model_dump(mode="json")
-        if then != now:
-            different = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
+        saved = _saved(state)
+        different = {} if self.handle is None or saved is None else self.handle.differences(saved)
+        if different:
             warnings.warn(
                 "resuming with another dispersion loss than the checkpoint was trained with; these settings differ: "
                 f"{', '.join(different)}.",
                 stacklevel=2,
             )
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        """Move the weights by a target, before a checkpoint is saved."""
+        if self.handle is not None:
+            self.handle.end_step()
 
-class DispersionCallback(TrainerCallback):
+
+def _saved(state: Any) -> dict[str, Any] | None:
+    """The handle's state in the checkpoint from which a run resumes; None: it does not, or the loss was not there."""
+    callbacks = state.stateful_callbacks if state.global_step else {}
+    for name in (DispersionState.__name__, DispersionCallback.__name__):
+        saved = ((callbacks.get(name) or {}).get("attributes") or {}).get("saved")
+        if saved:
+            return dict(saved)
+    return None
+
+
+def resume(handle: DispersionHandle, state: Any) -> None:
+    """Give the handle the state of the checkpoint from which a run resumes, if its settings are the same."""
+    saved = _saved(state)
+    if saved is not None and not handle.differences(saved):
+        handle.load_state_dict(saved)
+
+
+class DispersionCallback(TrainerCallback, ExportableState):
     """For launchers that accept callbacks but hide the trainer (LLaMA-Factory). Attaches when training begins.
 
     Takes the arguments of :func:`decondense.attach`. The loss is added inside the model, which does not see the other
@@ -220,8 +240,11 @@ class DispersionCallback(TrainerCallback):
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        if isinstance(keywords.get("config"), dict):  # rebuilt by the Trainer from a checkpoint
+            keywords["config"] = DispersionConfig.parse(keywords["config"], where="DispersionCallback()")
         self.arguments, self.keywords = arguments, keywords
         self.handle: DispersionHandle | None = None
+        self.saved: dict[str, Any] | None = None
         self.plain = PlainLoss()
         self._logged_step = 0
         self._micro_batches = self._ranks = 1
@@ -236,6 +259,7 @@ class DispersionCallback(TrainerCallback):
         if self.handle is not None and self.handle.is_attached and attached(model) is self.handle:
             self.plain.reset()
             self.handle.restart()
+            resume(self.handle, state)
             return
         if self.handle is not None:
             self.handle.detach()
@@ -243,6 +267,7 @@ class DispersionCallback(TrainerCallback):
         self.handle = keep_plain_loss(
             unwrap(model), lambda: attach(model, *self.arguments, **self.keywords), KeepPlainLoss(self._keep)
         )
+        resume(self.handle, state)
 
     def _keep(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
         """Scale as the Trainer later does: a divided loss is multiplied by the ranks, any other is divided."""
@@ -265,6 +290,18 @@ class DispersionCallback(TrainerCallback):
         ranks = _world_size() if getattr(args, "average_tokens_across_devices", False) else 1
         self._micro_batches, self._ranks = micro_batches, ranks
         self.handle.micro_batches = micro_batches * ranks
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        """Move the weights by a target, before a checkpoint is saved."""
+        if self.handle is not None:
+            self.handle.end_step()
+
+    def state(self) -> dict[str, Any]:
+        """The handle's state, in the format of transformers' exportable callbacks."""
+        if self.handle is None:
+            return {"args": {}, "attributes": {}}
+        saved = self.handle.state_dict()
+        return {"args": {"config": saved["config"]}, "attributes": {"saved": saved}}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **keywords: Any) -> None:
         """Add the values to the log and its history. Callbacks that ran before this one do not see them."""

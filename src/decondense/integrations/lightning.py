@@ -80,7 +80,11 @@ class DispersionCallback(Callback):  # type: ignore[misc]
             self.handle.set_progress(step, max(total or 0, 1))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the means since the last log."""
+        """Move the weights by a target when an optimizer has stepped, and log the means since the last log."""
+        if self.handle is not None and not (
+            pl_module.automatic_optimization and trainer.global_step == self.handle.step
+        ):
+            self.handle.end_step()  # before a checkpoint of this batch is saved
         every = trainer.log_every_n_steps
         step = _steps_done(trainer, pl_module)
         if self.handle is not None and every and step != self._logged and step % every == 0:

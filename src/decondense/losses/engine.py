@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,11 +92,19 @@ def _kernels_agree_once(device: str, dtype: torch.dtype) -> bool:
 
 
 def per_segment(
-    z_RND: Tensor, pairs: PairMask, s: LossConfig, engine: str, generator: torch.Generator | None = None
+    z_RND: Tensor,
+    pairs: PairMask,
+    s: LossConfig,
+    engine: str,
+    generator: torch.Generator | None = None,
+    width: int = 0,
 ) -> Tensor:
-    """Loss of each segment by an implementation, ``[U]``; 0 for segments without a pair."""
+    """Loss of each segment by an implementation, ``[U]``; 0 for segments without a pair.
+
+    ``width``: of forms with a teacher, whose states stand beside the others, the number of features before them.
+    """
     form = form_of(s)
-    drawn: tuple[Tensor, ...] = ()
+    drawn: tuple[Any, ...] = (width,) if s.info.teacher else ()
     if form.draw is not None:
         assert generator is not None
         drawn = (form.draw(z_RND.shape[-1], s, generator, z_RND),)

@@ -21,7 +21,8 @@ class Form:
     """``(z_UND, pairs_UNN, valid_UN, options)`` to the loss of each segment ``[U]``, with plain autograd.
 
     ``pairs_UNN`` are the ordered pairs that count, ``valid_UN`` the real tokens (both bool). Forms with a ``draw`` take
-    its result as a last argument, here and in ``per_segment``."""
+    its result as a last argument, here and in ``per_segment``; forms with a teacher the number of features before the
+    teacher's."""
     pair_form: Callable[[LossConfig], PairForm] | None = None
     """A sum over pairs, for the tiles and the Triton kernels."""
     extra: Callable[[Tensor, PairMask, LossConfig], Tensor] | None = None

@@ -52,6 +52,7 @@ def sum_and_count(
     mask_BT: Tensor | None = None,
     *,
     segments_BT: Tensor | None = None,
+    teacher_BTE: Tensor | None = None,
     generator: torch.Generator | None = None,
     **options: Unpack[CallOptions],
 ) -> tuple[Tensor, Tensor]:
@@ -60,7 +61,7 @@ def sum_and_count(
     For a division by a count over micro-batches or ranks; arguments as of :func:`dispersion_loss`.
     """
     s = _configure(options, "sum_and_count()")
-    return configured_sum_and_count(s, z_BTD, mask_BT, segments_BT, generator)
+    return configured_sum_and_count(s, z_BTD, mask_BT, segments_BT, generator, teacher_BTE)
 
 
 def dispersion_loss(
@@ -68,6 +69,7 @@ def dispersion_loss(
     mask_BT: Tensor | None = None,
     *,
     segments_BT: Tensor | None = None,
+    teacher_BTE: Tensor | None = None,
     generator: torch.Generator | None = None,
     **options: Unpack[CallOptions],
 ) -> Tensor:
@@ -88,6 +90,7 @@ def dispersion_loss(
         mask_BT: true (or 1) for real tokens; other tokens never change value or gradient, even if NaN.
         segments_BT: integer number of the document of each token of a packed sequence. Pairs stay within a document,
             and a document counts as a sequence does.
+        teacher_BTE: ``form="gram"``: the teacher's states of the same tokens, of any width; not differentiated.
         generator: source of all random choices (groups, subsets, directions). The global generator is never used.
         **options: the fields of :class:`decondense.config.LossConfig` but ``seed``, with its defaults: ``form`` (a key
             of :data:`decondense.losses.FORMS`), ``tau``, ``delta``, ``impl``, ``pairs``, ``within``, ``compat``, ...
@@ -99,7 +102,7 @@ def dispersion_loss(
         RuntimeError: on a second derivative, except with ``impl="reference"``.
     """
     s = _configure(options, "dispersion_loss()")
-    total, count = configured_sum_and_count(s, z_BTD, mask_BT, segments_BT, generator)
+    total, count = configured_sum_and_count(s, z_BTD, mask_BT, segments_BT, generator, teacher_BTE)
     return total / count.clamp(min=1)
 
 
@@ -109,9 +112,11 @@ def configured_sum_and_count(
     mask: Tensor | None,
     segments: Tensor | None,
     generator: torch.Generator | None,
+    teacher: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`sum_and_count` of validated options."""
     _check_input(z, mask, segments)
+    _check_teacher(s, z, teacher)
     if s.draws and generator is None:
         source = f"pairs={s.pairs!r}" if s.pairs != "all" else f"form {s.form!r}"
         raise ValueError(
@@ -119,6 +124,9 @@ def configured_sum_and_count(
             "or use DispersionLoss, which has its own."
         )
     chosen = engine.choose(s, z)
+    width = z.shape[-1]
+    if teacher is not None:  # side by side, so that every choice of tokens below is that of both
+        z = torch.cat([z, teacher.detach().to(z.dtype)], dim=-1)
     if s.within != "sequence":
         if segments is not None:
             raise ValueError(f"segments keep pairs within a document, within={s.within!r} does not; give only one.")
@@ -142,7 +150,7 @@ def configured_sum_and_count(
             assert generator is not None
             order, pairs = pairs.grouped(s.group_size, generator, z.device)
             z = gather_rows(z, order, pairs.row_size)
-        value_U = engine.per_segment(z, pairs, s, chosen, generator)
+        value_U = engine.per_segment(z, pairs, s, chosen, generator, width)
         return value_U.sum(), pairs.count_U().sum()
 
 
@@ -170,6 +178,18 @@ def _check_input(z: Tensor, mask: Tensor | None, segments: Tensor | None) -> Non
             raise ValueError(f"{name} is on {other.device}, hidden states are on {z.device}; move it there.")
     if segments is not None and (segments.is_floating_point() or segments.dtype == torch.bool):
         raise ValueError(f"segments must be integers (the number of each token's document), got {segments.dtype}.")
+
+
+def _check_teacher(s: LossConfig, z: Tensor, teacher: Tensor | None) -> None:
+    if s.info.teacher != (teacher is not None):
+        if teacher is None:
+            raise ValueError(f"form {s.form!r} compares with a teacher's states of the same tokens: give teacher_BTE.")
+        raise ValueError(f"form {s.form!r} has no use for a teacher's states; omit teacher_BTE.")
+    if teacher is not None and (teacher.shape[:-1] != z.shape[:2] or teacher.device != z.device):
+        raise ValueError(
+            f"the teacher's states have shape {list(teacher.shape)} on {teacher.device}, the hidden states "
+            f"{list(z.shape)} on {z.device}; both must be states of the same tokens on one device."
+        )
 
 
 show_options(sum_and_count, CallOptions)

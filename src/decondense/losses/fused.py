@@ -24,14 +24,16 @@ implementation's.
 With ``TRITON_INTERPRET=1`` set before triton is imported the kernels run on a CPU, which is how the tests prove them;
 the interpreter cannot multiply bfloat16, so there the (already rounded) operands are upcast, which changes no product.
 
-Shape suffixes: ``R`` rows, ``N`` tokens of a row, ``D`` features.
+Shape suffixes: ``R`` rows, ``N`` tokens of a row, ``D`` features. A program of a kernel takes ``BM`` tokens, and ``BC``
+features (``_weights``: other tokens) at a time; ``LAUNCHES`` has their sizes.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -68,6 +70,25 @@ _HINGE = tl.constexpr(3)
 _FUNCTIONS = {"angular": 0, "orthogonalization": 1, "exponential": 2, "hinge": 3}
 
 
+class Launch(NamedTuple):
+    """How a kernel is started: its block sizes (powers of two; ``across`` shrinks with the input), warps, stages."""
+
+    tokens: int
+    across: int
+    warps: int
+    stages: int
+
+
+LAUNCHES = {
+    "_norms": Launch(16, 128, 8, 2),
+    "_operand": Launch(16, 128, 8, 2),
+    "_weights": Launch(16, 64, 8, 2),
+    "_tangent": Launch(16, 128, 8, 2),
+}
+"""Chosen so that nothing spills and the registers leave room for half of a multiprocessor's warps or more, as compiled
+for sm_90 and dimensions that 16 divides (``benchmarks/bench_kernels_static.py --sweep sm_90``). Not timed on a GPU."""
+
+
 def available(device: torch.device) -> bool:
     """Whether the kernels can run on tensors of this device."""
     return device.type == "cuda" or (_INTERPRETED and device.type == "cpu")
@@ -92,7 +113,7 @@ def _narrow(x, dtype: tl.constexpr, TF32: tl.constexpr):
 
 @triton.jit
 def _norms(
-    z_p, valid_p, inverse_p, partial_p, N, D, blocks, HAS_VALID: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr
+    z_p, valid_p, inverse_p, partial_p, N, D, blocks, HAS_VALID: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr
 ):
     """1/|z| per token (0 for zero vectors and tokens that are not real), and the sum of unit vectors of BM tokens."""
     row = tl.program_id(0).to(tl.int64)
@@ -101,8 +122,8 @@ def _norms(
     here = i < N
     base = z_p + (row * N + i[:, None]) * D
     largest = tl.zeros((BM,), tl.float32)
-    for k in range(0, D, BD):
-        d = k + tl.arange(0, BD)
+    for k in range(0, D, BC):
+        d = k + tl.arange(0, BC)
         z = tl.load(base + d[None, :], mask=here[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(z), 1))
     present = (largest > _ZERO_NORM) & here
@@ -110,15 +131,15 @@ def _norms(
         present = present & (tl.load(valid_p + row * N + i, mask=here, other=0) != 0)
     scale = 1.0 / tl.where(present, largest, 1.0)
     square = tl.zeros((BM,), tl.float32)
-    for k in range(0, D, BD):
-        d = k + tl.arange(0, BD)
+    for k in range(0, D, BC):
+        d = k + tl.arange(0, BC)
         z = tl.load(base + d[None, :], mask=here[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
         z = tl.where(present[:, None], z, 0.0) * scale[:, None]
         square += tl.sum(z * z, 1)
     inverse = tl.where(present, scale / tl.sqrt(tl.where(present, square, 1.0)), 0.0)
     tl.store(inverse_p + row * N + i, inverse, mask=here)
-    for k in range(0, D, BD):
-        d = k + tl.arange(0, BD)
+    for k in range(0, D, BC):
+        d = k + tl.arange(0, BC)
         z = tl.load(base + d[None, :], mask=here[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
         total = tl.sum(tl.where(present[:, None], z, 0.0) * inverse[:, None], 0)
         tl.store(partial_p + (row * blocks + block) * D + d, total, mask=d < D)
@@ -127,7 +148,7 @@ def _norms(
 @triton.jit
 def _operand(
     z_p, valid_p, inverse_p, mean_p, out_p, square_p, N, D,
-    HAS_VALID: tl.constexpr, TF32: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    HAS_VALID: tl.constexpr, TF32: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """d = z/|z| - mean in the operand's dtype (0 where not real), and |d|^2 of what was stored."""
     row = tl.program_id(0).to(tl.int64)
@@ -139,8 +160,8 @@ def _operand(
     inverse = tl.load(inverse_p + row * N + i, mask=here, other=0.0)
     place = (row * N + i[:, None]) * D
     square = tl.zeros((BM,), tl.float32)
-    for k in range(0, D, BD):
-        d = k + tl.arange(0, BD)
+    for k in range(0, D, BC):
+        d = k + tl.arange(0, BC)
         inside = here[:, None] & (d[None, :] < D)
         z = tl.load(z_p + place + d[None, :], mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(mean_p + row * D + d, mask=d < D, other=0.0)
@@ -173,7 +194,7 @@ def _arccos(one_minus, x):
 def _weights(
     s_p, w_p, valid_p, label_p, inverse_p, square_p, sum_p, weight_sum_p, gap_sum_p, N, rate, kappa, floor, margin,
     KIND: tl.constexpr, DIAGONAL: tl.constexpr, HAS_VALID: tl.constexpr, HAS_LABEL: tl.constexpr,
-    GRADIENT: tl.constexpr, TF32: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    GRADIENT: tl.constexpr, TF32: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """For BM tokens against all of their row: f summed per token, W = f'/slope stored and summed per token."""
     row = tl.program_id(0).to(tl.int64)
@@ -189,8 +210,8 @@ def _weights(
     total = tl.zeros((BM,), tl.float32)
     weight_total = tl.zeros((BM,), tl.float32)
     gap_total = tl.zeros((BM,), tl.float32)
-    for start in range(0, N, BN):
-        j = start + tl.arange(0, BN)
+    for start in range(0, N, BC):
+        j = start + tl.arange(0, BC)
         here_j = j < N
         inside = here_i[:, None] & here_j[None, :]
         place = (row * N + i[:, None]) * N + j[None, :]
@@ -243,7 +264,7 @@ def _weights(
 
 @triton.jit
 def _tangent(
-    z_p, x_p, a_p, inverse_p, weight_sum_p, gap_sum_p, mean_p, out_p, N, D, BM: tl.constexpr, BD: tl.constexpr
+    z_p, x_p, a_p, inverse_p, weight_sum_p, gap_sum_p, mean_p, out_p, N, D, BM: tl.constexpr, BC: tl.constexpr
 ):
     """sum_j W_ij (zhat_j - c_ij zhat_i), tangent at zhat_i, into the gradient's dtype.
 
@@ -259,8 +280,8 @@ def _tangent(
     on_x = on_m - weight
     place = (row * N + i[:, None]) * D
     along = tl.zeros((BM,), tl.float32)
-    for k in range(0, D, BD):
-        d = k + tl.arange(0, BD)
+    for k in range(0, D, BC):
+        d = k + tl.arange(0, BC)
         inside = here[:, None] & (d[None, :] < D)
         z = tl.load(z_p + place + d[None, :], mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_p + place + d[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -268,8 +289,8 @@ def _tangent(
         m = tl.load(mean_p + row * D + d, mask=d < D, other=0.0)
         u = tl.where(inverse[:, None] > 0, z * inverse[:, None], 0.0)
         along += tl.sum((a + on_x[:, None] * x + on_m[:, None] * m[None, :]) * u, 1)
-    for k in range(0, D, BD):
-        d = k + tl.arange(0, BD)
+    for k in range(0, D, BC):
+        d = k + tl.arange(0, BC)
         inside = here[:, None] & (d[None, :] < D)
         z = tl.load(z_p + place + d[None, :], mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_p + place + d[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -299,15 +320,35 @@ def _chunk_rows(rows: int, n: int, width: int, operand_bytes: int) -> int:
     return max(1, min(rows, budget // per_row))
 
 
+def _run(kernel: Any, grid: tuple[int, int], *arguments: Any, **constants: Any) -> None:
+    kernel[grid](*arguments, **constants)
+
+
+def _launch(run: Callable[..., Any], kernel: Any, count: int, n: int, across: int, *arguments: Any, **constants: Any):
+    """Start a kernel over ``count`` rows of n tokens as ``LAUNCHES`` has it."""
+    chosen = LAUNCHES[kernel.__name__]
+    blocks = {"BM": chosen.tokens, "BC": min(chosen.across, triton.next_power_of_2(across))}
+    options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
+    run(kernel, (count, triton.cdiv(n, chosen.tokens)), *arguments, **constants, **blocks, **options)
+
+
 def sweep(
-    z_RND: Tensor, valid_RN: Tensor | None, label_RN: Tensor | None, form: PairForm, want_gradient: bool
+    z_RND: Tensor,
+    valid_RN: Tensor | None,
+    label_RN: Tensor | None,
+    form: PairForm,
+    want_gradient: bool,
+    run: Callable[..., Any] = _run,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As :func:`decondense.losses.chunked.sweep`: sums per token, gradient of the segment's sum per token, its
-    factor."""
+    factor.
+
+    ``run(kernel, grid, *arguments, **constants)`` starts a kernel; with one that only compiles, z may be on ``meta``.
+    """
     kernel = form.kernel()
     assert kernel is not None, form
     assert z_RND.dtype != torch.float64
-    assert available(z_RND.device), z_RND.device
+    assert available(z_RND.device) or z_RND.is_meta, z_RND.device
     z_RND = z_RND.contiguous()
     rows, n, width = z_RND.shape
     device = z_RND.device
@@ -321,9 +362,7 @@ def sweep(
     narrow = operand == torch.float32 and vectors.rounds_products(z_RND)
     # where rounding (of products to 24, or of operands to 8 bits) may put a pair below delta
     floor = max(0.25 * kernel.delta**2, 1e-12)
-    block_d = min(256, triton.next_power_of_2(width))
-    block_m = 16
-    blocks = triton.cdiv(n, block_m)
+    blocks = triton.cdiv(n, LAUNCHES["_norms"].tokens)
     chunk = _chunk_rows(rows, n, width, operand.itemsize)
     none: Any = inverse_RN  # a pointer for arguments that the kernel does not read
     for start in range(0, rows, chunk):
@@ -334,29 +373,29 @@ def sweep(
         q = none if label is None else label[part]
         has_valid, has_label = valid is not None, label is not None
         partial = torch.empty(count, blocks, width, **new)  # type: ignore[call-overload]
-        grid = (count, blocks)
-        _norms[grid](z, v, inverse, partial, n, width, blocks, HAS_VALID=has_valid, BM=block_m, BD=block_d)
+        _launch(run, _norms, count, n, width, z, v, inverse, partial, n, width, blocks, HAS_VALID=has_valid)
         present = (inverse > 0).sum(dim=1, keepdim=True).clamp(min=1)
         mean = partial.sum(dim=1).div_(present)
         x = torch.empty(z.shape, dtype=operand, device=device)
         square = torch.empty(count, n, **new)  # type: ignore[call-overload]
-        _operand[grid](
-            z, v, inverse, mean, x, square, n, width, HAS_VALID=has_valid, TF32=narrow, BM=block_m, BD=block_d
+        _launch(
+            run, _operand, count, n, width, z, v, inverse, mean, x, square, n, width, HAS_VALID=has_valid, TF32=narrow
         )
         S = _product(x, x.mT)
         # float32 weights go where the products were; narrower ones need a place of their own
         W = S if operand == torch.float32 else torch.empty(S.shape, dtype=operand, device=device)
         weight_sum, gap_sum = torch.empty(2, count, n, **new)  # type: ignore[call-overload]
-        _weights[grid](
+        _launch(
+            run, _weights, count, n, n,
             S, W, v, q, inverse, square, sums, weight_sum, gap_sum,
             n, kernel.rate, kernel.kappa, floor, kernel.margin,
             KIND=_FUNCTIONS[kernel.function], DIAGONAL=form.diagonal, HAS_VALID=has_valid, HAS_LABEL=has_label,
-            GRADIENT=want_gradient, TF32=narrow, BM=block_m, BN=min(128, triton.next_power_of_2(n)),
+            GRADIENT=want_gradient, TF32=narrow,
         )  # fmt: skip
         if gradient is not None:
             A = _product(W, x)
-            _tangent[grid](
-                z, x, A, inverse, weight_sum, gap_sum, mean, gradient[part], n, width, BM=block_m, BD=block_d
+            _launch(
+                run, _tangent, count, n, width, z, x, A, inverse, weight_sum, gap_sum, mean, gradient[part], n, width
             )
     factor_RN = inverse_RN.mul_(2.0 * kernel.slope) if want_gradient else None
     return sums_RN, gradient, factor_RN

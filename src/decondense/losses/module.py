@@ -44,15 +44,25 @@ class DispersionLoss(nn.Module):
         return self._generator
 
     def sum_and_count(
-        self, z_BTD: Tensor, mask_BT: Tensor | None = None, segments_BT: Tensor | None = None
+        self,
+        z_BTD: Tensor,
+        mask_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        teacher_BTE: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sum of the segment losses and number of segments with at least two real tokens: two 0-dim tensors."""
         generator = self.generator if self.config.draws else None
-        return configured_sum_and_count(self.config, z_BTD, mask_BT, segments_BT, generator)
+        return configured_sum_and_count(self.config, z_BTD, mask_BT, segments_BT, generator, teacher_BTE)
 
-    def forward(self, z_BTD: Tensor, mask_BT: Tensor | None = None, segments_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        z_BTD: Tensor,
+        mask_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        teacher_BTE: Tensor | None = None,
+    ) -> Tensor:
         """Mean over the segments with at least two real tokens, a 0-dim tensor; see :func:`dispersion_loss`."""
-        total, count = self.sum_and_count(z_BTD, mask_BT, segments_BT)
+        total, count = self.sum_and_count(z_BTD, mask_BT, segments_BT, teacher_BTE)
         return total / count.clamp(min=1)
 
     def extra_repr(self) -> str:

@@ -8,6 +8,8 @@ Shape suffixes: ``R`` rows, ``U`` segments, ``N`` tokens of a row or segment, ``
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from decondense.losses.forms import form_of
 from decondense.losses.pair_mask import PairMask
 
 
-def per_segment(z_RND: Tensor, pairs: PairMask, s: LossConfig, *drawn: Tensor) -> Tensor:
+def per_segment(z_RND: Tensor, pairs: PairMask, s: LossConfig, *drawn: Any) -> Tensor:
     """Loss of each segment, ``[U]``; 0 for segments without a pair. Differentiable, twice too."""
     definition = form_of(s).definition
     z_RND = z_RND.to(pairs.pairs_U.dtype)

@@ -208,6 +208,15 @@ class Chunk:
         if self.label is not None:
             E.masked_fill_(self.label[:, i].unsqueeze(2) != self.label[:, j].unsqueeze(1), -math.inf)
 
+    def clear(self, E: Tensor, i: slice, j: slice) -> None:
+        """Set the pairs of a tile that do not count to 0, the diagonal among them, in place."""
+        if i.start == j.start:
+            E.diagonal(dim1=1, dim2=2).zero_()
+        if self.valid is not None:
+            E.masked_fill_(~(self.valid[:, i].unsqueeze(2) & self.valid[:, j].unsqueeze(1)), 0.0)
+        if self.label is not None:
+            E.masked_fill_(self.label[:, i].unsqueeze(2) != self.label[:, j].unsqueeze(1), 0.0)
+
     def tiles(self, *, symmetric: bool) -> Iterator[tuple[slice, slice]]:
         """Tiles row by row; ``symmetric``: on and above the diagonal only."""
         n = self.p.x.shape[1]

@@ -109,6 +109,12 @@ class StepRow(_CellRow):
     dispersion: float | None = None
     """Value of the dispersion loss (before its weight), mean over layers."""
     dispersion_weight: float | None = None
+    """Weight of the dispersion loss; with a target the mean over layers of the weights of the last step."""
+    dispersion_weights: dict[str, float] | None = None
+    """With a target: these weights, by layer."""
+    dispersion_cosines: dict[str, float] | None = None
+    """With a target: mean cosine of different tokens of the training sequences, which the weights answer to, by layer.
+    """
     distillation: float | None = None
     """Value of the distillation loss (before its weight)."""
     timing: dict[str, Any] = {}

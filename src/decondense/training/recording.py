@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from decondense.layers import parse
 from decondense.records import make_row
 from decondense.stopping import SAVE_FIRST, Stopped, save_requested
 from decondense.training import checkpoints
@@ -85,6 +86,8 @@ class Recorder(TrainerCallback):
                 gradient_norm=norm if math.isfinite(norm) else None,
                 dispersion=logs.get("dispersion"),
                 dispersion_weight=logs.get("dispersion_weight"),
+                dispersion_weights=_by_layer(logs, "dispersion_weight"),
+                dispersion_cosines=_by_layer(logs, "dispersion_cosine"),
                 timing={"step_wall_ms": 1e3 * median(wall), "step_cpu_ms": 1e3 * median(cpu)},
             )
         )
@@ -117,3 +120,9 @@ class Recorder(TrainerCallback):
                 torch.distributed.barrier()
             assert SAVE_FIRST is not None
             raise Stopped(SAVE_FIRST)
+
+
+def _by_layer(logs: dict[str, Any], name: str) -> dict[str, float] | None:
+    """The logged values ``name/LAYER`` by the layers' labels; None: there are none."""
+    keys = {key: key.removeprefix(f"{name}/") for key in logs if key.startswith(f"{name}/")}
+    return {parse(layer).label: logs[key] for key, layer in keys.items()} or None

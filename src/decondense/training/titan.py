@@ -50,6 +50,11 @@ class DispersionTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(self, config: DispersionTrainer.Config) -> None:
         settings = config.dispersion.config()
+        if settings.target is not None:
+            raise ConfigError(
+                "dispersion.target is not supported: torchtitan's checkpoints would not hold the weights that it has "
+                "moved, so a resumed run would be another one. Give a weight and a schedule."
+            )
         if not config.training.disable_cuda_graphs:
             raise ConfigError(
                 "CUDA graphs would replay the weight and the divisor of the first step; set "

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import get_args
 
+from pydantic import model_validator
+
 from decondense.config.attach import DispersionConfig
 from decondense.config.base import Config
 from decondense.config.treatment import RunCost, Treatment
@@ -47,6 +49,15 @@ class Treatments(Config):
     """An input embedding that is drawn anew in periods."""
     distillation: DistillationConfig | None = None
     """A larger model as the teacher."""
+
+    @model_validator(mode="after")
+    def _has_its_teacher(self) -> Treatments:
+        if self.dispersion is not None and self.dispersion.loss.info.teacher and self.distillation is None:
+            raise ValueError(
+                f"dispersion.loss.form {self.dispersion.loss.form!r} needs the teacher of distillation in the same "
+                "arm; with distillation.weight: 0 its predictions have no part."
+            )
+        return self
 
     @property
     def treatments(self) -> dict[str, Treatment]:

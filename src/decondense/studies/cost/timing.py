@@ -68,7 +68,9 @@ class Timer:
 
     def _step(self, run: Run, size: Size, flops: float, dispersion: DispersionConfig | None) -> float | None:
         model = self.models.resolved(run.model)
-        plain = None if dispersion is None else dispersion.model_dump_json(exclude={"schedule", "seed", "weight"})
+        plain = (
+            None if dispersion is None else dispersion.model_dump_json(exclude={"schedule", "seed", "target", "weight"})
+        )
         key = " ".join(
             [
                 model.model_dump_json(exclude={"lora", "parameters"}),
@@ -98,6 +100,8 @@ class Timer:
         from decondense.config import WeightSchedule
         from decondense.seeding import generator
 
+        if dispersion is not None and dispersion.loss.info.teacher:
+            return None  # the teacher may not be there yet
         train = run.train
         cuda = torch.cuda.is_available()
         device = torch.device("cuda" if cuda else "cpu")
@@ -119,7 +123,7 @@ class Timer:
             if train.gradient_checkpointing:
                 model.gradient_checkpointing_enable()
             if dispersion is not None:
-                attach(model, config=dispersion.model_copy(update={"schedule": WeightSchedule()}))
+                attach(model, config=dispersion.model_copy(update={"schedule": WeightSchedule(), "target": None}))
             optimizer = torch.optim.AdamW(model.parameters())
             vocabulary = int(model.config.get_text_config().vocab_size)
             shape = (sequences, train.max_seq_length)

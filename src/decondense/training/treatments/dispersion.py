@@ -10,6 +10,7 @@ from decondense.attaching import DispersionHandle
 from decondense.config import DispersionConfig
 from decondense.integrations.huggingface import attach_trainer
 from decondense.training.treatments.applied import Applied
+from decondense.training.treatments.distillation import Teacher
 
 if TYPE_CHECKING:
     from decondense.training.cell import Cell
@@ -28,5 +29,7 @@ class AttachedDispersion(Applied):
 
 
 def prepare(config: DispersionConfig, trainer: StudyTrainer, model: PreTrainedModel, cell: Cell) -> AttachedDispersion:
-    """Attach the loss to the trainer."""
-    return AttachedDispersion(attach_trainer(trainer, config=config))
+    """Attach the loss to the trainer; with the arm's teacher where the form compares with one."""
+    distillation = trainer.treatments.get("distillation") if config.loss.info.teacher else None
+    teacher = distillation.model if isinstance(distillation, Teacher) else None
+    return AttachedDispersion(attach_trainer(trainer, config=config, teacher=teacher))
