@@ -171,7 +171,7 @@ def _text(path: Path, position: Position, newline: str | None = None) -> Iterato
         try:
             yield lines() if raw.seekable() else iter(stream)
         finally:
-            stream.detach().detach()  # the file is closed where it was opened
+            stream.detach().detach()  # type: ignore[attr-defined]  # whoever opened the file closes it
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------

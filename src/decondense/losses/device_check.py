@@ -70,7 +70,7 @@ def check_device(
 
 def _gradient(z: Tensor, mask: Tensor | None, form: str, impl: Impl) -> Tensor:
     z = z.clone().requires_grad_()
-    dispersion_loss(z, mask, form=form, impl=impl).backward()  # type: ignore[arg-type, no-untyped-call]
+    dispersion_loss(z, mask, form=form, impl=impl).backward()  # type: ignore[no-untyped-call]
     assert z.grad is not None
     return z.grad.double()
 
@@ -81,11 +81,14 @@ def _error(z: Tensor, mask: Tensor, form: str) -> float:
 
 
 def _milliseconds(z: Tensor, impl: Impl) -> float:
-    synchronise = torch.cuda.synchronize if z.is_cuda else lambda: None
-    synchronise()
+    def wait() -> None:
+        if z.is_cuda:
+            torch.cuda.synchronize()
+
+    wait()
     start = time.perf_counter()
     _gradient(z, None, "angular", impl)
-    synchronise()
+    wait()
     return 1000 * (time.perf_counter() - start)
 
 
