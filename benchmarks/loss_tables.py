@@ -91,7 +91,8 @@ def gpu() -> str:
             cells = ["out of memory", "", ""]
         else:
             ratio = f"{metrics['ratio_to_naive']:.3f}" if "ratio_to_naive" in metrics else ""
-            cells = [f"{metrics['wall_ms']:.2f}", ratio, f"{metrics['peak_bytes'] / 1e6:.0f}"]
+            peak = f"{metrics['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in metrics else ""
+            cells = [f"{metrics['wall_ms']:.2f}", ratio, peak]
         body.append([" x ".join(map(str, params["shape"])), params["dtype"], row["variant"], *cells])
     head = ["B x T x D", "dtype", "variant", "forward + backward, ms", "ratio to naive", "peak memory, MB"]
     return pipe_table(head, body, (3, 4, 5)) + f"\n\n{_machine(rows[-1])}\n"
