@@ -639,7 +639,7 @@ OTHER: dict[str, Any] = {
 OTHER_LOSS: dict[str, Any] = {
     "form": "hinge", "tau": 1 / 3, "delta": 0.0123, "impl": "reference", "pairs": "subset", "group_size": 9,
     "subset_size": 11, "within": "batch", "compat": "lm-dispersion:t=0.1", "gradient": "recompute", "margin": 0.25,
-    "norm_weight": 0.7, "variance_weight": 2.5, "covariance_weight": 3.5, "target_std": 0.5, "slices": 5, "knots": 4,
+    "norm_weight": 0.7, "variance_weight": 2.5, "covariance_weight": 3.5, "target_std": 0.5, "target_cosine": 0.2, "slices": 5, "knots": 4,
     "seed": 8,
 }  # fmt: skip
 OTHER_SCHEDULE: dict[str, Any] = {
@@ -657,7 +657,7 @@ def one_by_one() -> list[dict[str, Any]]:
 
 
 def test_every_field_of_a_dispersion_loss_reaches_torchtitan() -> None:
-    assert set(OTHER) | {"loss", "schedule"} == set(DispersionConfig.model_fields)
+    assert set(OTHER) | {"loss", "schedule", "target"} == set(DispersionConfig.model_fields)
     assert set(OTHER_LOSS) == set(LossConfig.model_fields)
     assert set(OTHER_SCHEDULE) == set(WeightSchedule.model_fields)
     tried = 0
@@ -674,6 +674,13 @@ def test_every_field_of_a_dispersion_loss_reaches_torchtitan() -> None:
         (words,) = [shlex.split(line) for line in joined.splitlines() if "qwen3_0_6b_dispersion" in line]
         assert section_of(words).config() == asked, changes
     assert tried >= 25
+
+
+def test_an_arm_with_a_target_is_omitted_with_its_reason() -> None:
+    arms = [{"name": "cross-entropy"}, {"name": "held", "dispersion": {"target": 0.1}}]
+    lines = launches(StudyConfig.parse({**TITAN, "arms": arms}, where="test"), [], Path("out"))[0].lines
+    assert "# held is omitted: torchtitan has no dispersion.target of the study's" in lines
+    assert not any("dispersion.target" in line for line in lines if not line.startswith("#"))
 
 
 def test_the_settings_of_an_arm_reach_torchtitan() -> None:

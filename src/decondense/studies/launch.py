@@ -211,6 +211,8 @@ def _in_loop(words: list[str]) -> list[str]:
 def _not_in_torchtitan(arm: ArmConfig) -> str | None:
     """The first treatment or setting of an arm that the commands cannot pass on."""
     missing = [name for name, treatment in arm.treatments.items() if not treatment.torchtitan]
+    if arm.dispersion is not None and arm.dispersion.target is not None:
+        missing.append("dispersion.target")  # its checkpoints would not hold the weights
     missing += [name for name in ("learning_rate", "model") if getattr(arm, name) is not None]
     missing += ["untrained"] if arm.untrained else []
     return next(iter(missing), None)
