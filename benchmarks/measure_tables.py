@@ -30,18 +30,18 @@ def measure(name: str = "measure") -> str:
             watches.append(f"{100 * metrics['share_of_step']:.2f} % ({label})")
             continue
         if variant == "forward":
-            passages.append(f"{row['params']['passages']} passages ({label})")
+            passages.append(f"{row['params']['passages']} passages in {row['params']['rounds']} rounds ({label})")
         above, growth = (
             f"{metrics[key] / 1e6:+.0f}" if key in metrics else "" for key in ("above_forward_bytes", "growth_bytes")
         )
         lines.append([label, variant, f"{metrics['ratio_to_forward']:.2f}", above, growth])
-    timed = next(row for row in rows if row["variant"] == "forward")
+    timed = next(row for row in reversed(rows) if row["variant"] == "forward")
+    processors = dict.fromkeys(row["provenance"]["cpu"] for row in newest.values())
     params, made = timed["params"], timed["provenance"]
-    machine = f"{made.get('gpu') or made['cpu']}; torch {made['versions']['torch']}"
+    machine = f"{made.get('gpu') or ' and '.join(processors)}; torch {made['versions']['torch']}"
     note = (
         f"12 layers where a width is named, {params['tokens']} tokens, {', '.join(passages)}, {params['threads']} "
-        "threads; medians "
-        f"over {params['rounds']} rounds of one run; {machine}."
+        f"threads; medians over the rounds of one run; {machine}."
     )
     if watches:
         note += f" Watching every training step (`CondensationWatch`) takes {', '.join(watches)} of it."
