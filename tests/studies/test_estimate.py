@@ -639,8 +639,8 @@ OTHER: dict[str, Any] = {
 OTHER_LOSS: dict[str, Any] = {
     "form": "hinge", "tau": 1 / 3, "delta": 0.0123, "impl": "reference", "pairs": "subset", "group_size": 9,
     "subset_size": 11, "within": "batch", "compat": "lm-dispersion:t=0.1", "gradient": "recompute", "margin": 0.25,
-    "norm_weight": 0.7, "variance_weight": 2.5, "covariance_weight": 3.5, "target_std": 0.5, "target_cosine": 0.2, "slices": 5, "knots": 4,
-    "seed": 8,
+    "norm_weight": 0.7, "variance_weight": 2.5, "covariance_weight": 3.5, "target_std": 0.5, "target_cosine": 0.2,
+    "slices": 5, "knots": 4, "seed": 8,
 }  # fmt: skip
 OTHER_SCHEDULE: dict[str, Any] = {
     "kind": "linear", "warmup": 0.125, "until": 0.7, "final": 0.3, "warmup_steps": 5, "until_step": 6,
