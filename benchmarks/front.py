@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from claims import CLAIMS, judged
-from decondense.compare import VALIDATION, Study
-from decondense.records import read_rows
 from decondense.report import number
 from decondense.report import words as report_words
 from real_tables import measured_rows
-from study_rows import FOLDER, blocks, committed, estimate, loss_difference, mean, paired, shown
+from study_rows import blocks, committed, estimate, loss_difference, mean, paired, shown, warm_up_control
 
 KINDS = {
     "agrees": "agree",
@@ -24,7 +22,7 @@ KINDS = {
 def front() -> str:
     """Five sentences, good or bad, each from committed rows."""
     sentences = [_claims(), _dispersed(), _lead(), _horizon(), _trained()]
-    return "\n".join(f"{number}. {sentence}" for number, sentence in enumerate(sentences, start=1))
+    return "\n".join(f"{place}. {sentence}" for place, sentence in enumerate(sentences, start=1))
 
 
 def _claims() -> str:
@@ -55,22 +53,15 @@ def _dispersed() -> str:
 
 
 def _lead() -> str:
-    f, path = committed("schedule"), FOLDER.parent / "controls" / "warm-up.jsonl.gz"
-    if f is None or not path.exists():
+    f = committed("schedule")
+    if f is None:
         return "**The early lead:** not run yet."
     d = loss_difference(f, "cosine-0.3", "cross-entropy")
-    study = Study.from_rows(read_rows(path))
-    ends: dict[tuple[bool, float], dict[int, float]] = {}
-    for cell in study.cells.values():
-        arm = study.arm_config(cell.arm)
-        if arm is not None and arm.learning_rate is not None and cell.status == "finished":
-            scores = cell.scores[VALIDATION]
-            key = (arm.dispersion is not None, arm.learning_rate)
-            ends.setdefault(key, {})[cell.seed] = float(scores[max(scores)]["value"])
+    _, ends = warm_up_control()
     # each side at its own best rate of those that have more than one seed
     best = {
         side: min(
-            (key for key in ends if key[0] == side and len(ends[key]) > 1), key=lambda k: mean([*ends[k].values()])
+            (key for key in ends if key[1] == side and len(ends[key]) > 1), key=lambda k: mean([*ends[k].values()])
         )
         for side in (False, True)
     }
@@ -104,7 +95,7 @@ def _trained() -> str:
             d = loss_difference(f, arm, f.comparison.baseline)
             verdict = "equivalent" if d.within_margin else report_words.outcome(d)
             said.append(f"{shown(d)} ({verdict})")
-            scores += [mean_.measure.difference(arm) for mean_ in f.comparison.means]
+            scores += [task_mean.measure.difference(arm) for task_mean in f.comparison.means]
     outcomes = {d.outcome for d in scores if d is not None}
     mean_score = "has not been measured" if not outcomes else f"is {' and '.join(sorted(outcomes))}"
     return (

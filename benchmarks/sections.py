@@ -11,14 +11,23 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from claims import CLAIMS, judged
-from decondense.compare import VALIDATION, Cell, Difference, NoteKind, Study
+from decondense.compare import VALIDATION, Cell, Difference, NoteKind
 from decondense.figures import comparison as draw
 from decondense.figures.style import export
-from decondense.records import read_rows
 from decondense.report import interval, number, probability, words
 from decondense.report.notes import in_words
 from real_tables import real
-from study_rows import FOLDER, Committed, blocks, committed, deep_half, last, loss_difference, paired, shown
+from study_rows import (
+    Committed,
+    blocks,
+    committed,
+    deep_half,
+    last,
+    loss_difference,
+    paired,
+    shown,
+    warm_up_control,
+)
 
 NOT_RUN = "not run"
 
@@ -293,21 +302,10 @@ def horizon() -> str:
 
 def warm_up() -> str:
     """The control of the schedule study: a warm-up of 30 % for every arm, by rate; seeds as far as they have run."""
-    path = FOLDER.parent / "controls" / "warm-up.jsonl.gz"
-    study = Study.from_rows(read_rows(path))
-    assert study.config is not None
-    last: dict[tuple[float, bool], dict[int, float]] = {}
-    for cell in study.cells.values():
-        arm = study.arm_config(cell.arm)
-        assert arm is not None
-        assert arm.learning_rate is not None
-        if cell.status == "finished":
-            losses = cell.scores[VALIDATION]
-            key = (arm.learning_rate, arm.dispersion is not None)
-            last.setdefault(key, {})[cell.seed] = float(losses[max(losses)]["value"])
+    config, ends = warm_up_control()
     lines = []
-    for rate in sorted({rate for rate, _ in last}):
-        plain, dispersed = last.get((rate, False), {}), last.get((rate, True), {})
+    for rate in sorted({rate for rate, _ in ends}):
+        plain, dispersed = ends.get((rate, False), {}), ends.get((rate, True), {})
         both = sorted({*plain} & {*dispersed})
         lines.append(
             [
@@ -318,7 +316,7 @@ def warm_up() -> str:
             ]
         )
     header = ("rate", "cross-entropy", "1 cosine to 0 at 30 %", "difference")
-    train = study.config.train
+    train = config.train
     return (
         pipe_table(header, lines, right=(3,))
         + f"\n\nHeld-out loss after {train.steps} steps with {100 * train.warmup:.0f} % of warm-up, on more held-out "

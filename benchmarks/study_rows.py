@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from decondense.compare import Cell, Comparison, Difference, Study, compare, paired_difference, profiles
+from decondense.compare import VALIDATION, Cell, Comparison, Difference, Study, compare, paired_difference, profiles
 from decondense.compare.sequential import anytime
 from decondense.config import StudyConfig
 from decondense.records import read_rows
@@ -157,3 +157,19 @@ def slope(f: Committed, arms: Sequence[str], of: Callable[[Cell], float]) -> Dif
 
 def shown(d: Difference, digits: int = 3, *, sign: bool = True) -> str:
     return f"{number(d.mean, digits, sign=sign)} {interval(d.interval, digits)}, n = {d.n}"
+
+
+def warm_up_control() -> tuple[StudyConfig, dict[tuple[float, bool], dict[int, float]]]:
+    """The control of the schedule study, and its final held-out losses: (rate, dispersed) -> seed -> loss."""
+    study = Study.from_rows(read_rows(FOLDER.parent / "controls" / "warm-up.jsonl.gz"))
+    assert study.config is not None
+    last: dict[tuple[float, bool], dict[int, float]] = {}
+    for cell in study.cells.values():
+        arm = study.arm_config(cell.arm)
+        assert arm is not None
+        assert arm.learning_rate is not None
+        if cell.status == "finished":
+            losses = cell.scores[VALIDATION]
+            key = (arm.learning_rate, arm.dispersion is not None)
+            last.setdefault(key, {})[cell.seed] = float(losses[max(losses)]["value"])
+    return study.config, last

@@ -23,25 +23,26 @@ def pad(features: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {"input_ids": column("input_ids", 0), "labels": column("labels", -100), "attention_mask": mask}
 
 
+PLAIN_SGD = {
+    "per_device_train_batch_size": 1,
+    "max_steps": 1,
+    "optim": "sgd",
+    "learning_rate": 0.5,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+    "use_cpu": True,
+}
+"""One step that writes nothing, after which the weights are the gradient."""
+
+
 def make_trainer(folder, model=None, *, data=None, cls: type[Trainer] = Trainer, loss_func=None, **settings) -> Trainer:
     """A trainer whose optimizer is plain SGD, so that the weights after a step are the gradient."""
-    arguments = {
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "max_steps": 1,
-        "optim": "sgd",
-        "learning_rate": 0.5,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "use_cpu": True,
-        "seed": 0,
-        **settings,
-    }
+    arguments = {**PLAIN_SGD, "gradient_accumulation_steps": 1, "seed": 0, **settings}
     model = tiny() if model is None else model
     return cls(
         model,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from attach_helpers import block_outputs, dispersion, gradients, greatest_difference, tiny, tokens
 from target_oracle import by_the_book, mean_cosines
-from trainer_helpers import examples, make_trainer, weights
+from trainer_helpers import PLAIN_SGD, examples, make_trainer, weights
 
 from decondense import attach, attach_trainer
 from decondense.attaching import AttachError, attached
@@ -31,21 +31,10 @@ def sft_trainer(folder, model=None, lengths=(12, 5, 9, 2, 7, 12, 3, 4), dataset=
     from datasets import Dataset
 
     defaults = {
-        "per_device_train_batch_size": 1,
-        "max_steps": 1,
-        "optim": "sgd",
-        "learning_rate": 0.5,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
+        **PLAIN_SGD,
         "bf16": False,
         "gradient_checkpointing": False,
         "max_length": 12,
-        "dataloader_pin_memory": False,
         "loss_type": "nll",
     }
     rows = [row["input_ids"] for row in examples(list(lengths))] if dataset is None else [r.tolist() for r in dataset]

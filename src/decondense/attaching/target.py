@@ -99,7 +99,7 @@ class Controller:
         if self.ended:
             return
         self.ended = True
-        if ranks() > 1:
+        if world_size() > 1:
             dist.all_reduce(self._pending)
         observed = self._pending.to(self.log_L.device)
         count = observed[-1]
@@ -143,7 +143,7 @@ class Controller:
         Raises:
             AttachError: several ranks, and the step that they are in has not ended.
         """
-        if not self.ended and ranks() > 1:
+        if not self.ended and world_size() > 1:
             raise AttachError(
                 "the cosines of this step are not summed over the ranks yet: call handle.end_step() on every rank "
                 "after the optimizer step, then save the state."
@@ -171,7 +171,7 @@ class Controller:
         self._used_L.copy_(self.log_L.exp())
 
 
-def ranks() -> int:
+def world_size() -> int:
     """Processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 

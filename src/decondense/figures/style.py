@@ -151,9 +151,6 @@ class ArmStyle:
         return textwrap.fill(self.labels.get(arm) or arm, 18, max_lines=2, placeholder="…")
 
 
-Looks = ArmStyle  # its earlier name
-
-
 def new_figure(width: float, height: float, panels: int = 1, **keywords: Any) -> tuple[Figure, list[Axes]]:
     """A figure of ``width`` x ``height`` inches with ``panels`` axes in a row."""
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.06))

@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from decondense.attaching import AttachError, DispersionHandle, attach, attached
+from decondense.attaching.target import world_size
 from decondense.blocks import unwrap
 from decondense.config import DispersionConfig
 from decondense.integrations.plain_loss import KeepPlainLoss, PlainLoss, keep_plain_loss
@@ -146,7 +147,7 @@ class _TrainerHandle:
             self.seen = self.seen.to(count.device) + count
         # the factors undo later steps: the mean of the gradients over ranks, the division of an unscaled loss
         if self.sequences is not None:
-            share = total / self.sequences.clamp(min=1).to(total.dtype) * (_world_size() * divided_later)
+            share = total / self.sequences.clamp(min=1).to(total.dtype) * (world_size() * divided_later)
         else:  # training_step called directly: only one micro-batch is known
             share = total / count.clamp(min=1) * (divided_later / steps)
         extra = handle.weighted(share)
@@ -181,7 +182,19 @@ class _TrainerHandle:
             )
 
 
-class DispersionState(TrainerCallback, ExportableState):
+class _EndsSteps(TrainerCallback, ExportableState):
+    """A callback with a handle, whose state goes into the trainer's checkpoints."""
+
+    handle: DispersionHandle | None
+    saved: dict[str, Any] | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        """Move the weights by a target, before a checkpoint is saved."""
+        if self.handle is not None:
+            self.handle.end_step()
+
+
+class DispersionState(_EndsSteps):
     """Stores the settings of the loss and the weights that a target moves in the trainer's checkpoints.
 
     It warns when a run resumes with other settings.
@@ -189,7 +202,6 @@ class DispersionState(TrainerCallback, ExportableState):
 
     def __init__(self, handle: DispersionHandle | None = None) -> None:
         self.handle = handle
-        self.saved: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
         """The state in the format of transformers' exportable callbacks."""
@@ -207,11 +219,6 @@ class DispersionState(TrainerCallback, ExportableState):
                 f"{', '.join(different)}.",
                 stacklevel=2,
             )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
-        """Move the weights by a target, before a checkpoint is saved."""
-        if self.handle is not None:
-            self.handle.end_step()
 
 
 def _saved(state: Any) -> dict[str, Any] | None:
@@ -231,7 +238,7 @@ def resume(handle: DispersionHandle, state: Any) -> None:
         handle.load_state_dict(saved)
 
 
-class DispersionCallback(TrainerCallback, ExportableState):
+class DispersionCallback(_EndsSteps):
     """For launchers that accept callbacks but hide the trainer (LLaMA-Factory). Attaches when training begins.
 
     Takes the arguments of :func:`decondense.attach`. The loss is added inside the model, which does not see the other
@@ -243,8 +250,7 @@ class DispersionCallback(TrainerCallback, ExportableState):
         if isinstance(keywords.get("config"), dict):  # rebuilt by the Trainer from a checkpoint
             keywords["config"] = DispersionConfig.parse(keywords["config"], where="DispersionCallback()")
         self.arguments, self.keywords = arguments, keywords
-        self.handle: DispersionHandle | None = None
-        self.saved: dict[str, Any] | None = None
+        self.handle = None
         self.plain = PlainLoss()
         self._logged_step = 0
         self._micro_batches = self._ranks = 1
@@ -287,14 +293,9 @@ class DispersionCallback(TrainerCallback, ExportableState):
             if state.global_step % steps_of_epoch == steps_of_epoch - 1:
                 micro_batches = len(loader) % micro_batches or micro_batches
         # with this setting the Trainer multiplies the whole loss by the number of ranks
-        ranks = _world_size() if getattr(args, "average_tokens_across_devices", False) else 1
+        ranks = world_size() if getattr(args, "average_tokens_across_devices", False) else 1
         self._micro_batches, self._ranks = micro_batches, ranks
         self.handle.micro_batches = micro_batches * ranks
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
-        """Move the weights by a target, before a checkpoint is saved."""
-        if self.handle is not None:
-            self.handle.end_step()
 
     def state(self) -> dict[str, Any]:
         """The handle's state, in the format of transformers' exportable callbacks."""
@@ -320,7 +321,7 @@ class DispersionCallback(TrainerCallback, ExportableState):
 
 
 def _sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
-    if _world_size() == 1:
+    if world_size() == 1:
         return values
     values = values.to(device)
     torch.distributed.all_reduce(values)
@@ -330,7 +331,7 @@ def _sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
 def _cross_entropy(plain: PlainLoss, steps: int, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
     """The mean over steps and ranks of the sum over micro-batches, as transformers computes ``loss``."""
     total, _ = plain.pop(reduce)
-    return {"cross_entropy": total / (_world_size() * steps)} if steps > 0 else {}
+    return {"cross_entropy": total / (world_size() * steps)} if steps > 0 else {}
 
 
 def _refuse(trainer: Any) -> None:
@@ -356,8 +357,3 @@ def _mapping(batch: Any) -> Mapping[str, Any]:
             f"the batches are {type(batch).__name__} objects; dispersion needs mappings with 'input_ids'."
         )
     return batch
-
-
-def _world_size() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

@@ -63,7 +63,7 @@ def check_device(
             taken = [_milliseconds(states, impl) for _ in range(rounds + 1)]
             found.milliseconds[impl] = statistics.median(taken[1:])
     except Exception as error:  # a compiler, a driver or a kernel can raise anything
-        found.broken = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        found.broken = engine.failure(error)
     found.auto = {name: engine.choose(LossConfig(), z.to(device, getattr(torch, name))) for name in ALLOWED}
     return found
 

@@ -80,7 +80,7 @@ def _kernels_agree_once(device: str, dtype: torch.dtype) -> bool:
         agree = bool((value - expected).abs() < 1e-3) and bool((gradient - exact).norm() < 3e-2 * exact.norm())
         reason = "they do not agree with the tiled engine"
     except Exception as error:  # a compiler, a driver or a kernel can raise anything
-        agree, reason = False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        agree, reason = False, failure(error)
     if not agree:
         warnings.warn(
             f"the Triton kernels are not used on {device} in {dtype}: {reason}. impl='auto' takes the tiled engine "
@@ -89,6 +89,11 @@ def _kernels_agree_once(device: str, dtype: torch.dtype) -> bool:
             stacklevel=2,
         )
     return agree
+
+
+def failure(error: Exception) -> str:
+    """What stopped the kernels, in one line."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def per_segment(

@@ -199,23 +199,20 @@ class Chunk:
         shape = (self.p.x.shape[0], i.stop - i.start, j.stop - j.start)
         return buffer[: math.prod(shape)].view(shape)
 
-    def exclude(self, E: Tensor, i: slice, j: slice, *, diagonal: bool) -> None:
-        """Set the pairs of a tile that do not count to -inf, in place; ``diagonal``: exclude the pairs i = i too."""
+    def exclude(self, E: Tensor, i: slice, j: slice, *, diagonal: bool, fill: float = -math.inf) -> None:
+        """Set the partners in a tile that do not count to ``fill``, in place; ``diagonal``: the pairs i = i too."""
         if diagonal and i.start == j.start:
-            E.diagonal(dim1=1, dim2=2).fill_(-math.inf)
+            E.diagonal(dim1=1, dim2=2).fill_(fill)
         if self.valid is not None:
-            E.masked_fill_(~self.valid[:, j].unsqueeze(1), -math.inf)
+            E.masked_fill_(~self.valid[:, j].unsqueeze(1), fill)
         if self.label is not None:
-            E.masked_fill_(self.label[:, i].unsqueeze(2) != self.label[:, j].unsqueeze(1), -math.inf)
+            E.masked_fill_(self.label[:, i].unsqueeze(2) != self.label[:, j].unsqueeze(1), fill)
 
     def clear(self, E: Tensor, i: slice, j: slice) -> None:
-        """Set the pairs of a tile that do not count to 0, the diagonal among them, in place."""
-        if i.start == j.start:
-            E.diagonal(dim1=1, dim2=2).zero_()
+        """Set the pairs of a tile that do not count to 0, those of tokens that are not real and the diagonal too."""
+        self.exclude(E, i, j, diagonal=True, fill=0.0)
         if self.valid is not None:
-            E.masked_fill_(~(self.valid[:, i].unsqueeze(2) & self.valid[:, j].unsqueeze(1)), 0.0)
-        if self.label is not None:
-            E.masked_fill_(self.label[:, i].unsqueeze(2) != self.label[:, j].unsqueeze(1), 0.0)
+            E.masked_fill_(~self.valid[:, i].unsqueeze(2), 0.0)
 
     def tiles(self, *, symmetric: bool) -> Iterator[tuple[slice, slice]]:
         """Tiles row by row; ``symmetric``: on and above the diagonal only."""

@@ -124,5 +124,5 @@ class Recorder(TrainerCallback):
 
 def _by_layer(logs: dict[str, Any], name: str) -> dict[str, float] | None:
     """The logged values ``name/LAYER`` by the layers' labels; None: there are none."""
-    keys = {key: key.removeprefix(f"{name}/") for key in logs if key.startswith(f"{name}/")}
-    return {parse(layer).label: logs[key] for key, layer in keys.items()} or None
+    values = {key.removeprefix(f"{name}/"): value for key, value in logs.items() if key.startswith(f"{name}/")}
+    return {parse(layer).label: value for layer, value in values.items()} or None
