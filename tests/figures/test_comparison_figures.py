@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from itertools import pairwise
 
 import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 from synthetic import BINS, LAYERS, TOKENS_A_STEP, study, with_arms
 
 from decondense.compare import Study, compare
@@ -176,3 +178,17 @@ def test_long_labels_are_cut_and_still_drawn() -> None:
     for figure in (draw.loss_curves(rows), draw.heat_maps(rows, rows.arms), draw.cost(found),
                    draw.forest([found.validation], found, xlabel="difference")):  # fmt: skip
         render(figure, "svg")
+
+
+@pytest.mark.parametrize("dpi", [72, 100, 160, 300])
+@pytest.mark.parametrize("first", ["svg", "png"])
+def test_no_label_is_cut_at_the_edge_at_any_resolution(dpi: int, first: str) -> None:
+    """Text is wider at some resolutions than at others; the layout is that of the one which is saved."""
+    for name in ("orthogonalization", "mean cosine 10", "noisy-embedding"):
+        with figure_style():
+            figure = Figure(figsize=(2.4, 1.2), layout="constrained")
+            figure.subplots().set_yticks([0], [name])
+        render(figure, first, dpi=dpi)
+        pixels = np.asarray(Image.open(io.BytesIO(render(figure, "png", dpi=dpi))).convert("L"))
+        for edge in (pixels[:, 0], pixels[:, -1], pixels[0], pixels[-1]):
+            assert edge.min() == 255, name

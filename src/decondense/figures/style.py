@@ -221,8 +221,11 @@ def render(figure: Figure, kind: str, *, dpi: int = 300) -> bytes:
     buffer = io.BytesIO()
     with figure_style():
         if figure.get_layout_engine() is not None:  # lay out once: every saving would do it again, for half of the time
+            # at the resolution of the file, because text is wider at some than at others
+            before, figure.dpi = figure.dpi, dpi
             figure.draw_without_rendering()
             figure.set_layout_engine(None)
+            figure.dpi = before
         figure.savefig(buffer, format=kind, dpi=dpi, metadata=_METADATA[kind])
     return buffer.getvalue()
 
