@@ -20,19 +20,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from decondense.attaching.checks import AttachError
 from decondense.attaching.handle import DispersionHandle
 from decondense.attaching.hooks import attached
+from decondense.attaching.part import Part
 from decondense.config import DispersionConfig, LossConfig, LossOptions, WeightSchedule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["AttachError", "DispersionHandle", "attach", "attached"]
+__all__ = ["AttachError", "DispersionHandle", "Part", "attach", "attached"]
 
 _DEFAULT = DispersionConfig()
 
@@ -51,6 +52,8 @@ def attach(
     embedding: bool = _DEFAULT.embedding,
     gradient_ratio_every: int | None = _DEFAULT.gradient_ratio_every,
     tokens_first: bool | None = _DEFAULT.tokens_first,
+    placement: Literal["output", "block"] = "output",
+    part: Part | None = None,
     **loss: Unpack[LossOptions],
 ) -> DispersionHandle:
     """Add ``weight`` times the dispersion loss to the loss that ``model`` returns in training.
@@ -109,8 +112,8 @@ def attach(
     if config is None:
         loss_config = LossConfig.parse(dict(loss), where="attach()")
         config = DispersionConfig.parse({**settings, "loss": loss_config}, where="attach()")
-        return DispersionHandle(model, config, teacher)
+        return DispersionHandle(model, config, teacher, placement, part)
     extra = [*(name for name, value in settings.items() if value != getattr(_DEFAULT, name)), *loss]
     if extra:
         raise AttachError(f"attach() got config= and also {', '.join(extra)}; put them into the DispersionConfig.")
-    return DispersionHandle(model, config, teacher)
+    return DispersionHandle(model, config, teacher, placement, part)

@@ -9,11 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from decondense import seeding
-from decondense.attaching.checks import AttachError, check_graph, in_backward, refuse, refuse_meshes
+from decondense.attaching.checks import (
+    AttachError,
+    check_graph,
+    in_backward,
+    infers_shapes,
+    refuse,
+    refuse_meshes,
+    refuse_settings,
+)
+from decondense.attaching.forward import Carrier, Forward, Tap, with_state
 from decondense.attaching.gradient_ratio import gradient_ratio
 from decondense.attaching.hooks import Begin, End, Keep, KeepInput, Watch, attached
 from decondense.attaching.metrics import Totals
-from decondense.attaching.output import returned_loss, share_of_step, shifts_labels, with_loss
+from decondense.attaching.output import returned_loss, share_of_step, shifts_labels, tensors, with_loss
+from decondense.attaching.part import Part
 from decondense.attaching.target import Controller
 from decondense.attaching.target_values import resolve_target
 from decondense.attaching.teacher import Teacher
@@ -35,11 +45,16 @@ class DispersionHandle:
     ``copy.deepcopy(model)`` copies the hooks with a handle of their own; detach first for a plain copy.
     """
 
-    def __init__(self, model: nn.Module, config: DispersionConfig, teacher: nn.Module | None = None) -> None:
-        refuse(model)
-        if config.loss.info.teacher != (teacher is not None):
-            what = "needs a teacher: attach(model, teacher=...)" if teacher is None else "has no use for a teacher"
-            raise AttachError(f"form {config.loss.form!r} {what}.")
+    def __init__(
+        self,
+        model: nn.Module,
+        config: DispersionConfig,
+        teacher: nn.Module | None = None,
+        placement: str = "output",
+        part: Part | None = None,
+    ) -> None:
+        refuse(model, part)
+        refuse_settings(config, teacher, placement, part)
         other = attached(model)
         if other is not None:
             raise AttachError(f"the model has a dispersion loss already: {other!r}. Call its detach() first.")
@@ -49,13 +64,25 @@ class DispersionHandle:
         self.loss = DispersionLoss.from_config(config.loss)
         blocks = find_blocks(model, config.blocks)
         self._blocks = blocks
-        self._layers = resolve_layers(config.layers, len(blocks))
+        self.part = part or Part()
+        """What the model holds of the whole one."""
+        first, self._total = self.part.place(len(blocks))
+        chosen = resolve_layers(config.layers, self._total)
+        self._n_states = len(chosen) + config.embedding
+        self._layers = [number for number in chosen if first <= number < first + len(blocks)]
+        self.scale: Tensor | float = 1.0
+        """For a stage of a pipeline: what the loss of a micro-batch is multiplied by before backward (a gradient
+        scaler's scale)."""
+        self.sequences: Tensor | float | None = None
+        """For a stage of a pipeline: divisor of the sum over sequences, instead of the micro-batch's number of them:
+        the sequences of the whole step, where the losses of micro-batches and ranks are summed and not averaged."""
+        self._at_blocks = placement == "block" or self.part.is_stage
         self._attached = True
-        self._active = False
+        self._active = self._inferring = False
         self._monitoring = config.weight == 0
         self._off = False
-        self._states: dict[int, Tensor] = {}
-        self._call: Call | None = None
+        self._forward: Forward | None = None
+        self._in_backward: Forward | None = None  # whose blocks a checkpoint may compute again now
         self._pending: tuple[Tensor, Tensor] | None = None
         self._discarded = 0
         self._checked = False
@@ -76,20 +103,22 @@ class DispersionHandle:
         # a Python number would recompile a compiled model each time that the schedule changes it; a tensor does not
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._weight_tensor = torch.zeros((), dtype=dtype, device=device)
-        sources = {number: blocks.modules[number] for number in self._layers}
+        sources = {number: blocks.modules[number - first] for number in self._layers}
         layers = {number: block(number + 1) for number in self._layers}
         if config.final_norm:
-            last = len(blocks) - 1
-            if self._layers[-1] != last:
+            last = self._total - 1
+            if chosen[-1] != last:
                 raise AttachError(
                     f"final_norm=True concerns the last block, block {last + 1}, which is not among the layers: "
                     f"{', '.join(map(str, layers.values()))}."
                 )
-            sources[last], layers[last] = find_final_norm(blocks), FINAL_NORM
+            if last in sources:
+                sources[last], layers[last] = find_final_norm(blocks), FINAL_NORM
         self._sources = sources
-        self._states_of: dict[int, Layer] = {_EMBEDDING: EMBEDDING, **layers} if config.embedding else layers
+        embedding = config.embedding and first == 0
+        self._states_of: dict[int, Layer] = {_EMBEDDING: EMBEDDING, **layers} if embedding else layers
         # the state after the final norm may have another layout than the blocks'
-        norm = {_NORM: sources[self._layers[-1]]} if config.final_norm else {}
+        norm = {_NORM: sources[key] for key, layer in layers.items() if layer == FINAL_NORM}
         self._reader = StateReader(blocks, config.tokens_first, norm)
         self._shifts_labels = shifts_labels(base_model(blocks.root))
         self._totals = Totals(len(self._states_of), device)
@@ -97,22 +126,27 @@ class DispersionHandle:
         self.targets = [] if config.target is None else resolve_target(config.target, states, len(blocks))
         """The mean cosine that each layer is held to, over pairs of different tokens; empty without a target."""
         self._controller: Controller | None = None
-        self._losses = [self.loss] * len(states)
+        losses = [self.loss] * len(states)
         if config.loss.form == "profile" and self.targets:
             each = [config.loss.model_copy(update={"target_cosine": value}) for value in self.targets]
-            self._losses = [DispersionLoss.from_config(one) for one in each]
+            losses = [DispersionLoss.from_config(one) for one in each]
         elif self.targets:
             self._controller = Controller(config.weight, self.targets, device)
+        self._loss_of = dict(zip(self._states_of, losses, strict=True))
         self._teacher = None if teacher is None else Teacher(teacher, blocks, states)
         self._set_weight()
 
         root = blocks.root
-        self._removable = [
-            root.register_forward_pre_hook(Begin(self), with_kwargs=True),
-            root.register_forward_hook(End(self), with_kwargs=True),
-            *(module.register_forward_hook(Keep(self, number)) for number, module in sources.items()),
-        ]
-        if config.embedding:
+        self._removable = (
+            []
+            if not self._states_of
+            else [
+                root.register_forward_pre_hook(Begin(self), with_kwargs=True),
+                root.register_forward_hook(End(self), with_kwargs=True),
+                *(module.register_forward_hook(Keep(self, number)) for number, module in sources.items()),
+            ]
+        )
+        if embedding:
             keep_input = KeepInput(self, _EMBEDDING)
             self._removable.append(blocks.modules[0].register_forward_pre_hook(keep_input, with_kwargs=True))
 
@@ -128,7 +162,7 @@ class DispersionHandle:
         if self.targets:
             now += f", target={', '.join(f'{value:.4g}' for value in dict.fromkeys(self.targets))}"
         return (
-            f"DispersionHandle(layers={', '.join(map(str, self._states_of.values()))} of {len(self._blocks)} blocks at "
+            f"DispersionHandle(layers={', '.join(map(str, self._states_of.values()))} of {self._total} blocks at "
             f"{self._blocks.path!r}, form={loss.form!r}, tau={loss.tau:g}, weight={self.config.weight:g}{now}, "
             f"impl={loss.impl!r}, {'attached' if self._attached else 'detached'})"
         )
@@ -140,7 +174,7 @@ class DispersionHandle:
 
     @property
     def layers(self) -> list[int]:
-        """Numbers of the blocks whose outputs are dispersed."""
+        """Indices in the whole model of the blocks whose outputs are dispersed; of a stage, those that it has."""
         return list(self._layers)
 
     @property
@@ -159,13 +193,14 @@ class DispersionHandle:
         self._attached = self._active = False
         while self._removable:
             self._removable.pop().remove()
-        self._states, self._call, self._pending = {}, None, None
+        self._forward = self._in_backward = self._pending = None
         while self._on_detach:
             self._on_detach.pop()()
 
     def restart(self) -> None:
         """Discard the states, sums and step of a run that was interrupted (out of memory)."""
-        self._states, self._call, self._pending, self._active = {}, None, None, False
+        self._forward = self._in_backward = self._pending = None
+        self._active = False
         self._discarded = self._forwards = 0
         self._ratio = self._ratio_step = self._step = self._total_steps = None
         self._totals.reset()
@@ -179,8 +214,8 @@ class DispersionHandle:
 
     def __getstate__(self) -> dict[str, Any]:
         # a copied or pickled model has its hooks and so the handle, but neither the trainer nor a running forward
-        fresh: dict[str, Any] = {"_on_detach": [], "_pending": None, "_states": {}, "_call": None, "_active": False}
-        return {**self.__dict__, **fresh}
+        running = dict.fromkeys(("_pending", "_forward", "_in_backward"))
+        return {**self.__dict__, **running, "_on_detach": [], "_active": False}
 
     def set_progress(self, step: int, total_steps: int | None = None) -> None:
         """Set the step (from 0) of the next forward, and the number of steps, which only a schedule needs.
@@ -238,7 +273,7 @@ class DispersionHandle:
         if means is None:
             return {}
         values = {"dispersion": sum(means) / len(means), "dispersion_weight": self.weight}
-        keys = [layer.key(len(self._blocks)) for layer in self._states_of.values()]
+        keys = [layer.key(self._total) for layer in self._states_of.values()]
         values.update({f"dispersion/{key}": mean for key, mean in zip(keys, means, strict=True)})
         if self._controller is not None:
             values.update(self._controller.pop(keys))
@@ -317,8 +352,8 @@ class DispersionHandle:
             self._weight_tensor.copy_(self._controller.mean)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._states = {}
-        self._active = module.training and torch.is_grad_enabled() and not self._off
+        self._inferring = self.part.is_stage and infers_shapes()
+        self._active = module.training and torch.is_grad_enabled() and not self._off and not self._inferring
         if not self._active:
             return
         if not torch.compiler.is_compiling():
@@ -334,17 +369,19 @@ class DispersionHandle:
             )
         try:
             # may call the model to determine the layout; this hook then runs inside itself, in evaluation mode
-            self._call = self._reader.begin(module, args, kwargs)
+            call = self.part.begin(self._reader.begin(module, args, kwargs))
         except SequencesError as error:
             self._active = False
             raise AttachError(str(error)) from None
-        self._active, self._states = True, {}
+        self._active, self._forward = True, Forward(call, self._forwards)
+        if self.config.loss.draws:
+            self._forwards += 1
 
     def _check_once(self) -> None:
         if torch.compiler.is_compiling():
             return
         self._checked = True
-        refuse_meshes(self._blocks.root)
+        refuse_meshes(self._blocks.root, self.part)
         if self._step is None and not self.config.schedule.is_constant:
             raise AttachError(
                 "the weight schedule needs to know the progress of training: call handle.set_progress(step, "
@@ -356,43 +393,89 @@ class DispersionHandle:
                 "use attach_trainer(trainer)."
             )
 
-    def _keep(self, key: int, module: nn.Module, output: Any) -> None:
-        if self._active:
-            layer = self._states_of[key]
-            if key in self._states:
+    def _keep(self, key: int, module: nn.Module, output: Any) -> Any:
+        """The output with a carrier in it; None: it stays as it is."""
+        forward = self._forward
+        again = False  # computed again by a checkpoint
+        if not self._active:
+            if not (self._attached and module.training and torch.is_grad_enabled()) or self._off or self._inferring:
+                return None
+            if not in_backward():
                 raise AttachError(
-                    f"{layer} ran twice in one forward (layers that share their weights?); dispersion needs one state "
-                    "per layer."
+                    f"{self._states_of[key]} ran outside the forward of the model that the loss is attached to, so the "
+                    "loss would be missed. Attach to the model that is called (after wrapping it with PEFT), or "
+                    "detach() first."
                 )
-            state = hidden_state(output)
-            if state is None:
-                raise AttachError(
-                    f"{layer} ({type(module).__name__}) gives a {type(output).__name__} without a tensor of hidden "
-                    "states [batch, tokens, width], alone or first."
-                )
-            self._states[key] = state
-        elif self._attached and module.training and torch.is_grad_enabled() and not self._off and not in_backward():
+            if not self._at_blocks or self._monitoring:
+                return None
+            again, forward = True, self._in_backward or forward
+        assert forward is not None
+        layer = self._states_of[key]
+        if not again and (key in forward.kept or key in forward.sums):
             raise AttachError(
-                f"{self._states_of[key]} ran outside the forward of the model that the loss is attached to, so the "
-                "loss would be missed. Attach to the model that is called (after wrapping it with PEFT), or detach() "
-                "first."
+                f"{layer} ran twice in one forward (layers that share their weights?); dispersion needs one state "
+                "per layer."
             )
+        state = hidden_state(output)
+        if state is None:
+            raise AttachError(
+                f"{layer} ({type(module).__name__}) gives a {type(output).__name__} without a tensor of hidden "
+                "states [batch, tokens, width], alone or first."
+            )
+        # a graph of one block cannot wait for the gradient of the loss of another
+        if not self._at_blocks or (torch.compiler.is_compiling() and not self.part.is_stage):
+            forward.kept[key] = state
+            return None
+        if not torch.is_grad_enabled():
+            forward.kept[key] = state  # the output of a reentrant checkpoint, which gets its graph later
+        elif not again:
+            forward.trained[key] = state.requires_grad
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._monitoring):
+            value = self._value(forward, key, state, watched=not again)
+        if not again:
+            forward.sums[key] = value.detach()
+        if not value.requires_grad:
+            return None
+        if self.part.is_stage:
+            assert forward.count is not None
+            divisor = forward.count.clamp(min=1) if self.sequences is None else self.sequences
+            forward.scale = self._weight_tensor * self.scale / divisor
+        relative: Tensor | float = 1.0
+        if self._controller is not None:
+            relative = self._controller.relative_L[list(self._states_of).index(key)]
+        carried: Tensor = Carrier.apply(state, value, forward, relative / self._n_states)  # type: ignore[no-untyped-call]
+        if not again:
+            forward.anchor = carried
+        return with_state(output, carried)
 
     def _end(self, output: Any) -> Any:
         if not self._active:
             return None
         self._active = False
-        call, states = self._call, self._states
-        self._call, self._states = None, {}
-        assert call is not None
+        forward = self._forward
+        assert forward is not None
+        if not self._at_blocks:
+            self._forward = None
+        try:
+            return self._add(forward, output)
+        finally:
+            if self._at_blocks:
+                forward.end()
+
+    def _add(self, forward: Forward, output: Any) -> Any:
+        call = forward.call
         if self._monitoring:
             with torch.no_grad():
-                self._values(states, call)
+                self._values(forward)
                 own = returned_loss(output)
                 if own is not None and not self.defer:
                     self._totals.add_loss(own[1], self._share(call))
             return None
-        total, count = self._values(states, call)
+        total, count = self._values(forward)
+        if self.part.is_stage:
+            for tensor in tensors(output):
+                tensor.register_hook(forward.announce(self))  # type: ignore[no-untyped-call]
+            return None
         if not torch.compiler.is_compiling():
             self._watch(total)
         if self.defer:
@@ -420,53 +503,72 @@ class DispersionHandle:
     def _share(self, call: Call) -> Tensor | float:
         return share_of_step(call.arguments, self.micro_batches, self._shifts_labels)
 
-    def _values(self, states: dict[int, Tensor], call: Call) -> tuple[Tensor, Tensor]:
-        missing = [str(layer) for key, layer in self._states_of.items() if key not in states]
+    def _values(self, forward: Forward) -> tuple[Tensor, Tensor]:
+        """Mean over layers of the sums over sequences, to be differentiated; number of sequences."""
+        missing = [
+            str(layer) for key, layer in self._states_of.items() if key not in forward.kept and key not in forward.sums
+        ]
         if missing:
             raise AttachError(
                 f"no hidden state came from {', '.join(missing)}: the block did not run (layer drop, early exit), or "
                 "the loss was attached after the model had been compiled and called (then call torch._dynamo.reset() "
                 "after attaching)."
             )
-        try:
-            states = {
-                key: self._reader.states(call, states[key], str(layer), _NORM if layer == FINAL_NORM else "blocks")
-                for key, layer in self._states_of.items()
-            }
-            first = states[next(iter(self._states_of))]
-            mask, segments = self._reader.read(call, first.device)
-        except SequencesError as error:
-            raise AttachError(str(error)) from None
         if not self._monitoring:
-            check_graph(states, self._states_of, self._sources)
-        self._seed_draws()
-        sums, counts = [], []
-        others = [None] * len(states) if self._teacher is None else self._teacher.states(call)
-        # inside autocast the products would be taken in bfloat16
-        with torch.autocast(first.device.type, enabled=False):
-            for loss, z_BTD, other in zip(self._losses, states.values(), others, strict=True):
-                inputs = [None if one is None else one.to(z_BTD.device) for one in (mask, segments, other)]
-                value, count = loss.sum_and_count(z_BTD, *inputs)
-                sums.append(value.to(first.device))
-                counts.append(count.to(first.device))
-            sums_L, count = torch.stack(sums), counts[0]
-            if self._controller is None:
-                total = sums_L.mean()
-            else:
-                total = self._controller.weigh(sums_L)
-                self._controller.observe(list(states.values()), mask, segments)
-            self.last = sums_L.detach().mean() / count.clamp(min=1)
-            self._totals.add(sums_L.detach(), count)
+            forward.trained.update({key: state.requires_grad for key, state in forward.kept.items()})
+            check_graph(forward.trained, self._states_of, self._sources)
+        sums = {
+            key: forward.sums[key] if key in forward.sums else self._value(forward, key, forward.kept[key])
+            for key in self._states_of
+        }
+        count = forward.count
+        assert count is not None
+        device = count.device
+        sums_L = torch.stack([value.to(device) for value in sums.values()])
+        if self._controller is None:
+            total = sums_L.mean()
+        else:
+            total = self._controller.weigh(sums_L)
+        self.last = sums_L.detach().mean() / count.clamp(min=1)
+        self._totals.add(sums_L.detach(), count)
+        if forward.sums and not self._monitoring and not self.part.is_stage:
+            anchor = forward.anchor
+            if anchor is None:  # reentrant checkpoints: the carriers come with the recomputation
+                anchor = next(state for state in reversed(forward.kept.values()) if state.requires_grad)
+            total = Tap.apply(total, anchor, forward, self)  # type: ignore[no-untyped-call]
         return total, count
 
-    def _seed_draws(self) -> None:
-        if not self.config.loss.draws:
-            return
-        # a function of (seed, step, micro-batch) alone, so that a resumed run draws the same numbers
-        purpose = f"dispersion loss, micro-batch {self._forwards}"
-        self._forwards += 1
-        for loss in self._losses:
-            loss.generator.manual_seed(seeding.derive(self.config.loss.seed, purpose, self._step or 0))
+    def _value(self, forward: Forward, key: int, state: Tensor, watched: bool = True) -> Tensor:
+        """Sum over the sequences of the loss of one layer."""
+        layer, place = self._states_of[key], list(self._states_of).index(key)
+        try:
+            whole = self.part.whole(state, forward.call, 0 if self.config.tokens_first else 1)
+            z_BTD = self._reader.states(forward.call, whole, str(layer), _NORM if layer == FINAL_NORM else "blocks")
+            if not forward.is_read:
+                forward.mask, forward.segments = self._reader.read(forward.call, z_BTD.device)
+                forward.is_read = True
+        except SequencesError as error:
+            raise AttachError(str(error)) from None
+        self._seed_draws(forward, layer)
+        mask, segments = (None if one is None else one.to(z_BTD.device) for one in (forward.mask, forward.segments))
+        if self._teacher is not None and forward.others is None:
+            forward.others = self._teacher.states(forward.call)
+        other = None if forward.others is None else forward.others[place].to(z_BTD.device)
+        # inside autocast the products would be taken in bfloat16
+        with torch.autocast(z_BTD.device.type, enabled=False):
+            value, count = self._loss_of[key].sum_and_count(z_BTD, mask, segments, other)
+            if watched and self._controller is not None:
+                self._controller.observe(place, z_BTD, mask, segments)
+        if forward.count is None:
+            forward.count = count
+        return value
+
+    def _seed_draws(self, forward: Forward, layer: Layer) -> None:
+        if self.config.loss.draws:
+            # a function of (seed, step, micro-batch, layer) alone, so that a resumed run, a checkpoint that computes
+            # the block again and a stage of a pipeline draw the same numbers
+            purpose = f"dispersion loss, micro-batch {forward.number}, {layer}"
+            self.loss.generator.manual_seed(seeding.derive(self.config.loss.seed, purpose, self._step or 0))
 
     def _watch(self, total: Tensor) -> None:
         node = total.grad_fn
