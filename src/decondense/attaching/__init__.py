@@ -6,9 +6,9 @@ The objective is (Liu et al. 2026, arXiv:2602.00217, section "Dispersion loss")
 
 with the hidden states after the blocks :math:`\mathcal L`, and :math:`S` sequences of at least two real tokens.
 
-Hooks on the blocks only *store* each output; the loss is computed in the forward hook of the whole model. A loss
-computed in a block's own hook is silently wrong under reentrant gradient checkpointing, where the hook runs again
-during the recomputation; the stored tensors are those of the backward pass. Nothing is patched: the hooks belong to
+Hooks on the blocks only *store* each output; the loss is computed in the forward hook of the whole model. With
+``placement="block"`` it is computed in the hook of the block, and its gradient added there
+(:mod:`decondense.attaching.forward`). Nothing is patched: the hooks belong to
 this one model, and :meth:`DispersionHandle.detach` removes them.
 
 ``layers`` are Python indices of the blocks; keys and messages number them from 1, "block 1" to "block L". The state of
@@ -85,6 +85,13 @@ def attach(
             norm of the gradient of the model's own loss. Costs two extra backward passes then.
         tokens_first: Whether the blocks return [tokens, batch, width] instead of [batch, tokens, width]. None: inferred
             from the class of the blocks, the shapes, or a probe (:mod:`decondense.layout`).
+        placement: Where the gradient of a layer is added. ``"output"``: in the loss. ``"block"``: at the block, so that
+            the gradients of the layers, each of the size of a state, do not all wait in memory when backward begins;
+            the loss that is returned and the gradients are the same up to rounding (but for random pairs, which are
+            other draws). Inside gradient checkpoints each layer's loss is computed twice. Compiled models: as ``"output"``.
+        part: What the model holds of the whole one: a stage of a pipeline (placement is ``"block"`` then, nothing is
+            added to what it returns, and :attr:`DispersionHandle.scale` and :attr:`DispersionHandle.sequences` say what
+            its trainer divides by), or a share of the tokens of each state.
         **loss: Fields of :class:`decondense.config.LossConfig`: ``form``, ``tau``, ``impl``, ``pairs``, ``seed``, ...
 
     Returns:
