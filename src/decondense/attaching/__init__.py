@@ -88,7 +88,8 @@ def attach(
         placement: Where the gradient of a layer is added. ``"output"``: in the loss. ``"block"``: at the block, so that
             the gradients of the layers, each of the size of a state, do not all wait in memory when backward begins;
             the loss that is returned and the gradients are the same up to rounding (but for random pairs, which are
-            other draws). Inside gradient checkpoints each layer's loss is computed twice. Compiled models: as ``"output"``.
+            other draws). Inside gradient checkpoints each layer's loss is computed twice. A compiled model gets
+            ``"output"``.
         part: What the model holds of the whole one: a stage of a pipeline (placement is ``"block"`` then, nothing is
             added to what it returns, and :attr:`DispersionHandle.scale` and :attr:`DispersionHandle.sequences` say what
             its trainer divides by), or a share of the tokens of each state.
