@@ -97,7 +97,8 @@ def plain(name: str) -> str:
 def main(folder: Path, name: str, weight: float, local: int, accumulate: int, kind: str = "dp") -> None:
     """Two steps of four micro-batches each, cut as asked; keeps the first gradient, the logs and the last logits.
 
-    ``kind``: what the ranks share: the batches (``dp``), the layers (``pp`` and its schedule), the matrices (``tp``).
+    ``kind``: what the ranks share: the batches (``dp``; ``untied``: with a head of its own, as a pipeline has), the
+    matrices (``tp``), or the layers (the name of a schedule).
     """
     use_cpu()
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -122,11 +123,13 @@ def main(folder: Path, name: str, weight: float, local: int, accumulate: int, ki
     config.dump_folder = str(folder / name)
     config.dataloader.dataset = "words"
     config.training.local_batch_size = local
-    shared = kind != "dp"
+    staged = kind not in ("dp", "untied", "tp")
+    shared = staged or kind == "tp"
+    config.model_spec.model.enable_weight_tying = kind in ("dp", "tp")
     config.training.global_batch_size = local * accumulate * (1 if shared else ranks)
     if kind == "tp":
         config.parallelism.tensor_parallel_degree = ranks
-    elif shared:
+    elif staged:
         config.parallelism.pipeline_parallel_degree = ranks
         config.parallelism.pipeline_parallel_schedule = kind
         config.parallelism.pipeline_parallel_microbatch_size = 2
@@ -147,7 +150,7 @@ def main(folder: Path, name: str, weight: float, local: int, accumulate: int, ki
     for model in trainer.model_parts:
         same_start(model)
     # the same eight micro-batches however many of them a forward takes, and however many ranks share them
-    each = 1 if shared and kind != "tp" else local // 2
+    each = 1 if staged else local // 2
     parts = [joined(batches()[i : i + each]) for i in range(0, 8, each)]
     trainer.batch_generator = lambda _: iter(parts if shared else parts[rank::ranks])
 

@@ -229,8 +229,10 @@ class Computation:
                 f"{layer} ({type(module).__name__}) gives a {type(output).__name__} without a tensor of hidden "
                 "states [batch, tokens, width], alone or first."
             )
+        if torch.compiler.is_compiling() and self.part.is_stage:
+            raise AttachError("compiled blocks in a stage of a pipeline were never verified; do not compile them.")
         # a graph of one block cannot wait for the gradient of the loss of another
-        if not self._at_blocks or (torch.compiler.is_compiling() and not self.part.is_stage):
+        if not self._at_blocks or torch.compiler.is_compiling():
             forward.kept[key] = state
             return None
         if not torch.is_grad_enabled():
