@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import zlib
 from pathlib import Path
 
 import torch
@@ -76,11 +75,11 @@ def joined(parts: list[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> tuple[d
 
 
 def same_start(model: torch.nn.Module) -> None:
-    """Weights by name: they depend neither on the number of ranks nor on the stages."""
+    """Weights that do not depend on the number of ranks, as torchtitan's own do on a processor."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    for name, parameter in model.named_parameters():
-        draw = torch.Generator().manual_seed(zlib.crc32(plain(name).encode()))
+    draw = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
         value = torch.ones(parameter.shape)
         if parameter.ndim > 1:
             value = torch.randn(parameter.shape, generator=draw) * 0.03
@@ -89,17 +88,8 @@ def same_start(model: torch.nn.Module) -> None:
         parameter.data.copy_(value)
 
 
-def plain(name: str) -> str:
-    """The name of a parameter without the wrapper of activation checkpointing."""
-    return name.replace("_checkpoint_wrapped_module.", "")
-
-
-def main(folder: Path, name: str, weight: float, local: int, accumulate: int, kind: str = "dp") -> None:
-    """Two steps of four micro-batches each, cut as asked; keeps the first gradient, the logs and the last logits.
-
-    ``kind``: what the ranks share: the batches (``dp``; ``untied``: with a head of its own, as a pipeline has), the
-    matrices (``tp``), or the layers (the name of a schedule).
-    """
+def main(folder: Path, name: str, weight: float, local: int, accumulate: int) -> None:
+    """Two steps of four micro-batches each, cut as asked; keeps the first gradient, the logs and the last logits."""
     use_cpu()
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -123,16 +113,7 @@ def main(folder: Path, name: str, weight: float, local: int, accumulate: int, ki
     config.dump_folder = str(folder / name)
     config.dataloader.dataset = "words"
     config.training.local_batch_size = local
-    staged = kind not in ("dp", "untied", "tp")
-    shared = staged or kind == "tp"
-    config.model_spec.model.enable_weight_tying = kind in ("dp", "tp")
-    config.training.global_batch_size = local * accumulate * (1 if shared else ranks)
-    if kind == "tp":
-        config.parallelism.tensor_parallel_degree = ranks
-    elif staged:
-        config.parallelism.pipeline_parallel_degree = ranks
-        config.parallelism.pipeline_parallel_schedule = kind
-        config.parallelism.pipeline_parallel_microbatch_size = 2
+    config.training.global_batch_size = local * accumulate * ranks
     config.training.seq_len = 32
     config.training.steps = 2
     config.training.mixed_precision_param = "float32"
@@ -143,16 +124,15 @@ def main(folder: Path, name: str, weight: float, local: int, accumulate: int, ki
     for layer in config.model_spec.model.layers:  # FlexAttention has no backward on a processor
         layer.attention.inner_attention = ScaledDotProductAttention.Config()
     trainer = config.build()
-    for module in (module for model in trainer.model_parts for module in model.modules()):
+    for module in trainer.model_parts[0].modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
-    for model in trainer.model_parts:
-        same_start(model)
+    same_start(trainer.model_parts[0])
     # the same eight micro-batches however many of them a forward takes, and however many ranks share them
-    each = 1 if staged else local // 2
+    each = local // 2
     parts = [joined(batches()[i : i + each]) for i in range(0, 8, each)]
-    trainer.batch_generator = lambda _: iter(parts if shared else parts[rank::ranks])
+    trainer.batch_generator = lambda _: iter(parts[rank::ranks])
 
     found = {"logs": [], "gradients": None}
     step = trainer.optimizers.step
@@ -162,7 +142,7 @@ def main(folder: Path, name: str, weight: float, local: int, accumulate: int, ki
 
     def keep_gradients(*arguments, **keywords):
         if found["gradients"] is None:
-            grads = {plain(n): p.grad for m in trainer.model_parts for n, p in m.named_parameters()}
+            grads = {n: p.grad for n, p in trainer.model_parts[0].named_parameters()}
             found["gradients"] = {
                 n: (g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for n, g in grads.items()
             }
@@ -170,11 +150,10 @@ def main(folder: Path, name: str, weight: float, local: int, accumulate: int, ki
 
     trainer._plain_log, trainer.optimizers.step = keep_log, keep_gradients
     trainer.train()
-    if not shared:
-        model = trainer.model_parts[0].eval()
-        model._skip_lm_head = False
-        with torch.no_grad():
-            found["logits"] = model(batches()[0][0]["input"])
+    model = trainer.model_parts[0].eval()
+    model._skip_lm_head = False
+    with torch.no_grad():
+        found["logits"] = model(batches()[0][0]["input"])
     trainer.close()
     torch.save(found, folder / f"{name}-{rank}.pt")
 
@@ -183,5 +162,5 @@ if __name__ == "__main__":
     main(
         Path(sys.argv[1]),
         sys.argv[2],
-        *(kind(value) for kind, value in zip((float, int, int, str), sys.argv[3:], strict=True)),
+        *(kind(value) for kind, value in zip((float, int, int), sys.argv[3:], strict=True)),
     )

@@ -4,10 +4,9 @@ r"""Pre-training with torchtitan 0.3: its own trainer and configurations, the di
         --config qwen3_0_6b_dispersion --dispersion.weight 0.1 --dispersion.layers deep
 
 The gradient of one optimizer step is that of the token mean of the cross-entropy plus lambda times the mean dispersion
-over all packed documents of the step, over all micro-batches and data-parallel ranks. Data parallelism (FSDP2, HSDP),
-pipeline parallelism, tensor parallelism with and without sequence parallelism; context parallelism is refused, because
-a rank does not hold whole sequences there. In a pipeline each layer's gradient is added at its own block
-(:mod:`decondense.attaching.forward`), so the logged loss is the cross-entropy.
+over all packed documents of the step, over all micro-batches and data-parallel ranks. Data parallelism only (FSDP2,
+HSDP): this tie was never run with pipeline or tensor parallelism, which :class:`decondense.attaching.Part` describes,
+and with context parallelism a rank does not hold whole sequences; the trainer refuses all three.
 
 :func:`to_huggingface` turns a checkpoint into a directory that ``decondense measure`` and transformers read.
 """
@@ -27,11 +26,9 @@ from torchtitan.models.qwen3 import model_registry
 from torchtitan.models.qwen3.config_registry import qwen3_0_6b, qwen3_debugmodel
 from torchtitan.trainer import Trainer
 
-from decondense.attaching import AttachError, Part, attach
-from decondense.blocks import resolve_layers
+from decondense.attaching import AttachError, attach
 from decondense.config import ConfigError
 from decondense.config.titan import Dispersion
-from decondense.layers import EMBEDDING, FINAL_NORM, block
 
 __all__ = [
     "DispersionTrainer",
@@ -65,35 +62,12 @@ class DispersionTrainer(Trainer):  # type: ignore[misc]
             )
         super().__init__(config)  # applies checkpointing, compile and FSDP2
         dims = self.parallel_dims
-        if dims.cp_enabled:
-            raise AttachError(
-                "CP parallelism is not supported, because a rank does not hold whole sequences; use data, tensor or "
-                "pipeline parallelism."
-            )
-        if dims.pp_enabled and config.compile.enable and "model" in config.compile.components:
-            raise AttachError(
-                "compiled blocks in a pipeline were never verified; leave 'model' out of --compile.components."
-            )
-        blocks = len(self.model_config.layers)
-        cut = dims.tp_enabled and config.parallelism.enable_sequence_parallel
-        group = dims.get_mesh("tp").get_group() if cut else None
-        part = Part(group=group) if dims.tp_enabled else None
-        self.dispersions = []
-        for model in self.model_parts:
-            if dims.pp_enabled:
-                numbers = [int(number) for number in model.layers]
-                if not numbers:  # a stage of the head alone
-                    continue
-                part = Part(numbers[0], blocks, group)
-            self.dispersions.append(attach(model, config=settings, part=part))
-            self.dispersions[-1].defer = True
-        if not self.dispersions:
-            raise AttachError("no stage of this rank has a block; give every rank of the pipeline one.")
-        self.dispersion = self.dispersions[0]
-        chosen = resolve_layers(settings.layers, blocks)
-        layers = [block(number + 1) for number in chosen]
-        layers[-1:] = [FINAL_NORM] if settings.final_norm else layers[-1:]
-        self._keys = [layer.key(blocks) for layer in ([EMBEDDING] if settings.embedding else []) + layers]
+        causes = dict.fromkeys(("pp", "tp"), "this tie was never verified with it")
+        for name, cause in {**causes, "cp": "a rank does not hold whole sequences"}.items():
+            if getattr(dims, f"{name}_enabled"):
+                raise AttachError(f"{name.upper()} parallelism is not supported: {cause}; use data parallelism.")
+        self.dispersion = attach(self.model_parts[0], config=settings)
+        self.dispersion.defer = True
         self._sequences: Tensor | None = None
         self._cross_entropy = torch.zeros((), device=self.device)  # of the step: that is what torchtitan logs as loss
         # the validator was built with the plain loss, and keeps it
@@ -104,8 +78,8 @@ class DispersionTrainer(Trainer):  # type: ignore[misc]
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
         """One optimizer step; its micro-batches are fetched first, to know how many sequences they hold."""
-        forwards = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
-        micro_batches = [next(data_iterator) for _ in range(forwards)]
+        micro_batches = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
+        self.dispersion.set_progress(self.step - 1, self.config.training.steps)
         counts = [
             1
             if self.dispersion.counts_batches
@@ -114,9 +88,6 @@ class DispersionTrainer(Trainer):  # type: ignore[misc]
         ]
         self._cross_entropy = torch.zeros((), device=self.device)
         self._sequences = self._sum_over_ranks(torch.as_tensor(sum(counts), dtype=torch.float32))
-        for handle in self.dispersions:
-            handle.set_progress(self.step - 1, self.config.training.steps)
-            handle.sequences = self._sequences.clamp(min=1)
         super().train_step(itertools.chain(micro_batches, data_iterator))
 
     def _loss_with_dispersion(
@@ -135,27 +106,9 @@ class DispersionTrainer(Trainer):  # type: ignore[misc]
     def _log_with_dispersion(
         self, *arguments: Any, extra_metrics: dict[str, Any] | None = None, **keywords: Any
     ) -> Any:
-        values = (
-            self._values_of_stages() if self.parallel_dims.pp_enabled else self.dispersion.pop(self._sum_over_ranks)
-        )
-        # the schedule of a pipeline has the plain loss, which is what it logs
-        plain = arguments[1] if self.parallel_dims.pp_enabled else self._sum_over_ranks(self._cross_entropy.clone())
-        values["cross_entropy"] = float(plain)
+        values = self.dispersion.pop(self._sum_over_ranks)
+        values["cross_entropy"] = float(self._sum_over_ranks(self._cross_entropy.clone()))
         return self._plain_log(*arguments, extra_metrics={**(extra_metrics or {}), **values}, **keywords)
-
-    def _values_of_stages(self) -> dict[str, float]:
-        """The values of the layers of all stages."""
-        own: dict[str, float] = {}
-        for handle in self.dispersions:
-            own |= handle.pop(self._sum_over_ranks)
-        found = [float(f"dispersion/{key}" in own) for key in self._keys]
-        means = torch.tensor([*(own.get(f"dispersion/{key}", 0.0) for key in self._keys), *found], device=self.device)
-        torch.distributed.all_reduce(means, group=self.parallel_dims.get_mesh("pp").get_group())
-        values, seen = means.tolist()[: len(self._keys)], means.tolist()[len(self._keys) :]
-        if not all(seen):  # the weight is at 0
-            return {}
-        layers = {f"dispersion/{key}": value for key, value in zip(self._keys, values, strict=True)}
-        return {"dispersion": sum(values) / len(values), "dispersion_weight": self.dispersion.weight, **layers}
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         values = values.to(self.device)
