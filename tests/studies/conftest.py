@@ -44,8 +44,12 @@ def stop_after(count: int) -> Callable[[], None]:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, python_docs_cache: Callable[[Path], None]
+) -> Path:
     """One cache for the tests of this folder, and never the user's."""
     base = tmp_path_factory.getbasetemp() / "decondense-cache"
+    if not base.exists():
+        python_docs_cache(base)
     monkeypatch.setenv("DECONDENSE_CACHE", str(base))
     return base

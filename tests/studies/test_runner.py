@@ -342,7 +342,7 @@ def test_kill_9_loses_nothing(tmp_path) -> None:
         process.communicate()
         for path in out.glob("cells/*/*/rows.jsonl"):
             read_rows(path)  # every row written so far is valid
-    rows = run_study(study, out, workers=1)
+    rows = run_study(study, out, workers=0)
     assert [row["timing"]["resumed_from_steps"] for row in rows if row.get("status") == "finished"] != [[], []]
     assert stable_rows(rows) == stable_rows(run_study(study, tmp_path / "whole", workers=0))
 
@@ -476,7 +476,8 @@ def test_divergence_is_a_row_that_names_step_and_layer(tmp_path) -> None:
 
 
 def test_a_worker_that_dies_is_reported_with_its_words(tmp_path) -> None:
-    study = small_study(model={"architecture": "gpt2", "overrides": {"n_layer": 2, "n_embd": 32, "n_head": 5}})
+    impossible = {"architecture": "gpt2", "overrides": {"n_layer": 2, "n_embd": 32, "n_head": 5}}
+    study = small_study(model=impossible, arms=[{"name": "cross-entropy"}])
     with pytest.raises(
         StudyFailed, match=r"(?s)not finished: cross-entropy seed 0.*worker-0\.log: ConfigError: model: gpt2"
     ):
