@@ -31,8 +31,8 @@ from studies.conftest import SMALL, Interrupted, small_study, stable_rows, stop_
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> tuple[Path, list[Row]]:
-    os.environ.setdefault("DECONDENSE_CACHE", str(tmp_path_factory.getbasetemp() / "decondense-cache"))
+def uninterrupted(tmp_path_factory, cache_base: Path) -> tuple[Path, list[Row]]:
+    os.environ.setdefault("DECONDENSE_CACHE", str(cache_base))
     out = tmp_path_factory.mktemp("whole") / "study"
     return out, run_study(small_study(), out, workers=0)
 
@@ -107,17 +107,11 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, uninterrupted, after
     from decondense.training.hf import run_cell
 
     study, out = small_study(), tmp_path / "study"
-    open_directory(study, out)
-    study_corpus(study, out)
+    shutil.copytree(uninterrupted[0], out)
+    folder = cell_folder(out, "dispersion", 0)
+    shutil.rmtree(folder)
     with pytest.raises(Interrupted):
-        run_cell(
-            study,
-            study.arm("dispersion"),
-            0,
-            opened_corpus(out),
-            cell_folder(out, "dispersion", 0),
-            watch=stop_after(after),
-        )
+        run_cell(study, study.arm("dispersion"), 0, opened_corpus(out), folder, watch=stop_after(after))
     rows = run_study(study, out, workers=0)
     assert stable_rows(rows) == stable_rows(uninterrupted[1])
     (end,) = [
