@@ -236,7 +236,7 @@ def render(figure: Figure, kind: str, *, dpi: int = 300) -> bytes:
 def _plain_fonts() -> Iterator[None]:
     """Embed fonts without the tables for composing text: a PDF names glyphs, and to cut the tables to the glyphs of a
     figure takes most of the time of writing it."""
-    from fontTools.subset import Options
+    from fontTools.subset import Options  # type: ignore[import-untyped]
 
     before = Options._drop_tables_default
     Options._drop_tables_default = [*before, "GDEF", "GPOS", "GSUB"]

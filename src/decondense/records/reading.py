@@ -173,7 +173,7 @@ def iter_pieces(path: str | Path) -> Iterator[Row | ItemRows]:
     path = Path(path)
     parse = _Parser(path)
 
-    def lines(handle: IO[bytes]) -> Iterator[bytes]:
+    def lines(handle: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
         number = 0
         while line := handle.readline(LONGEST_LINE):
             number += 1
