@@ -238,7 +238,10 @@ def _plain_fonts() -> Iterator[None]:
     figure takes most of the time of writing it."""
     from fontTools.subset import Options  # type: ignore[import-untyped]
 
-    before = Options._drop_tables_default
+    before = getattr(Options, "_drop_tables_default", None)  # not a public name: without it figures are written slower
+    if before is None:
+        yield
+        return
     Options._drop_tables_default = [*before, "GDEF", "GPOS", "GSUB"]
     try:
         yield
