@@ -12,7 +12,7 @@ changed. Files in which every run row holds its configuration itself are read al
 from __future__ import annotations
 
 from decondense.provenance import COMMAND, command_line, provenance
-from decondense.records.reading import RowReader, iter_rows, read_rows
+from decondense.records.reading import ItemRows, RowReader, iter_pieces, iter_rows, read_rows
 from decondense.records.schema import (
     SCHEMA_VERSION,
     RecordError,
@@ -27,6 +27,7 @@ from decondense.records.writing import append_rows, atomic_path, atomic_write, w
 __all__ = [
     "COMMAND",
     "SCHEMA_VERSION",
+    "ItemRows",
     "RecordError",
     "Row",
     "RowReader",
@@ -35,6 +36,7 @@ __all__ = [
     "atomic_write",
     "check_row",
     "command_line",
+    "iter_pieces",
     "iter_rows",
     "make_row",
     "provenance",
