@@ -46,6 +46,8 @@ class DispersionHandle:
         self.config = config
         self.defer = False
         """Store the value for :meth:`take` instead of adding it to the model's loss."""
+        self.branch: Callable[[Tensor, Tensor | None], Tensor] | None = None
+        """Takes the states of a layer and the mask to what the loss is computed on; it may change the gradient."""
         self.loss = DispersionLoss.from_config(config.loss)
         blocks = find_blocks(model, config.blocks)
         self._blocks = blocks
@@ -280,13 +282,17 @@ class DispersionHandle:
         """State of the schedule, of the weights that a target moves, and of the random generator; the configuration."""
         clock = {"step": self._step, "total_steps": self._total_steps, "forwards": self._forwards}
         weights = {} if self._controller is None else {"controller": self._controller.state_dict()}
-        return {"config": self.config.model_dump(mode="json"), **clock, **weights}
+        return {"config": self.config.model_dump(mode="json"), "targets": self.targets, **clock, **weights}
 
     def differences(self, state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Settings of a :meth:`state_dict` that are not this handle's: then and now."""
         # parsed, so that a state of an earlier release has today's keys
         saved = DispersionConfig.parse(dict(state["config"]), where="the saved dispersion state")
         then, now = saved.model_dump(mode="json"), self.config.model_dump(mode="json")
+        # a file may have moved: what it says counts, which a controller compares when it is loaded
+        same = self._controller is not None or state.get("targets") == self.targets
+        if same and isinstance(self.config.target, str) and isinstance(saved.target, str):
+            then["target"] = now["target"]
         return {key: (then[key], now[key]) for key in sorted(now) if then[key] != now[key]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -446,7 +452,8 @@ class DispersionHandle:
         with torch.autocast(first.device.type, enabled=False):
             for loss, z_BTD, other in zip(self._losses, states.values(), others, strict=True):
                 inputs = [None if one is None else one.to(z_BTD.device) for one in (mask, segments, other)]
-                value, count = loss.sum_and_count(z_BTD, *inputs)
+                own = z_BTD if self.branch is None else self.branch(z_BTD, inputs[0])
+                value, count = loss.sum_and_count(own, *inputs)
                 sums.append(value.to(first.device))
                 counts.append(count.to(first.device))
             sums_L, count = torch.stack(sums), counts[0]

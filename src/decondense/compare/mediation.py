@@ -1,25 +1,26 @@
 r"""Mediation: what share of an arm's gain goes with the cosine.
 
-For seed s let :math:`y_s` be the paired difference arm - baseline of the final held-out loss, and :math:`x_s` that of the
-mean cosine over the blocks at a point of training. With the line :math:`y_s = c + b x_s + e_s` through the seeds the gain
-splits without a rest, :math:`\bar y = c + b \bar x`: b times the difference in cosine that the treatment makes, and c that
-is left where it makes none (two-condition mediation: Judd, Kenny, McClelland 2001). The share is
+For seed s let :math:`y_s` be the paired difference arm - baseline of the final held-out loss, and :math:`x_s` that of
+the mean cosine over the blocks at a point of training. With the line :math:`y_s = c + b x_s + e_s` through the seeds
+the gain splits without a rest, :math:`\bar y = c + b \bar x`: b times the difference in cosine that the treatment
+makes, and c that is left where it makes none (two-condition mediation: Judd, Kenny, McClelland 2001). The share is
 :math:`\theta = b \bar x / \bar y`.
 
 **Interval.** Given x, :math:`b \bar x` and :math:`\bar y` are independent, so Fieller's theorem has no approximation:
-:math:`b\bar x - \theta \bar y` is normal around 0 at the true share. Other seeds have other cosines too, which adds the last
-term:
+:math:`b\bar x - \theta \bar y` is normal around 0 at the true share. Other seeds have other cosines too, which adds the
+last term:
 
 .. math:: (b\bar x - \theta\bar y)^2 \le t^2 \Big[\hat\sigma^2\Big(\frac{\bar x^2}{S_{xx}} + \frac{\theta^2}{n}\Big)
           + (1 - \theta)^2 \frac{b^2 s_x^2}{n}\Big],
 
-a quadratic in :math:`\theta`, with n - 2 degrees of freedom. It is bounded exactly where the gain is told from 0, and where it is not
-there is no share of it. Where seeds were added until a study was decided, t is the multiplier of the confidence sequence
-(:mod:`decondense.compare.sequential`).
+a quadratic in :math:`\theta`, with n - 2 degrees of freedom. It is bounded exactly where the gain is told from 0, and
+where it is not there is no share of it. Where seeds were added until a study was decided, t is the multiplier of the
+confidence sequence (:mod:`decondense.compare.sequential`).
 
-**What it says.** The slope comes from how seeds of one arm differ. It is no proof of a cause: what lowers both the cosine and
-the loss of a seed counts as the cosine's, a slope that bends between 0 and :math:`\bar x` is missed, and noise in the cosine
-makes the share too small. A control that moves the cosine and not the loss, or the loss and not the cosine, says more.
+**What it says.** The slope comes from how seeds of one arm differ. It is no proof of a cause: what lowers both the
+cosine and the loss of a seed counts as the cosine's, a slope that bends between 0 and :math:`\bar x` is missed, and
+noise in the cosine makes the share too small. A control that moves the cosine and not the loss, or the loss and not the
+cosine, says more.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from decondense.compare import profiles
 from decondense.compare.context import Context
 from decondense.compare.results import Mediation, Undefined
 from decondense.compare.sequential import multiplier
-from decondense.compare.statistics import CONFIDENCE, Interval
+from decondense.compare.statistics import CONFIDENCE
 from decondense.compare.study import VALIDATION, Cell
 
 POINTS = (0.1, 0.5, 1.0)

@@ -157,13 +157,14 @@ def mediation_table(comparison: Comparison) -> Table | None:
     if not rows:
         return None
     caption = (
-        "Share of the difference in held-out loss that goes with the cosine: slope of the paired differences of the loss on "
-        "those of the mean cosine over the blocks at a point of training, times the mean difference in cosine, over the "
-        "mean difference in loss. 100 %: all of it; 0 %: none; an interval that holds both says neither. The slope comes "
-        "from how the seeds of one arm differ, so it is no proof of a cause; not corrected over arms and points."
+        "Share of the difference in held-out loss that goes with the cosine: slope of the paired differences of the "
+        "loss on those of the mean cosine over the blocks at a point of training, times the mean difference in cosine, "
+        "over the mean difference in loss. 100 %: all of it; 0 %: none; an interval that holds both says neither. The "
+        "slope comes from how the seeds of one arm differ, so it is no proof of a cause; not corrected over arms and "
+        "points."
     )
     columns = (
-        "arm", "cosine at", "seeds", "Δ cosine", "Δ loss (nats/token)", "slope", "correlation", "share", "95 % interval (%)",
-        "note",
+        "arm", "cosine at", "seeds", "Δ cosine", "Δ loss (nats/token)", "slope", "correlation", "share",
+        "95 % interval (%)", "note",
     )  # fmt: skip
     return Table("mediation", caption, columns, tuple(rows), 2)
