@@ -13,24 +13,34 @@ different means.
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from decondense.config import LossConfig
+from decondense.geometry import ZERO_NORM
 from decondense.losses import dense, features
 from decondense.losses.form import Form
 from decondense.losses.pair_mask import PairMask
 
 
+def _relative(x: Tensor) -> Tensor:
+    """Relative to the largest element of each row, whose squares neither over- nor underflow; a zero row stays zero."""
+    largest = x.detach().abs().amax(dim=(1, 2), keepdim=True)
+    return x / torch.where(largest <= ZERO_NORM, math.inf, largest)
+
+
 def definition(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig) -> Tensor:
     r""":math:`|\bar z|^2` over the mean squared length, the latter a constant of the gradient; 0 for zero vectors."""
-    x, n = dense.real(z_UND, valid_UN)
+    x, n = dense.real(_relative(z_UND), valid_UN)
     square = (x.square().sum(dim=(1, 2)) / n[:, 0, 0]).detach()
     return (x.sum(dim=1) / n[:, 0]).square().sum(dim=1) / square.clamp(min=1e-30)
 
 
 def per_segment(z_RND: Tensor, pairs: PairMask, s: LossConfig) -> Tensor:
     """From the sum of the states of each segment."""
-    x, n_U = features.real_tokens(z_RND, pairs), features.safe_count(pairs)
+    x, n_U = _relative(features.real_tokens(z_RND, pairs)), features.safe_count(pairs)
     square_U = pairs.to_segments(x.detach().square()).sum(dim=1) / n_U
     mean_UD = pairs.to_segments(x) / n_U.unsqueeze(1)
     return features.or_zero(mean_UD.square().sum(dim=1) / square_U.clamp(min=1e-30), pairs)
