@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from decondense.compare import compare
-from decondense.studies import committed_rows, load_study, run_study
+from decondense.studies import load_study, run_study
+from decondense.studies.catalogue import committed_rows
 from studies.conftest import SMALL
 
 NAMES = ["target", "cause"]
