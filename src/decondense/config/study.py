@@ -271,8 +271,9 @@ class StudyConfig(Config):
                 raise ValueError(
                     f"sweep.seed {seed} is one of the study's seeds; settings are chosen on a seed of their own."
                 )
-        for arm in self.arms if sweep.steps is not None else ():
-            size, sequences = arm.batch_size or 1, sweep.steps * self.train.batch_size
+        sequences = (sweep.steps or self.train.steps) * self.train.batch_size
+        for arm in self.arms:
+            size = arm.batch_size or 1
             if self.swept(arm) and sequences % size:
                 raise ValueError(
                     f"arm {arm.name!r}: batch_size {size} does not divide the {sequences} sequences of a trial "

@@ -1,7 +1,7 @@
 r"""Isotropic noise of equal norm in the place of the dispersion loss's gradient.
 
-Let :math:`g_{s}` be the gradient of the weighted dispersion loss in the states of sequence s at one layer, all of its
-real tokens and features as one vector. The layer gets
+Let :math:`g_{s}` be the gradient of the weighted dispersion loss in the states of sequence s (a packed row counts as
+one) at one layer, all of its real tokens and features as one vector. The layer gets
 
 .. math:: \tilde g_s = |g_s| \, \epsilon_s / |\epsilon_s|, \quad \epsilon_s \sim N(0, I)
 
