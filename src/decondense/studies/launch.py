@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from decondense.config import ArmConfig, MeasureConfig, StudyConfig
+from decondense.config import ARM_SETTINGS, ArmConfig, MeasureConfig, StudyConfig
 from decondense.config.measure import first_passage
 from decondense.config.titan import Dispersion
 
@@ -213,7 +213,7 @@ def _not_in_torchtitan(arm: ArmConfig) -> str | None:
     missing = [name for name, treatment in arm.treatments.items() if not treatment.torchtitan]
     if arm.dispersion is not None and arm.dispersion.target is not None:
         missing.append("dispersion.target")  # its checkpoints would not hold the weights
-    missing += [name for name in ("learning_rate", "model") if getattr(arm, name) is not None]
+    missing += [name for name in (*ARM_SETTINGS, "model") if getattr(arm, name) is not None]
     missing += ["untrained"] if arm.untrained else []
     return next(iter(missing), None)
 

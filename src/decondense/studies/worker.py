@@ -72,6 +72,7 @@ def run_task(
         retry_failed=retry_failed,
         watch=watch,
         prepared=prepared_models(study, out),
+        with_profile=task.kind == "prepared",
     )
 
 
