@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -34,8 +35,9 @@ needs_ray = [
 
 
 def test_a_client_and_a_missing_package_are_refused() -> None:
-    with pytest.raises(ConfigError, match="on a machine of the cluster"):
-        Cluster("ray://host:10001")
+    for address in ("ray://host:10001", "local"):
+        with pytest.raises(ConfigError, match="on a machine of a cluster"):
+            Cluster(address)
     if importlib.util.find_spec("ray") is None:
         with pytest.raises(ConfigError, match=r"decondense\[ray\]"):
             Cluster("auto")
@@ -72,7 +74,7 @@ def test_a_machine_that_does_not_share_the_directory(tmp_path: Path) -> None:
     assert "0.0" in old.words
 
 
-# ---- on a local cluster of two nodes ---------------------------------------------------------------------------------
+# ---- on a local cluster of two workers -------------------------------------------------------------------------------
 
 
 def free_port() -> int:
@@ -82,37 +84,37 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Two nodes of one core, on 127.0.0.1."""
-    port, processes = free_port(), []
-    # a short path: the sockets' names lie below it
-    scratch = Path("/tmp") / f"dcr-{os.getpid()}"
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "300"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    ray = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--block"]
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """A node with two workers: its address, and the variables of whoever connects to it."""
+    log, port = tmp_path_factory.mktemp("ray") / "log", free_port()
+    scratch = Path("/tmp") / f"dcr-{os.getpid()}"  # short, because the names of sockets are below it
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    environment |= {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    words = ["start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    # fixed ports: for one that an agent chooses Ray waits only 15 seconds
+    names = (
+        "dashboard-agent-grpc-port",
+        "dashboard-agent-listen-port",
+        "runtime-env-agent-port",
+        "metrics-export-port",
+    )
+    words += [f"--temp-dir={scratch}", "--disable-usage-stats", *(f"--{name}={free_port()}" for name in names)]
+    with log.open("w") as handle:
+        command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", *words]
+        process = subprocess.Popen(command, env=environment, stdout=handle, stderr=handle, start_new_session=True)
     try:
-        for number in range(2):
-            place = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={scratch}"]
-            words = place if number == 0 else [f"--address=127.0.0.1:{port}"]
-            # fixed ports: Ray gives an agent 15 seconds to say which one it took
-            ports = [f"--dashboard-agent-grpc-port={free_port()}", f"--runtime-env-agent-port={free_port()}"]
-            ports += [f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"]
-            command = [*ray, "--node-ip-address=127.0.0.1", "--num-cpus=1", "--disable-usage-stats", *words, *ports]
-            log = (tmp_path_factory.getbasetemp() / f"ray-{number}.log").open("w")
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
-            limit = time.monotonic() + 300
-            while time.monotonic() < limit and "Ray runtime started" not in Path(log.name).read_text():
-                assert processes[-1].poll() is None, Path(log.name).read_text()[-3000:]
-                time.sleep(0.5)
-        yield f"127.0.0.1:{port}"
+        limit = time.monotonic() + 300
+        while "Ray runtime started" not in log.read_text() and time.monotonic() < limit and process.poll() is None:
+            time.sleep(0.5)
+        assert process.poll() is None, log.read_text()[-3000:]
+        yield f"127.0.0.1:{port}", environment
     finally:
-        for process in reversed(processes):
-            process.terminate()
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -140,15 +142,15 @@ class TestRay:
     pytestmark = needs_ray
 
     def test_a_worker_and_the_runner_are_killed_and_the_rows_are_those_of_a_plain_run(
-        self, tmp_path: Path, cluster: str
+        self, tmp_path: Path, cluster: tuple[str, dict[str, str]]
     ) -> None:
         study = small_study(train={**small_study().train.model_dump(), "steps": 60, "checkpoint_every": 10})
         (tmp_path / "study.yaml").write_text(study.to_yaml())
         out = tmp_path / "study"
         command = [sys.executable, "-m", "decondense", "study", str(tmp_path / "study.yaml"), "--out", str(out)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        address, environment = cluster
         with (tmp_path / "log").open("wb") as log:
-            process = subprocess.Popen([*command, "--ray", cluster], stdout=log, stderr=log, env=environment)
+            process = subprocess.Popen([*command, "--ray", address], stdout=log, stderr=log, env=environment)
         wait_for_steps(out, 8, process)
         seen = workers_of(out)
         os.kill(seen[0], signal.SIGKILL)
@@ -165,7 +167,7 @@ class TestRay:
         assert not workers_of(out)
         assert not all((path.parent / "final").exists() for path in out.glob("cells/*/*/rows.jsonl"))
 
-        done = subprocess.run([*command, "--ray", cluster], capture_output=True, text=True, env=environment)
+        done = subprocess.run([*command, "--ray", address], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         rows = read_rows(out / "rows.jsonl")
         assert stable_rows(rows) == stable_rows(run_study(study, tmp_path / "whole", workers=0))

@@ -30,7 +30,7 @@ Ray = Annotated[
     str | None,
     typer.Option(
         "--ray",
-        help="Run on a Ray cluster: auto (this machine's), HOST:PORT, or local (a new one on this machine).",
+        help="Run on a Ray cluster: auto (the one of this machine) or HOST:PORT.",
         metavar="ADDRESS",
     ),
 ]

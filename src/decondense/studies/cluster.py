@@ -127,14 +127,15 @@ class Cluster:
     def __init__(self, address: str) -> None:
         """
         Args:
-            address: ``auto``: the cluster that this machine belongs to; ``HOST:PORT``; ``local``: a new one of this
-                machine's cores alone, bound to 127.0.0.1, which ends with this process.
+            address: ``auto``: the cluster that this machine belongs to; or ``HOST:PORT``.
 
         Raises:
-            ConfigError: Ray is not installed, there is no such cluster, or ``address`` is one of a client.
+            ConfigError: Ray is not installed, or this machine belongs to no such cluster.
         """
-        if address.startswith("ray://"):
-            raise ConfigError(f"--ray {address}: run the command on a machine of the cluster, with --ray auto.")
+        if address == "local" or address.startswith("ray://"):  # no cluster yet, or only a client of one
+            raise ConfigError(
+                f"--ray {address}: run the command on a machine of a cluster (ray start), with --ray auto."
+            )
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
@@ -143,9 +144,8 @@ class Cluster:
         self._ray = ray
         main = threading.current_thread() is threading.main_thread()
         before = signal.getsignal(signal.SIGTERM)
-        alone = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address == "local" else {}
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **alone)
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"--ray {address}: {error}") from error
         finally:
