@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from decondense.cli import main
 from decondense.config import ConfigError
 from decondense.records import RecordError, read_rows, write_rows
 from decondense.studies import run_study
@@ -41,6 +42,13 @@ def test_a_client_and_a_missing_package_are_refused() -> None:
     if importlib.util.find_spec("ray") is None:
         with pytest.raises(ConfigError, match=r"decondense\[ray\]"):
             Cluster("auto")
+
+
+def test_the_command_line(tmp_path: Path, capsys) -> None:
+    for words in (["--workers", "0"], ["--dry-run"], ["--slurm", str(tmp_path / "job")]):
+        assert main(["study", "demo", "--ray", "auto", *words]) == 2
+        assert "--ray" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow
