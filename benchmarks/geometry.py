@@ -109,8 +109,10 @@ def doses_of(rows: Committed) -> Doses | None:
     return Doses(rows, arms, seeds, baseline)
 
 
-def _control(path: Path) -> Committed:
+def _control(path: Path) -> Committed | None:
     study = Study.from_rows(read_rows(path))
+    if not study.cells:  # a sweep without runs
+        return None
     return Committed(path.name.removesuffix(".jsonl.gz"), "control", study, compare(study, incomplete="omit"))
 
 

@@ -159,6 +159,15 @@ def shown(d: Difference, digits: int = 3, *, sign: bool = True) -> str:
     return f"{number(d.mean, digits, sign=sign)} {interval(d.interval, digits)}, n = {d.n}"
 
 
+def base_sweep() -> dict[tuple[str, float], dict[float, list[float]]]:
+    """The sweep of the base of the tiny studies: (arm, warm-up) -> rate -> losses of the trials, one a seed."""
+    tried: dict[tuple[str, float], dict[float, list[float]]] = {}
+    for row in read_rows(FOLDER.parent / "controls" / "base.jsonl.gz"):
+        if row["kind"] == "trial" and row["value"] is not None:
+            tried.setdefault((row["arm"], row["warmup"]), {}).setdefault(row["learning_rate"], []).append(row["value"])
+    return tried
+
+
 def warm_up_control() -> tuple[StudyConfig, dict[tuple[float, bool], dict[int, float]]]:
     """The control of the schedule study, and its final held-out losses: (rate, dispersed) -> seed -> loss."""
     study = Study.from_rows(read_rows(FOLDER.parent / "controls" / "warm-up.jsonl.gz"))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 # One thread a worker: the tests run side by side, and the last bits depend on the number of threads. Set before torch.
@@ -12,6 +14,21 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def python_docs_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
+    """Gives a cache the documents of the standard library: seconds to read, and the same for all tests of a run."""
+    from once import once
+
+    from decondense.corpora.embedded import python_docs
+
+    made = once(tmp_path_factory, "python-docs", lambda folder: python_docs("standard_library", cache=folder))
+
+    def give(cache: Path) -> None:
+        shutil.copytree(made, cache, dirs_exist_ok=True)
+
+    return give
 
 
 @pytest.fixture(scope="session")

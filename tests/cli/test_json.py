@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic import study
 
 from decondense.cli import main
 from decondense.cli.printed import KEYS, SCHEMA_VERSION, emit, page
+from decondense.records import write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO = ROOT / "benchmarks" / "results" / "demo.jsonl"
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
@@ -35,9 +36,11 @@ def test_the_page_is_made_from_the_code() -> None:
 
 
 def test_compare_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    compared = printed(capsys, "compare", DEMO)
+    rows = [row for row in study() if row["kind"] != "step" and row.get("step", 300) == 300]  # of few figures
+    write_rows(tmp_path / "rows.jsonl", rows)
+    compared = printed(capsys, "compare", tmp_path)
     assert compared["baseline"] == "cross-entropy"
-    reported = printed(capsys, "report", DEMO, "--out", tmp_path)
+    reported = printed(capsys, "report", tmp_path)
     assert Path(reported["report"]).is_file()
     assert {key: value for key, value in compared.items() if key not in ("schema_version", "command")} == reported[
         "comparison"

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,9 @@ def test_half_a_surrogate_pair_does_not_stop_a_corpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hub", "stream", "text", "jsonl", "python_docs"])
-def test_most_characters_takes_documents_in_order_and_cuts_the_last(kind: str, subsets: Path, tmp_path: Path) -> None:
+def test_most_characters_takes_documents_in_order_and_cuts_the_last(
+    kind: str, subsets: Path, tmp_path: Path, python_docs_cache: Callable[[Path], None]
+) -> None:
     source: Path | str = subsets
     more: dict[str, Any] = {}
     if kind in ("hub", "stream"):
@@ -204,6 +206,7 @@ def test_most_characters_takes_documents_in_order_and_cuts_the_last(kind: str, s
         source = tmp_path / "rows.jsonl"
         jsonl(source, TEXTS)
     else:
+        python_docs_cache(tmp_path / "cache")
         source, more = "python_docs", {"documents": "standard_library"}
     whole = documents(tmp_path, source, **more)
     most = sum(map(len, whole[:20])) + 10

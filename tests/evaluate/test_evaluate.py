@@ -453,6 +453,7 @@ def test_an_encoder_and_an_unknown_task_are_refused(tiny: Path, data: Path, tmp_
         evaluate(tiny, "piqqa", data_dir=data)
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_there_is_refused(tiny: Path, data: Path) -> None:
     with pytest.raises(EvaluationError, match="there is no device 'cuda:99' here"):
         evaluate(tiny, "piqa", data_dir=data, device="cuda:99")
@@ -499,7 +500,7 @@ def test_data_of_the_hub_give_what_local_files_give(
         assert result.notes == local.notes
 
 
-@pytest.mark.parametrize("where", ["local", "hub"])
+@pytest.mark.parametrize("where", [pytest.param("local", marks=pytest.mark.slow), "hub"])
 def test_rows_of_another_release_score_as_the_hubs_and_the_tables_say_so(
     whole: tuple[Evaluation, Path], tiny: Path, data: Path, tmp_path: Path, monkeypatch, where: str
 ) -> None:

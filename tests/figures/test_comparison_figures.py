@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import re
+import zlib
 from itertools import pairwise
 
 import matplotlib
 import numpy as np
 import pytest
+from fontTools import subset, ttLib
 from matplotlib.figure import Figure
 from PIL import Image
 from synthetic import BINS, LAYERS, TOKENS_A_STEP, study, with_arms
@@ -136,6 +140,23 @@ def test_equal_figures_give_equal_bytes(three: Study, kind: str) -> None:
     assert b"Matplotlib" not in first.replace(b"Matplotlib v3", b"")[:2000] or kind == "pdf"
     assert b"CreationDate" not in first
     assert b"<dc:date>" not in first
+
+
+def test_fonts_of_a_pdf_are_truetype_of_its_glyphs_alone(three: Study) -> None:
+    before = list(subset.Options().drop_tables)
+    pdf = render(draw.profiles(three, [300]), "pdf")
+    assert b"/FontFile2" in pdf
+    assert b"/Type3" not in pdf
+    fonts = []
+    for stream in re.findall(rb"stream\r?\n(.*?)endstream", pdf, re.DOTALL):
+        with contextlib.suppress(zlib.error, ttLib.TTLibError):
+            fonts.append(ttLib.TTFont(io.BytesIO(zlib.decompress(stream))))
+    assert fonts
+    for font in fonts:
+        assert {"glyf", "head", "hmtx", "loca"} <= set(font.keys())
+        assert not {"GSUB", "GPOS", "GDEF"} & set(font.keys())
+        assert 3 <= font["maxp"].numGlyphs < 100
+    assert subset.Options().drop_tables == before
 
 
 def test_styles_of_the_user_neither_change_nor_are_changed(three: Study) -> None:

@@ -1,19 +1,24 @@
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import resource
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from decondense.records import (
+    ItemRows,
     RecordError,
     RowReader,
     append_rows,
     atomic_path,
     atomic_write,
+    check_row,
+    iter_pieces,
     make_row,
     provenance,
     read_rows,
@@ -285,33 +290,69 @@ def test_every_flipped_byte_of_a_compressed_file_is_rows_or_one_error(tmp_path) 
     assert refused > len(whole) * 0.8, "the checksum sees what the lines do not"
 
 
-def test_the_short_way_accepts_exactly_what_the_schema_does() -> None:
-    from decondense.records import check_row
-    from decondense.records.schema import _validated
+def item(name: str, value: float = 1.0, **more):
+    return make_row("eval_item", **CELL, step=2, task="t", metric="m", item=name, value=value, **more)
 
-    good = make_row("eval_item", **CELL, step=2, task="t", metric="m", item="i", value=1.0)
-    odd = [None, True, 3, -1, 2.5, "x", [], {}, float("inf"), 10**400]
-    absent = object()
-    for key in good:
-        for value in (*odd, absent):
-            row = {**good, key: value}
-            if value is absent:
-                del row[key]
+
+def compact(row: Any) -> bytes:
+    return json.dumps(row, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+
+
+ODD = [None, True, 3, -1, 2.5, "x", "}", [], {}, [{}], float("inf"), float("nan"), 10**400]
+ABSENT = object()
+
+
+@pytest.mark.parametrize("key", item("i"))
+def test_rows_that_are_read_together_are_what_they_are_alone(tmp_path, key: str) -> None:
+    path = tmp_path / "r.jsonl"
+    good = [item(name, place / 7, bits_per_byte=place / 3) for place, name in enumerate("abc")]
+    for value in (*ODD, ABSENT):
+        odd = {**item("o"), key: value}
+        if value is ABSENT:
+            del odd[key]
+        for place in range(4):
+            rows = [*good[:place], odd, *good[place:]]
+            path.write_bytes(b"".join(map(compact, rows)))
             try:
-                expected = _validated(row.get("kind"), row)
-            except RecordError:
-                with pytest.raises(RecordError):
-                    check_row(row)
+                expected = [check_row(json.loads(compact(row), parse_constant=lambda word: {}[word])) for row in rows]
+            except (RecordError, KeyError):
+                with pytest.raises(RecordError, match=rf"r\.jsonl, line {place + 1}:"):
+                    read_rows(path)
             else:
-                assert check_row(row) == expected
-        without = {name: value for name, value in good.items() if name != key}
-        try:  # a field that is optional, or that rows of earlier releases lack
-            expected = _validated(without.get("kind"), without)
-        except RecordError:
-            with pytest.raises(RecordError):
-                check_row(without)
-        else:
-            assert check_row(without) == expected
+                assert read_rows(path) == expected
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        ['"a","value":1.0,"weight":1.0}', '"b","value":1.0', '"weight":1.0}'],
+        ['"a","value":1.0,"weight":1.0}', "[1", '"b"}],"item":"c","value":1.0,"weight":1.0},{"item":"d"}'],
+        ['"a","value":1.0,"weight":1.0}', '"b","value":1.0,"weight":1.0},{"item":"c","value":1.0,"weight":1.0}'],
+        ['"a","value":1.0,"weight":1.0}', '"b}', '"c","value":1.0,"weight":1.0}'],
+    ],
+)
+def test_lines_that_are_rows_only_together_are_refused(tmp_path, ends: list[str]) -> None:
+    whole = compact(item("a"))
+    start = whole[: whole.index(b'"item":') + 7]
+    (tmp_path / "r.jsonl").write_bytes(b"".join(start + end.encode() + b"\n" for end in ends))
+    with pytest.raises(RecordError, match=r"r\.jsonl, line 2: not a valid row"):
+        read_rows(tmp_path / "r.jsonl")
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", ["r.jsonl", "r.jsonl.gz"])
+def test_rows_of_items_come_back_in_their_order_and_a_torn_one_is_dropped(tmp_path, name: str, ends: str) -> None:
+    rows = [step(1), *(item(f"{n}\u2028{{", n / 7) for n in range(3)), *(item(str(n), n / 7) for n in range(5000)),
+            {**item("x"), "arm": "b"}, step(3), item("y", weight=3.5), item("z")]  # fmt: skip
+    data = b"".join(map(compact, rows)).replace(b"\n", ends.encode())
+    for torn in (b"", compact(rows[-1])[:-20]):
+        whole = data + torn
+        (tmp_path / name).write_bytes(gzip.compress(whole, 1) if name.endswith("gz") else whole)
+        assert read_rows(tmp_path / name) == rows
+    together = sum(isinstance(piece, ItemRows) for piece in iter_pieces(tmp_path / name))
+    assert together == (3 if ends == "\n" else 0), "5000 items of one place, cut once, and the last two"
+    if not name.endswith("gz"):
+        assert RowReader(tmp_path / name).read() == (False, rows)
 
 
 def test_a_reader_returns_only_what_is_new(tmp_path) -> None:
@@ -358,8 +399,6 @@ def test_two_writers_of_one_new_file_do_not_both_win(tmp_path) -> None:
 
 
 def test_a_field_is_read_under_its_former_name() -> None:
-    from decondense.records import check_row
-
     row = make_row("run", **CELL, status="started", config={}, steps=5)
     former = {key: value for key, value in row.items() if key != "max_grad_norm"} | {"gradient_clip": 0.5}
     assert check_row(former) == row | {"max_grad_norm": 0.5}

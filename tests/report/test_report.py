@@ -140,11 +140,18 @@ def test_equal_rows_give_equal_bytes(built: tuple[Path, str], tmp_path: Path) ->
     assert first == second
 
 
+def last(row: Row) -> bool:
+    """Whether a row is kept where the curves do not matter: drawing them takes most of the time."""
+    return row["kind"] == "run" or (row["kind"] != "step" and row["step"] == 300)
+
+
 HOSTILE = '<script>alert("x")</script> & | $5_{a}^b % \\ #'
 
 
 def test_text_of_the_rows_is_escaped(tmp_path: Path) -> None:
-    def hostile(row: Row) -> Row:
+    def hostile(row: Row) -> Row | None:
+        if not last(row):
+            return None
         if row["kind"] == "run":
             arms = [{"name": arm["name"], "label": f"{arm['name']} {HOSTILE}"} for arm in row["config"]["arms"]]
             row["config"] = {**row["config"], "title": HOSTILE, "question": HOSTILE, "arms": arms}
@@ -244,6 +251,8 @@ def test_several_arms_and_tasks() -> None:
 
 def test_failed_and_unfinished_runs_are_shown_first(tmp_path: Path) -> None:
     def broken(row: Row) -> Row | None:
+        if row["kind"] == "profile" or not last(row):
+            return None
         if row["kind"] == "run" and row["status"] == "finished" and row["arm"] == "dispersion":
             if row["seed"] == 0:
                 return {**row, "status": "failed", "error": "NaN in block 3"}

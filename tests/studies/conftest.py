@@ -43,9 +43,16 @@ def stop_after(count: int) -> Callable[[], None]:
     return watch
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="session")
+def cache_base(tmp_path_factory: pytest.TempPathFactory, python_docs_cache: Callable[[Path], None]) -> Path:
     """One cache for the tests of this folder, and never the user's."""
     base = tmp_path_factory.getbasetemp() / "decondense-cache"
-    monkeypatch.setenv("DECONDENSE_CACHE", str(base))
+    python_docs_cache(base)
     return base
+
+
+@pytest.fixture(autouse=True)
+def own_cache(cache_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, in the environment."""
+    monkeypatch.setenv("DECONDENSE_CACHE", str(cache_base))
+    return cache_base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -164,11 +165,19 @@ class _Touch:
         return (open, (str(self.marker), "w"))
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
-def test_a_pickle_in_a_checkpoint_does_not_run(name: str, corpus: PackedCorpus, tmp_path: Path) -> None:
-    study, folder, marker = small_study(), tmp_path / "cell", tmp_path / "ran"
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, cache_base: Path) -> Path:
+    """A cell that was interrupted after its first checkpoint."""
+    folder = tmp_path_factory.mktemp("stopped") / "cell"
     with pytest.raises(Interrupted):
-        run(study, corpus, folder, watch=stop_after(5))
+        run(small_study(), prepare(small_study().corpus, cache=cache_base), folder, watch=stop_after(5))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_a_pickle_in_a_checkpoint_does_not_run(name: str, corpus: PackedCorpus, stopped: Path, tmp_path: Path) -> None:
+    study, folder, marker = small_study(), tmp_path / "cell", tmp_path / "ran"
+    shutil.copytree(stopped, folder)
     (mark,) = folder.glob(f"checkpoint-*/{COMPLETE}")
     (mark.parent / name).write_bytes(pickle.dumps(_Touch(marker)))
     try:

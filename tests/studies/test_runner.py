@@ -31,8 +31,8 @@ from studies.conftest import SMALL, Interrupted, small_study, stable_rows, stop_
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> tuple[Path, list[Row]]:
-    os.environ.setdefault("DECONDENSE_CACHE", str(tmp_path_factory.getbasetemp() / "decondense-cache"))
+def uninterrupted(tmp_path_factory, cache_base: Path) -> tuple[Path, list[Row]]:
+    os.environ.setdefault("DECONDENSE_CACHE", str(cache_base))
     out = tmp_path_factory.mktemp("whole") / "study"
     return out, run_study(small_study(), out, workers=0)
 
@@ -107,17 +107,11 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, uninterrupted, after
     from decondense.training.hf import run_cell
 
     study, out = small_study(), tmp_path / "study"
-    open_directory(study, out)
-    study_corpus(study, out)
+    shutil.copytree(uninterrupted[0], out)
+    folder = cell_folder(out, "dispersion", 0)
+    shutil.rmtree(folder)
     with pytest.raises(Interrupted):
-        run_cell(
-            study,
-            study.arm("dispersion"),
-            0,
-            opened_corpus(out),
-            cell_folder(out, "dispersion", 0),
-            watch=stop_after(after),
-        )
+        run_cell(study, study.arm("dispersion"), 0, opened_corpus(out), folder, watch=stop_after(after))
     rows = run_study(study, out, workers=0)
     assert stable_rows(rows) == stable_rows(uninterrupted[1])
     (end,) = [
@@ -342,7 +336,7 @@ def test_kill_9_loses_nothing(tmp_path) -> None:
         process.communicate()
         for path in out.glob("cells/*/*/rows.jsonl"):
             read_rows(path)  # every row written so far is valid
-    rows = run_study(study, out, workers=1)
+    rows = run_study(study, out, workers=0)
     assert [row["timing"]["resumed_from_steps"] for row in rows if row.get("status") == "finished"] != [[], []]
     assert stable_rows(rows) == stable_rows(run_study(study, tmp_path / "whole", workers=0))
 
@@ -476,7 +470,8 @@ def test_divergence_is_a_row_that_names_step_and_layer(tmp_path) -> None:
 
 
 def test_a_worker_that_dies_is_reported_with_its_words(tmp_path) -> None:
-    study = small_study(model={"architecture": "gpt2", "overrides": {"n_layer": 2, "n_embd": 32, "n_head": 5}})
+    impossible = {"architecture": "gpt2", "overrides": {"n_layer": 2, "n_embd": 32, "n_head": 5}}
+    study = small_study(model=impossible, arms=[{"name": "cross-entropy"}])
     with pytest.raises(
         StudyFailed, match=r"(?s)not finished: cross-entropy seed 0.*worker-0\.log: ConfigError: model: gpt2"
     ):

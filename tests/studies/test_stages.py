@@ -54,8 +54,8 @@ def staged_study(**changes: object) -> StudyConfig:
 
 
 @pytest.fixture(scope="module")
-def staged(tmp_path_factory) -> tuple[Path, list[Row]]:
-    os.environ.setdefault("DECONDENSE_CACHE", str(tmp_path_factory.getbasetemp() / "decondense-cache"))
+def staged(tmp_path_factory, cache_base: Path) -> tuple[Path, list[Row]]:
+    os.environ.setdefault("DECONDENSE_CACHE", str(cache_base))
     out = tmp_path_factory.mktemp("staged") / "study"
     return out, run_study(staged_study(), out, workers=0)
 

@@ -6,9 +6,9 @@ The objective is (Liu et al. 2026, arXiv:2602.00217, section "Dispersion loss")
 
 with the hidden states after the blocks :math:`\mathcal L`, and :math:`S` sequences of at least two real tokens.
 
-Hooks on the blocks only *store* each output; the loss is computed in the forward hook of the whole model. A loss
-computed in a block's own hook is silently wrong under reentrant gradient checkpointing, where the hook runs again
-during the recomputation; the stored tensors are those of the backward pass. Nothing is patched: the hooks belong to
+Hooks on the blocks only *store* each output; the loss is computed in the forward hook of the whole model. With
+``placement="block"`` it is computed in the hook of the block, and its gradient added there
+(:mod:`decondense.attaching.forward`). Nothing is patched: the hooks belong to
 this one model, and :meth:`DispersionHandle.detach` removes them.
 
 ``layers`` are Python indices of the blocks; keys and messages number them from 1, "block 1" to "block L". The state of
@@ -20,19 +20,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from decondense.attaching.checks import AttachError
 from decondense.attaching.handle import DispersionHandle
 from decondense.attaching.hooks import attached
+from decondense.attaching.part import Part
 from decondense.config import DispersionConfig, LossConfig, LossOptions, WeightSchedule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["AttachError", "DispersionHandle", "attach", "attached"]
+__all__ = ["AttachError", "DispersionHandle", "Part", "attach", "attached"]
 
 _DEFAULT = DispersionConfig()
 
@@ -51,6 +52,8 @@ def attach(
     embedding: bool = _DEFAULT.embedding,
     gradient_ratio_every: int | None = _DEFAULT.gradient_ratio_every,
     tokens_first: bool | None = _DEFAULT.tokens_first,
+    placement: Literal["output", "block"] = "output",
+    part: Part | None = None,
     **loss: Unpack[LossOptions],
 ) -> DispersionHandle:
     """Add ``weight`` times the dispersion loss to the loss that ``model`` returns in training.
@@ -82,6 +85,14 @@ def attach(
             norm of the gradient of the model's own loss. Costs two extra backward passes then.
         tokens_first: Whether the blocks return [tokens, batch, width] instead of [batch, tokens, width]. None: inferred
             from the class of the blocks, the shapes, or a probe (:mod:`decondense.layout`).
+        placement: Where the gradient of a layer is added. ``"output"``: in the loss. ``"block"``: at the block, so that
+            the gradients of the layers, each of the size of a state, do not all wait in memory when backward begins;
+            the loss that is returned and the gradients are the same up to rounding (but for random pairs, which are
+            other draws). Inside gradient checkpoints each layer's loss is computed twice. A compiled model gets
+            ``"output"``.
+        part: What the model holds of the whole one: a stage of a pipeline (placement is ``"block"`` then, nothing is
+            added to what it returns, and :attr:`DispersionHandle.scale` and :attr:`DispersionHandle.sequences` say what
+            its trainer divides by), or a share of the tokens of each state.
         **loss: Fields of :class:`decondense.config.LossConfig`: ``form``, ``tau``, ``impl``, ``pairs``, ``seed``, ...
 
     Returns:
@@ -109,8 +120,8 @@ def attach(
     if config is None:
         loss_config = LossConfig.parse(dict(loss), where="attach()")
         config = DispersionConfig.parse({**settings, "loss": loss_config}, where="attach()")
-        return DispersionHandle(model, config, teacher)
+        return DispersionHandle(model, config, teacher, placement, part)
     extra = [*(name for name, value in settings.items() if value != getattr(_DEFAULT, name)), *loss]
     if extra:
         raise AttachError(f"attach() got config= and also {', '.join(extra)}; put them into the DispersionConfig.")
-    return DispersionHandle(model, config, teacher)
+    return DispersionHandle(model, config, teacher, placement, part)

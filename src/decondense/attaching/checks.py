@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from decondense.blocks import base_model, unwrap
+from decondense.config import DispersionConfig, one_of
 from decondense.layers import Layer
 
+if TYPE_CHECKING:
+    from decondense.attaching.part import Part
+
+PLACEMENTS = ("output", "block")
 # names of device-mesh dimensions along which a rank holds only part of a sequence, of a layer or of the model
 _INEXACT_MESH_DIMENSIONS = ("tp", "cp", "sp", "pp", "ulysses")
+_INEXACT_IN_PARTS = ("cp", "ulysses")
 
 
 class AttachError(ValueError):
     """The loss cannot be attached, or would not be exact; the message says what to do instead."""
 
 
-def refuse(model: nn.Module) -> None:
+def refuse(model: nn.Module, part: Part | None = None) -> None:
     """Refuse the wrappers and models for which the gradient would not be exact."""
     if isinstance(model, nn.DataParallel):
         raise AttachError("nn.DataParallel is not supported, its replicas have no hooks; use DDP or FSDP2 (torchrun).")
@@ -34,30 +41,53 @@ def refuse(model: nn.Module) -> None:
             "decoder-only and encoder-only models are supported."
         )
     if (getattr(core, "_tp_size", None) or 1) > 1:  # set by from_pretrained(tp_plan=...)
-        raise AttachError("tensor parallelism (tp_plan) is not supported; use data parallelism (DDP, FSDP2).")
-    refuse_meshes(model)
+        raise AttachError("tensor parallelism (tp_plan) was never verified; use data parallelism (DDP, FSDP2).")
+    refuse_meshes(model, part)
 
 
-def refuse_meshes(model: nn.Module) -> None:
-    """Refuse parameters that are distributed over anything but data-parallel dimensions."""
-    for name, parameter in model.named_parameters():
+def refuse_settings(config: DispersionConfig, teacher: nn.Module | None, placement: str, part: Part | None) -> None:
+    """Refuse choices that do not go together."""
+    if config.loss.info.teacher != (teacher is not None):
+        what = "needs a teacher: attach(model, teacher=...)" if teacher is None else "has no use for a teacher"
+        raise AttachError(f"form {config.loss.form!r} {what}.")
+    one_of("placement", placement, PLACEMENTS)
+    if teacher is not None and placement == "block":
+        raise AttachError("placement='block' would keep the teacher's states for a recomputation; omit it.")
+    if part is None:
+        return
+    cut = {
+        "a teacher": teacher is not None,
+        "within='world', which gathers the tokens of all ranks": config.loss.within == "world",
+        "a target, which moves the weights by the cosines of all layers": part.is_stage and config.target is not None,
+        "gradient_ratio_every": config.gradient_ratio_every is not None,
+    }
+    for what, given in cut.items():
+        if given:
+            raise AttachError(f"a part of a model cannot have {what}.")
+
+
+def refuse_meshes(model: nn.Module, part: Part | None = None) -> None:
+    """Refuse parameters distributed over other than data-parallel dimensions, and tensor-parallel ones of a part."""
+    refused = _INEXACT_MESH_DIMENSIONS if part is None else _INEXACT_IN_PARTS
+    for where, parameter in model.named_parameters():
         mesh: Any = getattr(parameter, "device_mesh", None)
         for dimension in getattr(mesh, "mesh_dim_names", None) or ():
-            if any(part in _INEXACT_MESH_DIMENSIONS for part in dimension.split("_")) and mesh[dimension].size() > 1:
+            if any(name in refused for name in dimension.split("_")) and mesh[dimension].size() > 1:
                 raise AttachError(
-                    f"parameter {name} is distributed over the mesh dimension {dimension!r}: tensor, sequence, context "
-                    "and pipeline parallelism are not supported, because a rank does not hold whole sequences of "
-                    "whole states. Use data parallelism (DDP, FSDP2, HSDP)."
+                    f"parameter {where} is distributed over the mesh dimension {dimension!r}, so a rank may not hold "
+                    "whole sequences of whole states. Tensor and pipeline parallelism: say what a rank holds, "
+                    "attach(model, part=Part(...)). Context parallelism is not supported; use data parallelism (DDP, "
+                    "FSDP2, HSDP)."
                 )
 
 
-def check_graph(states: Mapping[int, Tensor], layers: Mapping[int, Layer], sources: Mapping[int, nn.Module]) -> None:
+def check_graph(trained: Mapping[int, bool], layers: Mapping[int, Layer], sources: Mapping[int, nn.Module]) -> None:
     """Refuse states without a gradient although parameters below them are trained.
 
     Called after the forward: only then do the stored tensors have a graph under reentrant checkpointing.
     """
     for key, layer in layers.items():
-        if states[key].requires_grad or key not in sources:
+        if trained[key] or key not in sources:
             continue
         if any(parameter.requires_grad for parameter in sources[key].parameters()):
             raise AttachError(
@@ -65,7 +95,7 @@ def check_graph(states: Mapping[int, Tensor], layers: Mapping[int, Layer], sourc
                 "embeddings and reentrant checkpointing call model.enable_input_require_grads(), or use "
                 "use_reentrant=False."
             )
-    if not any(states[key].requires_grad for key in layers):
+    if not any(trained[key] for key in layers):
         raise AttachError(
             f"nothing that is trained lies below the layers {', '.join(map(str, layers.values()))}, so their "
             "dispersion has no gradient. Choose deeper layers."
@@ -78,3 +108,14 @@ def in_backward() -> bool:
     # in torch releases without it, calls outside the model are not checked.
     current = getattr(torch._C, "_current_graph_task_id", None)
     return current is None or current() != -1
+
+
+def infers_shapes() -> bool:
+    """Whether torch's pipeline runs a stage on tensors without content, to learn the shapes of what it returns.
+
+    Gradients are enabled there, and nothing but the caller's name tells such a call from one that trains.
+    """
+    frame = sys._getframe(1) if not torch.compiler.is_compiling() else None
+    while frame is not None and frame.f_code.co_name != "_forward_metadata_inference":
+        frame = frame.f_back
+    return frame is not None

@@ -35,21 +35,24 @@ class End(Hook):
 
 
 class Keep(Hook):
-    """After a block: stores its output."""
+    """After a block: stores its output, or adds the gradient there."""
 
     def __init__(self, handle: DispersionHandle, key: int) -> None:
         super().__init__(handle)
         self.key = key
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.handle._keep(self.key, module, output)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self.handle._keep(self.key, module, output)
 
 
 class KeepInput(Keep):
     """Before the first block: stores its input, the embedding."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        self.handle._keep(self.key, module, args[0] if args else kwargs.get("hidden_states"))
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+        state = self.handle._keep(self.key, module, args[0] if args else kwargs.get("hidden_states"))
+        if state is None:
+            return None
+        return ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
 
 
 class Watch:

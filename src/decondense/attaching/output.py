@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from decondense.attaching.checks import AttachError
 
@@ -14,6 +15,11 @@ def returned_loss(output: Any) -> tuple[Any, Tensor] | None:
     """Place and value of the loss: the entry ``loss``, or the only scalar with a gradient; None if there is none."""
     scalars = list(_scalars(output))
     return scalars[0] if len(scalars) == 1 else None
+
+
+def tensors(output: Any) -> Iterable[Tensor]:
+    """The tensors of an output that carry a gradient."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
 def with_loss(output: Any, place: Any, loss: Tensor) -> Any:

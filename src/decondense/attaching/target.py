@@ -81,17 +81,14 @@ class Controller:
         return (sums_L * self.relative_L.to(sums_L.device, sums_L.dtype)).mean()
 
     @torch.no_grad()
-    def observe(self, states: Sequence[Tensor], mask: Tensor | None, segments: Tensor | None) -> None:
-        """Add the sequences of one forward; ``states``: one [batch, tokens, width] per layer."""
-        found = []
-        for z_BTD in states:
-            own = [None if tensor is None else tensor.to(z_BTD.device) for tensor in (mask, segments)]
-            found.append(sum_and_count(z_BTD.detach(), own[0], segments_BT=own[1], form="mean_cosine"))
-        device = states[0].device
-        if self._pending.device != device:
-            self._pending = self._pending.to(device)
-        cosines = [total.to(device) for total, _ in found]
-        self._pending += torch.stack([*cosines, found[0][1]]).to(self._pending.dtype)
+    def observe(self, place: int, z_BTD: Tensor, mask: Tensor | None, segments: Tensor | None) -> None:
+        """Add the sequences of one layer in one forward, ``[batch, tokens, width]``."""
+        total, count = sum_and_count(z_BTD.detach(), mask, segments_BT=segments, form="mean_cosine")
+        if place == 0 and self._pending.device != z_BTD.device:
+            self._pending = self._pending.to(z_BTD.device)
+        self._pending[place] += total.to(self._pending)
+        if place == 0:
+            self._pending[-1] += count.to(self._pending)
 
     @torch.no_grad()
     def end_step(self) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from decondense.compare import Comparison
-    from decondense.records import Row
+    from decondense.records import ItemRows, Row
 
 Where = Annotated[
     Path, typer.Argument(help="A study directory, or a file of rows (.jsonl, .jsonl.gz).", metavar="DIR|ROWS")
@@ -116,7 +116,7 @@ def _check_gpu() -> None:
 
 
 def present(
-    rows: Iterable[Row],
+    rows: Iterable[Row | ItemRows],
     out: Path,
     console: Console,
     *,
@@ -186,19 +186,19 @@ def named(where: Path) -> Iterator[None]:
         raise CompareError(f"{rows_file(where)}: {error.reason}", error.faults, error.remedy) from error
 
 
-def rows_at(where: Path) -> Iterator[Row]:
-    """The rows of a study's directory or of a file of rows, one by one.
+def rows_at(where: Path) -> Iterator[Row | ItemRows]:
+    """The rows of a study's directory or of a file of rows, one by one or those of a task's items together.
 
     Raises:
         ConfigError: there are none.
     """
     from decondense.config import ConfigError
-    from decondense.records import iter_rows
+    from decondense.records import iter_pieces
 
     path = rows_file(where)
     if not path.exists():
         raise ConfigError(f"{where}: there is no rows.jsonl; give a study's directory or its file of rows.")
-    rows = iter_rows(path)
+    rows = iter_pieces(path)
     first = next(rows, None)
     if first is None:
         raise ConfigError(f"{path} holds no rows; has any run of the study ended?")

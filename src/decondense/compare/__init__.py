@@ -66,7 +66,7 @@ from decondense.compare.statistics import (
 )
 from decondense.compare.study import VALIDATION, Cell, CellId, CompareError, Fault, Key, Study
 from decondense.config import one_of
-from decondense.records import Row
+from decondense.records import ItemRows, Row
 
 __all__ = [
     "CONFIDENCE",
@@ -119,7 +119,7 @@ __all__ = [
 
 
 def compare(
-    rows: Iterable[Row] | Study,
+    rows: Iterable[Row | ItemRows] | Study,
     baseline: str | None = None,
     *,
     incomplete: Literal["refuse", "omit"] = "refuse",

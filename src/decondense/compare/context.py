@@ -86,8 +86,8 @@ class Context:
 
     def per_item(self, key: Key, arm: str, seeds: Sequence[int]) -> Items | None:
         """Differences item by item, or None unless every run of both arms has the same items."""
-        mine = [self.cells[arm, seed].item_arrays(key) for seed in seeds]
-        theirs = [self.cells[self.base, seed].item_arrays(key) for seed in seeds]
+        mine = [self.cells[arm, seed].final_items(key) for seed in seeds]
+        theirs = [self.cells[self.base, seed].final_items(key) for seed in seeds]
         first = mine[0]
         if not first.names or not all(first.same_items(other) for other in [*mine, *theirs]):
             return None

@@ -8,10 +8,10 @@ which every run has them: continuous where an accuracy near chance is a count of
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
+from decondense.compare.items import ItemArrays
 from decondense.records import Row
 
 METRICS = {"bits_per_byte": False, "margin_bits": True}
@@ -38,50 +38,36 @@ def decision_accuracy(task: str, metric: str, parameters: Iterable[int | None]) 
     return DECISION_ACCURACY.get(task)
 
 
-@dataclass
-class GoldItems:
-    """The right answers of a run's items: task -> step -> item -> (bits per byte, margin in bits, weight)."""
-
-    known: dict[str, dict[int, dict[str, tuple[float | None, float | None, float]]]] = field(default_factory=dict)
-
-    def take(self, row: Row) -> None:
-        """Take an ``eval_item`` row that has them."""
-        steps = self.known.setdefault(row["task"], {})
-        steps.setdefault(row["step"], {})[row["item"]] = (row["bits_per_byte"], row["margin_bits"], row["weight"])
-
-    def values(self, task: str, place: int) -> dict[int, dict[str, tuple[float, float]]]:
-        """Step -> item -> (value, weight) of one of the two metrics, where it is known."""
-        return {
-            step: {
-                item: (float(value), entry[2]) for item, entry in items.items() if (value := entry[place]) is not None
-            }
-            for step, items in self.known.get(task, {}).items()
-        }
+GoldItems = dict[str, dict[int, tuple[ItemArrays, ItemArrays]]]
+"""The right answers of a run's items: task -> step -> bits per byte, margin in bits."""
+Scores = dict[tuple[str, str], dict[int, Row]]
+"""Task and metric -> step -> row."""
+_Made = dict[tuple[str, str], dict[int, tuple[Row, ItemArrays]]]
 
 
-def gold_scores(
-    runs: Sequence[tuple[GoldItems, dict[tuple[str, str], dict[int, Row]]]],
-) -> list[dict[tuple[str, str], dict[int, tuple[Row, dict[str, tuple[float, float]]]]]]:
+def gold_scores(runs: Sequence[tuple[GoldItems, Scores]]) -> list[_Made]:
     """For each run the scores of the two metrics: (task, metric) -> step -> row and items.
 
     Args:
-        runs: of each run its right answers and its scores, (task, metric) -> step -> row. A task is left out unless
-            every run that was scored on it has its right answers.
+        runs: of each run its right answers and its scores. A task is left out unless every run that was scored on it
+            has its right answers.
     """
-    made: list[dict[tuple[str, str], dict[int, tuple[Row, dict[str, tuple[float, float]]]]]] = [{} for _ in runs]
-    for task in dict.fromkeys(task for gold, _ in runs for task in gold.known):
+    made: list[_Made] = [{} for _ in runs]
+    for task in dict.fromkeys(task for gold, _ in runs for task in gold):
         scored = [place for place, (_, scores) in enumerate(runs) if any(key[0] == task for key in scores)]
         for column, (metric, higher) in enumerate(METRICS.items()):
-            values = {place: runs[place][0].values(task, column) for place in scored}
-            sets = [items.keys() for steps in values.values() for items in steps.values()]
-            if not all(values.values()) or not (shared := set(sets[0]).intersection(*sets)):
+            values = {
+                place: {step: both[column] for step, both in runs[place][0].get(task, {}).items()} for place in scored
+            }
+            sets = {items.names for steps in values.values() for items in steps.values()}
+            if not values or not all(values.values()) or not (shared := set.intersection(*map(set, sets))):
                 continue
             for place in scored:
                 first = next(curve for key, curve in runs[place][1].items() if key[0] == task)
                 for step, items in values[place].items():
-                    kept = {item: items[item] for item in sorted(shared)}
-                    value, weight = np.array(list(kept.values())).T
-                    row = {**first.get(step, {}), "metric": metric, "value": float(value @ weight / weight.sum())}
-                    row |= {"higher_is_better": higher, "items": len(kept), "stderr": None}
+                    kept = items.only(np.array([name in shared for name in items.names]))
+                    value = float(kept.value_I @ kept.weight_I / kept.weight_I.sum())
+                    row = {**first.get(step, {}), "metric": metric, "value": value}
+                    row |= {"higher_is_better": higher, "items": len(kept.names), "stderr": None}
                     made[place].setdefault((task, metric), {})[step] = row, kept
     return made

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from decondense.compare.context import Context
 from decondense.compare.quantity import task_quantity
 from decondense.compare.rates import learning_rates, sweeps
@@ -29,10 +27,10 @@ def notes(context: Context) -> list[Note]:
         for key in cell.scores:
             items = cell.final_items(key)
             score = cell.final_score(key)
-            if not items or score is None:
+            if not items.names or score is None:
                 continue
-            values, weights = np.array(list(items.values())).T
-            mean = float(values @ weights / weights.sum()) if weights.sum() else score
+            weight = items.weight_I.sum()
+            mean = float(items.value_I @ items.weight_I / weight) if weight else score
             if not math.isclose(mean, score, rel_tol=1e-6, abs_tol=1e-9):
                 facts = {"seed": seed, "task": key[0], "metric": key[1], "score": score, "mean": mean}
                 found.append(Note("not the mean of items", (arm,), facts))

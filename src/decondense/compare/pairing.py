@@ -66,7 +66,7 @@ def unpaired(cells: Sequence[Cell], baseline: str, study: Study) -> list[Fault]:
                 lacking = reference if key in cell.scores else cell
                 faults.append(Fault(lacking.id, "no score", f"has no score of {key[0]} {key[1]}"))
                 continue
-            mine, theirs = cell.item_arrays(key), reference.item_arrays(key)
+            mine, theirs = cell.final_items(key), reference.final_items(key)
             if mine.names and theirs.names and not mine.same_items(theirs):
                 only = len({*mine.names} ^ {*theirs.names})
                 how = f"{only} items are in one of them only" if only else "the same items have other weights"

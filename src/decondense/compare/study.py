@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from decondense.compare.gold import GoldItems, gold_scores
+from decondense.compare.items import NO_ITEMS, ItemArrays, ItemTaker
 from decondense.config import ArmConfig, ConfigError, StudyConfig
-from decondense.records import Row, stable
+from decondense.records import ItemRows, Row, stable
 
 Array = npt.NDArray[np.float64]
 Key = tuple[str, str]
@@ -64,18 +65,6 @@ class CompareError(ValueError):
         super().__init__(f"{reason}{':' if listed else ''}{listed}" + (f"\n{remedy}" if remedy else ""))
 
 
-class ItemArrays(NamedTuple):
-    """Items of a task in the order of their names."""
-
-    names: tuple[str, ...]
-    value_I: Array
-    weight_I: Array
-
-    def same_items(self, other: ItemArrays) -> bool:
-        """Whether names and weights are equal."""
-        return self.names == other.names and np.array_equal(self.weight_I, other.weight_I)
-
-
 @dataclass
 class Cell:
     """One run of a study (arm x seed) and all that its rows say."""
@@ -91,11 +80,10 @@ class Cell:
     steps: dict[int, Row] = field(default_factory=dict)
     profiles: dict[int, Row] = field(default_factory=dict)
     scores: dict[Key, dict[int, Row]] = field(default_factory=dict)
-    items: dict[Key, dict[int, dict[str, tuple[float, float]]]] = field(default_factory=dict)
-    """Task and metric -> step -> item -> (value, weight)."""
+    items: dict[Key, dict[int, ItemArrays]] = field(default_factory=dict)
+    """Task and metric -> step -> scores of the items."""
     conflicts: list[str] = field(default_factory=list)
-    gold: GoldItems = field(default_factory=GoldItems)
-    _arrays: dict[Key, ItemArrays] = field(default_factory=dict, repr=False, compare=False)
+    gold: GoldItems = field(default_factory=dict)
 
     @property
     def id(self) -> CellId:
@@ -127,18 +115,10 @@ class Cell:
         row = self.scores.get(key, {}).get(-1 if step is None else step)
         return None if row is None else float(row["value"])
 
-    def final_items(self, key: Key) -> dict[str, tuple[float, float]]:
-        """Per-item scores of the final checkpoint (empty when there are none)."""
+    def final_items(self, key: Key) -> ItemArrays:
+        """Scores of the final checkpoint's items (empty when there are none)."""
         step = self.final_step
-        return self.items.get(key, {}).get(-1 if step is None else step, {})
-
-    def item_arrays(self, key: Key) -> ItemArrays:
-        """The same as arrays, made once: ask only when all rows were taken."""
-        if key not in self._arrays:
-            items = sorted(self.final_items(key).items())
-            value_I, weight_I = np.array([entry for _, entry in items], float).reshape(-1, 2).T
-            self._arrays[key] = ItemArrays(tuple(name for name, _ in items), value_I, weight_I)
-        return self._arrays[key]
+        return self.items.get(key, {}).get(-1 if step is None else step, NO_ITEMS)
 
     def final_profile(self) -> Row | None:
         """The profile of the final checkpoint."""
@@ -180,7 +160,7 @@ class Study:
     """Learning rates tried before the runs, on a seed that is none of the study's."""
 
     @classmethod
-    def from_rows(cls, rows: Iterable[Row]) -> Study:
+    def from_rows(cls, rows: Iterable[Row | ItemRows]) -> Study:
         """Sort rows into cells.
 
         Raises:
@@ -189,14 +169,15 @@ class Study:
         # a row is taken when it comes: a file of rows may be larger than the memory
         studies: Counter[tuple[str, str]] = Counter()
         taken: dict[tuple[str, int], Cell] = {}
-        trials, items = [], _Items()
+        trials, items = [], ItemTaker()
         known: list[dict[str, Any]] = []
         with _no_collection():
-            for row in rows:
+            for piece in rows:
+                row, number = (piece.common, len(piece.item)) if isinstance(piece, ItemRows) else (piece, 1)
                 kind = row.get("kind")
                 if kind not in _KINDS:
                     continue
-                studies[row["study"], row["study_fingerprint"]] += 1
+                studies[row["study"], row["study_fingerprint"]] += number
                 if kind == "trial":  # its seed is none of the study's, so trials never become cells
                     trials.append(row)
                     continue
@@ -206,9 +187,16 @@ class Study:
                 if place not in taken:
                     taken[place] = Cell(*place)
                 if kind == "eval_item":
-                    items.take(taken[place], row)
+                    items.take(piece)
                 else:
                     _take(taken[place], row)
+            for (arm, seed, task, metric, step), found in items.scored():
+                cell = taken[arm, seed]
+                cell.items.setdefault((task, metric), {})[step] = found.items
+                if found.gold[0].names:
+                    cell.gold.setdefault(task, {})[step] = found.gold
+                cell.conflicts += [f"two different {task} scores of item {name} at step {step}"
+                                   for name in found.conflicts]  # fmt: skip
         if not taken:
             raise CompareError("no rows of a run: give the rows.jsonl that a study or the demo wrote.")
         if len(studies) > 1:
@@ -299,28 +287,6 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-class _Items:
-    """Takes items' rows, which are nearly all rows of a study with benchmarks."""
-
-    def __init__(self) -> None:
-        self._names: dict[str, str] = {}
-        self._last: tuple[Any, ...] = ()
-        self._found: dict[str, tuple[float, float]] = {}
-
-    def take(self, cell: Cell, row: Row) -> None:
-        """Put the score of one item into its cell."""
-        if (place := (row["arm"], row["seed"], row["step"], row["task"], row["metric"])) != self._last:
-            self._last = place
-            self._found = cell.items.setdefault((row["task"], row["metric"]), {}).setdefault(row["step"], {})
-        if row["bits_per_byte"] is not None:
-            cell.gold.take(row)
-        entry = (float(row["value"]), float(row["weight"]))
-        name = row["item"]
-        # one object for each of many equal names
-        if self._found.setdefault(self._names.setdefault(name, name), entry) != entry:
-            cell.conflicts.append(f"two different {row['task']} scores of item {name} at step {row['step']}")
-
-
 def _config(known: list[dict[str, Any]]) -> StudyConfig:
     try:
         return StudyConfig.of_rows(known)
@@ -350,5 +316,5 @@ def _take(cell: Cell, row: Row) -> None:
             place = cell.scores.setdefault((row["task"], row["metric"]), {})
             what = f"{row['task']} {row['metric']} values"
         before = place.setdefault(row["step"], row)
-        if stable(before) != stable(row):
+        if before is not row and stable(before) != stable(row):
             cell.conflicts.append(f"two different {what} at step {row['step']}")

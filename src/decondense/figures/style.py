@@ -220,14 +220,33 @@ def render(figure: Figure, kind: str, *, dpi: int = 300) -> bytes:
         raise ValueError(f"unknown figure format {kind!r}; known: {', '.join(_METADATA)}.")
     buffer = io.BytesIO()
     with figure_style():
-        if figure.get_layout_engine() is not None:  # lay out once: every saving would do it again, for half of the time
+        # lay out once: every saving would do it again, and draw everything for it
+        if (engine := figure.get_layout_engine()) is not None:
             # at the resolution of the file, because text is wider at some than at others
             before, figure.dpi = figure.dpi, dpi
-            figure.draw_without_rendering()
+            engine.execute(figure)
             figure.set_layout_engine(None)
             figure.dpi = before
-        figure.savefig(buffer, format=kind, dpi=dpi, metadata=_METADATA[kind])
+        with _plain_fonts() if kind == "pdf" else contextlib.nullcontext():
+            figure.savefig(buffer, format=kind, dpi=dpi, metadata=_METADATA[kind])
     return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _plain_fonts() -> Iterator[None]:
+    """Embed fonts without the tables for composing text: a PDF names glyphs, and to cut the tables to the glyphs of a
+    figure takes most of the time of writing it."""
+    from fontTools.subset import Options  # type: ignore[import-untyped]
+
+    before = getattr(Options, "_drop_tables_default", None)  # not a public name: without it figures are written slower
+    if before is None:
+        yield
+        return
+    Options._drop_tables_default = [*before, "GDEF", "GPOS", "GSUB"]
+    try:
+        yield
+    finally:
+        Options._drop_tables_default = before
 
 
 def export(figure: Figure, stem: Path, kinds: Sequence[str] = ("png", "pdf"), *, dpi: int = 300) -> list[Path]:

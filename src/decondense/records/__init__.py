@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from decondense.provenance import COMMAND, command_line, provenance
 from decondense.records.merging import content_hash, merged
-from decondense.records.reading import RowReader, iter_rows, read_rows
+from decondense.records.reading import ItemRows, RowReader, iter_pieces, iter_rows, read_rows
 from decondense.records.schema import (
     SCHEMA_VERSION,
     RecordError,
@@ -28,6 +28,7 @@ from decondense.records.writing import append_rows, atomic_path, atomic_write, w
 __all__ = [
     "COMMAND",
     "SCHEMA_VERSION",
+    "ItemRows",
     "RecordError",
     "Row",
     "RowReader",
@@ -37,6 +38,7 @@ __all__ = [
     "check_row",
     "command_line",
     "content_hash",
+    "iter_pieces",
     "iter_rows",
     "make_row",
     "merged",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import io
+import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from pydantic_core import from_json
 
@@ -15,9 +17,30 @@ from decondense.records.schema import SCHEMA_VERSION, RecordError, Row, check_ro
 from decondense.records.writing import LONGEST_LINE
 
 
-class _NotJson(RecordError):
-    """A line that is not JSON: at the end of a file, what a kill left of a row."""
+class ItemRows(NamedTuple):
+    """Rows of one task's items that follow each other, as columns: nearly all rows of a study with benchmarks."""
 
+    common: Row
+    """The first row; the others differ from it in the columns alone."""
+    item: Sequence[str]
+    value: Sequence[float]
+    weight: Sequence[float]
+    bits_per_byte: Sequence[float | None]
+    margin_bits: Sequence[float | None]
+
+    def rows(self) -> Iterator[Row]:
+        """The rows one by one."""
+        for entry in zip(*self[1:], strict=True):
+            yield {**self.common, **dict(zip(_COLUMNS, entry, strict=True))}
+
+
+_COLUMNS = ItemRows._fields[1:]
+_KIND = b'{"kind":"eval_item",'
+_NAME = b'"item":'
+_NONE = b"\n\n"
+"""No line begins so."""
+_MOST = 4096
+"""Lines that are parsed together, and bytes of such a line, at most."""
 
 _SHARED_CONFIGURATIONS: dict[str, dict[str, Any]] = {}
 _MOST_SHARED = 16
@@ -46,18 +69,46 @@ class _Parser:
         """The place of the line, for errors."""
         return f"{self.path}, line {self.line}"
 
+    def pieces(self, lines: Iterable[bytes]) -> Iterator[Row | ItemRows]:
+        """The rows of the next lines; those that begin alike up to the name of an item together."""
+        held: list[bytes] = []
+        start = _NONE
+        for line in lines:
+            if line.startswith(start) and len(held) < _MOST and len(line) < _MOST:
+                held.append(line)
+                continue
+            yield from self._held(held, len(start))
+            held = [line]
+            cut = line.find(_NAME) if line.startswith(_KIND) else -1
+            start = _NONE if cut < 0 else line[: cut + len(_NAME)]
+        yield from self._held(held, len(start))
+
+    def _held(self, lines: list[bytes], cut: int) -> Iterator[Row | ItemRows]:
+        if len(lines) > 1 and (columns := _together([line[cut:] for line in lines])):
+            common = self(lines[0])
+            assert common is not None
+            self.line += len(lines) - 1
+            yield ItemRows(common, *columns)
+            return
+        for line in lines:
+            if (row := self(line)) is not None:
+                yield row
+
     def __call__(self, line: bytes) -> Row | None:
-        """The row of the next line; None: the line holds no row. Errors name the file and the line."""
+        """The row of the next line; None: the line holds no row, or what a kill left of one, without an end.
+
+        Errors name the file and the line.
+        """
         self.line += 1
         try:
             # the parser would look up every string that it has seen: slower than making them anew
             row = from_json(line, allow_inf_nan=False, cache_strings="keys")
+            if not isinstance(row, dict):
+                raise ValueError("a row is a JSON object")
         except ValueError as error:
-            if not line.strip():
+            if not line.strip() or not line.endswith(b"\n"):
                 return None
-            raise _NotJson(f"{self}: not a valid row ({error}).") from error
-        if not isinstance(row, dict):
-            raise _NotJson(f"{self}: not a valid row (a row is a JSON object).")
+            raise RecordError(f"{self}: not a valid row ({error}).") from error
         kind = row.get("kind")
         if kind == "configuration":
             self._configuration(row)
@@ -90,31 +141,70 @@ class _Parser:
         self.configs[name] = _shared(name, config)
 
 
+def _together(ends: list[bytes]) -> list[tuple[Any, ...]] | None:
+    """The columns of items' rows, of which these are the texts behind ``"item":``; None: each is to be read alone.
+
+    Each text holds one object's end and no other brace, so that together they mean what they mean alone.
+    """
+    text = b"[{" + _NAME + (b",{" + _NAME).join(ends) + b"]"
+    if not text.count(b"{") == text.count(b"}") == text.count(b"}\n") == len(ends):
+        return None
+    try:
+        entries = from_json(text, allow_inf_nan=False, cache_strings="keys")
+    except ValueError:
+        return None
+    keys = {tuple(entry) for entry in entries}
+    if len(keys) > 1 or keys - {_COLUMNS, _COLUMNS[:3]}:
+        return None
+    if len(entries[0]) < len(_COLUMNS):  # of an earlier release
+        entries = [{**dict.fromkeys(_COLUMNS), **entry} for entry in entries]
+    names, *numbers = columns = list(zip(*(entry.values() for entry in entries), strict=True))
+    known = [[value for value in column if value is not None] for column in numbers]
+    plain = (
+        {*map(type, names)} == {str}
+        and all({*map(type, column)} <= {float} and math.isfinite(sum(column)) for column in known)
+        and len(known[0]) == len(known[1]) == len(names)
+    )
+    return columns if plain else None
+
+
+def iter_pieces(path: str | Path) -> Iterator[Row | ItemRows]:
+    """As :func:`iter_rows`, with the rows of one task's items together where they follow each other."""
+    path = Path(path)
+    parse = _Parser(path)
+
+    def lines(handle: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
+        number = 0
+        while line := handle.readline(LONGEST_LINE):
+            number += 1
+            if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                raise RecordError(f"{path}, line {number}: longer than {LONGEST_LINE} bytes; not a row.")
+            yield line
+
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as handle:
+            yield from parse.pieces(lines(handle))
+    except (OSError, EOFError, zlib.error) as error:
+        kind = "" if isinstance(error, OSError) and error.errno else "it is damaged: "
+        raise RecordError(f"{path}: cannot be read ({kind}{getattr(error, 'strerror', None) or error}).") from error
+
+
 def iter_rows(path: str | Path) -> Iterator[Row]:
     """The rows of a file, ``.gz`` or not, one by one. A torn last line (a kill while writing) is dropped.
 
     Raises:
         RecordError: the file cannot be read, or a line is not a valid row; the message names file and line.
     """
-    path = Path(path)
-    parse = _Parser(path)
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as handle:
-            while line := handle.readline(LONGEST_LINE):
-                whole = line.endswith(b"\n")
-                if not whole and len(line) == LONGEST_LINE:
-                    raise RecordError(f"{path}, line {parse.line + 1}: longer than {LONGEST_LINE} bytes; not a row.")
-                try:
-                    row = parse(line)
-                except _NotJson:
-                    if whole:
-                        raise
-                    return
-                if row is not None:
-                    yield row
-    except (OSError, EOFError, zlib.error) as error:
-        kind = "" if isinstance(error, OSError) and error.errno else "it is damaged: "
-        raise RecordError(f"{path}: cannot be read ({kind}{getattr(error, 'strerror', None) or error}).") from error
+    return one_by_one(iter_pieces(path))
+
+
+def one_by_one(pieces: Iterable[Row | ItemRows]) -> Iterator[Row]:
+    """Rows of which some came together."""
+    for piece in pieces:
+        if isinstance(piece, ItemRows):
+            yield from piece.rows()
+        else:
+            yield piece
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -171,7 +261,7 @@ class RowReader:
         except OSError as error:
             raise RecordError(f"{self.path}: cannot be read ({error.strerror or error}).") from error
         whole = data[: data.rfind(b"\n") + 1]
-        rows = [row for line in whole.split(b"\n") if (row := self._parse(line)) is not None]
+        rows = list(one_by_one(self._parse.pieces(io.BytesIO(whole))))
         self._offset += len(whole)
         self._tail = (self._tail + whole[-self._TAIL :])[-self._TAIL :]
         return restarted, rows

@@ -212,12 +212,6 @@ _KINDS: dict[str, type[_Base]] = {
 }
 
 
-_SEEN: dict[tuple[Any, ...], dict[str, Any]] = {}
-"""Keys and types of items' rows that were validated, and the fields with defaults that such rows lack.
-
-Items' rows come in hundreds of thousands and have no nested fields, so keys and types decide."""
-
-
 def _plain(value: Any) -> Any:
     """JSON has no NaN or infinity: they become null, so that any reader can open a file of rows."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -263,25 +257,12 @@ def _short(value: Any) -> str:
 
 def check_row(row: Mapping[str, Any], *, where: object = "row") -> Row:
     """Validate a row that was read; the message names ``where``."""
-    shape = (*row, *map(type, row.values())) if row.get("kind") == "eval_item" else None
-    lacking = _SEEN.get(shape) if shape else None
-    if lacking is not None and row["schema_version"] <= SCHEMA_VERSION:
-        other = (row.get("bits_per_byte") or 0.0) + (row.get("margin_bits") or 0.0)
-        if math.isfinite(row["value"] + row["weight"] + other):
-            return {**row, **lacking} if lacking or type(row) is not dict else row
     try:
-        valid = _validated(row.get("kind"), row)
+        return _validated(row.get("kind"), row)
     except RecordError as error:
         raise RecordError(f"{where}: {error}") from error
     except RecursionError as error:
         raise RecordError(f"{where}: nested too deeply to be a row.") from error
-    if (
-        shape is not None
-        and row.keys() >= {"schema_version", "weight"}
-        and all(type(valid[name]) is type(row[name]) for name in row)
-    ):
-        _SEEN[shape] = {name: value for name, value in valid.items() if name not in row}
-    return valid
 
 
 def stable(row: Mapping[str, Any]) -> Row:

@@ -11,7 +11,7 @@ from decondense import __version__
 from decondense.compare import CompareError, Comparison, Study, compare
 from decondense.formatting import NONE, count, listed, probability, shortened
 from decondense.outputs import check_output
-from decondense.records import Row, atomic_write
+from decondense.records import ItemRows, Row, atomic_write
 from decondense.report.notes import notes_in_words
 from decondense.report.pictures import Pictures
 from decondense.report.selection import measures
@@ -173,7 +173,9 @@ def compare_if_possible(study: Study, baseline: str | None = None) -> tuple[Comp
     return comparison, list(map(str, comparison.omitted))
 
 
-def build_report(rows: Iterable[Row] | Study, out_dir: str | Path, *, baseline: str | None = None) -> ReportPaths:
+def build_report(
+    rows: Iterable[Row | ItemRows] | Study, out_dir: str | Path, *, baseline: str | None = None
+) -> ReportPaths:
     """Write ``report.html``, ``figures/`` and ``tables/`` into ``out_dir``.
 
     Failed, unfinished or unpaired runs do not stop the report: they are left out of the comparison and named on top.

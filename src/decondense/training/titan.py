@@ -5,8 +5,8 @@ r"""Pre-training with torchtitan 0.3: its own trainer and configurations, the di
 
 The gradient of one optimizer step is that of the token mean of the cross-entropy plus lambda times the mean dispersion
 over all packed documents of the step, over all micro-batches and data-parallel ranks. Data parallelism only (FSDP2,
-HSDP): with tensor, context or pipeline parallelism a rank does not hold whole sequences of whole states, and the
-trainer refuses.
+HSDP): this tie was never run with pipeline or tensor parallelism, which :class:`decondense.attaching.Part` describes,
+and with context parallelism a rank does not hold whole sequences; the trainer refuses all three.
 
 :func:`to_huggingface` turns a checkpoint into a directory that ``decondense measure`` and transformers read.
 """
@@ -62,12 +62,10 @@ class DispersionTrainer(Trainer):  # type: ignore[misc]
             )
         super().__init__(config)  # applies checkpointing, compile and FSDP2
         dims = self.parallel_dims
-        for name in ("pp", "tp", "cp"):
+        causes = dict.fromkeys(("pp", "tp"), "this tie was never verified with it")
+        for name, cause in {**causes, "cp": "a rank does not hold whole sequences"}.items():
             if getattr(dims, f"{name}_enabled"):
-                raise AttachError(
-                    f"{name.upper()} parallelism is not supported, because a rank does not hold whole sequences of "
-                    "whole states; use data parallelism."
-                )
+                raise AttachError(f"{name.upper()} parallelism is not supported: {cause}; use data parallelism.")
         self.dispersion = attach(self.model_parts[0], config=settings)
         self.dispersion.defer = True
         self._sequences: Tensor | None = None
