@@ -1,4 +1,4 @@
-"""How a study is started elsewhere: the exact commands for one machine, several GPUs, a Slurm cluster, torchtitan."""
+"""How a study is started elsewhere: commands for one machine, several GPUs, a Ray or Slurm cluster, torchtitan."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ def launches(study: StudyConfig, words: list[str], out: Path) -> list[Launch]:
         found.append(Launch("Or model by model, with figures", measuring(study, out)))
     else:
         found += list(_torchrun(study, words, out))
+    ray = ["decondense", "study", *words, "--out", str(out), "--ray", "auto"]
+    found.append(Launch("On a Ray cluster, from one of its machines", command(ray)))
     found.append(Launch("On a Slurm cluster (--slurm FILE writes this script)", slurm_script(study, words, out)))
     return found
 
