@@ -75,6 +75,7 @@ class Computation:
         self.sequences: Tensor | float | None = None
         """For a stage of a pipeline: divisor of the sum over sequences, instead of the micro-batch's number of them:
         the sequences of the whole step, where the losses of micro-batches and ranks are summed and not averaged."""
+        self._draws = config.loss.draws
         self._at_blocks = placement == "block" or self.part.is_stage
         self._attached = True
         self._active = self._inferring = False
@@ -184,7 +185,7 @@ class Computation:
             self._active = False
             raise AttachError(str(error)) from None
         self._active, self._forward = True, Forward(call, self._forwards)
-        if self.config.loss.draws:
+        if self._draws:
             self._forwards += 1
 
     def _check_once(self) -> None:
@@ -329,14 +330,15 @@ class Computation:
         if not self._monitoring:
             forward.trained.update({key: state.requires_grad for key, state in forward.kept.items()})
             check_graph(forward.trained, self._states_of, self._sources)
-        sums = {
-            key: forward.sums[key] if key in forward.sums else self._value(forward, key, forward.kept[key])
+        # a list: a compiled graph cannot write to dictionaries between two looks at the registry of forms
+        sums = [
+            forward.sums[key] if key in forward.sums else self._value(forward, key, forward.kept[key])
             for key in self._states_of
-        }
+        ]
         count = forward.count
         assert count is not None
         device = count.device
-        sums_L = torch.stack([value.to(device) for value in sums.values()])
+        sums_L = torch.stack([value.to(device) for value in sums])
         if self._controller is None:
             total = sums_L.mean()
         else:
@@ -377,7 +379,7 @@ class Computation:
         return value
 
     def _seed_draws(self, forward: Forward, layer: Layer) -> None:
-        if not self.config.loss.draws or (not self._at_blocks and forward.count is not None):
+        if not self._draws or (not self._at_blocks and forward.count is not None):
             return
         # a function of (seed, step, micro-batch) alone, so that a resumed run draws the same numbers; at the blocks
         # also of the layer, for a checkpoint that computes a block again and for the stages of a pipeline

@@ -16,7 +16,7 @@ Megatron and DeepSeek add the balance loss of their experts in this way (``MoEAu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,30 +25,30 @@ from torch import Tensor
 from decondense.layout import Call
 
 
-@dataclass(eq=False)
 class Forward:
     """What the layers of one forward need, also when a checkpoint computes them again during backward."""
 
-    call: Call
-    number: int = 0
-    """Training forwards of this optimizer step before this one: with the step, the clock of the random generator."""
-    sums: dict[int, Tensor] = field(default_factory=dict)
-    """Sums over sequences of the layers computed at their block, without a graph."""
-    kept: dict[int, Tensor] = field(default_factory=dict)
-    """States that wait for the end of the forward."""
-    trained: dict[int, bool] = field(default_factory=dict)
-    """Whether the state of a layer carries a gradient."""
-    count: Tensor | None = None
-    """Sequences of two real tokens or more."""
-    is_read: bool = False
-    mask: Tensor | None = None
-    segments: Tensor | None = None
-    others: list[Tensor] | None = None
-    """States of the teacher."""
-    anchor: Tensor | None = None
-    """The last state with a carrier below it."""
-    scale: Tensor | None = None
-    """Gradient of the training loss in the mean over layers of the sums; None: not reached by a backward pass."""
+    def __init__(self, call: Call, number: int = 0) -> None:  # no dataclass: it is made in compiled graphs too
+        self.call = call
+        self.number = number
+        """Training forwards of this optimizer step before this one: part of the clock of the random generator."""
+        self.sums: dict[int, Tensor] = {}
+        """Sums over sequences of the layers computed at their block, without a graph."""
+        self.kept: dict[int, Tensor] = {}
+        """States that wait for the end of the forward."""
+        self.trained: dict[int, bool] = {}
+        """Whether the state of a layer carries a gradient."""
+        self.count: Tensor | None = None
+        """Sequences of two real tokens or more."""
+        self.is_read = False
+        self.mask: Tensor | None = None
+        self.segments: Tensor | None = None
+        self.others: list[Tensor] | None = None
+        """States of the teacher."""
+        self.anchor: Tensor | None = None
+        """The last state with a carrier below it."""
+        self.scale: Tensor | None = None
+        """Gradient of the training loss in the mean over layers of the sums; None: not reached by a backward pass."""
 
     def end(self) -> None:
         """Release every tensor with a graph, and the arguments; what a recomputation needs stays."""
