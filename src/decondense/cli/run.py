@@ -426,6 +426,7 @@ def _run(
     console = Console(stderr=json_of is not None)
     with Display(console) as display:
         watcher = StudyDisplay(display)
-        settings = {"workers": workers, "resume": resume, "retry_failed": retry_failed, "watcher": watcher, "ray": ray}
-        rows = run_study(chosen, out, **settings)
+        rows = run_study(
+            chosen, out, workers=workers, resume=resume, retry_failed=retry_failed, watcher=watcher, ray=ray
+        )
     present(rows, out, console, json_of=json_of)

@@ -43,7 +43,8 @@ def merged(places: Mapping[str, Sequence[Row]]) -> list[Row]:
     for (_, arm, seed), there in runs.items():
         ended = {place: rows for place, rows in there.items() if terminal_row(rows) is not None}
         if not ended:
-            found += max(there.values(), key=len)
+            longest: list[Row] = max(there.values(), key=len)
+            found += longest
             continue
         (first, kept), *others = ended.items()
         for place, rows in others:

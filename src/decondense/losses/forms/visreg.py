@@ -35,7 +35,8 @@ def _deviation(variance: Tensor) -> Tensor:
 
 
 def _quantile(share: Tensor) -> Tensor:
-    return torch.special.ndtri(share)
+    quantile: Tensor = torch.special.ndtri(share)
+    return quantile
 
 
 def definition(z_UND: Tensor, pairs_UNN: Tensor, valid_UN: Tensor, s: LossConfig, directions_DM: Tensor) -> Tensor:

@@ -44,7 +44,8 @@ class _Isotropic(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
         noise = torch.empty(grad_BTD.shape, dtype=torch.float32, device=grad_BTD.device)
-        noise.normal_(generator=generator(*ctx.name, grad_BTD.device))
+        seed, purpose, step = ctx.name
+        noise.normal_(generator=generator(seed, purpose, step, grad_BTD.device))
         if ctx.mask_BT is not None:
             noise.masked_fill_(~ctx.mask_BT.bool().unsqueeze(-1), 0.0)
         norms = [torch.linalg.vector_norm(x.float(), dim=(1, 2), keepdim=True) for x in (grad_BTD, noise)]
