@@ -68,10 +68,19 @@ def _lead() -> str:
     plain, dispersed = ends[best[False]], ends[best[True]]
     both = sorted({*plain} & {*dispersed})
     fair = estimate([dispersed[seed] - plain[seed] for seed in both], of=f)
+    early = committed("table3")
+    start = ""
+    if early is not None:
+        train = early.config.train
+        tokens = train.steps * train.batch_size * train.max_seq_length
+        start = (
+            f" At the very start of training, after {tokens / 1e6:.1f} M tokens, each side at the rate and warm-up that "
+            f"a sweep chose, a lead is left: {shown(loss_difference(early, 'all', 'cross-entropy'))}."
+        )
     return (
         "**Most of the early lead is the baseline's warm-up:** after 2 M tokens the held-out loss with dispersion loss "
         f"less that without is {shown(d)} with 10 % of warm-up, and {shown(fair)} with 30 % and a learning rate of its "
-        "own for either."
+        f"own for either.{start}"
     )
 
 

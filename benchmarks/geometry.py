@@ -110,9 +110,10 @@ def doses_of(rows: Committed) -> Doses | None:
 
 
 def _control(path: Path) -> Committed | None:
-    study = Study.from_rows(read_rows(path))
-    if not study.cells:  # a sweep without runs
+    rows = read_rows(path)
+    if not any(row["kind"] == "run" for row in rows):  # a sweep without runs
         return None
+    study = Study.from_rows(rows)
     return Committed(path.name.removesuffix(".jsonl.gz"), "control", study, compare(study, incomplete="omit"))
 
 
