@@ -1,8 +1,8 @@
 r"""The registry of the objectives: what each form is, where it comes from, what its options do. No torch in here.
 
 :data:`FORMS` is the only list of them. Configuration, documentation and cost estimates read it; the form itself, its
-definition and its engine, is the file ``losses/forms/<name>.py``. All forms are *minimised* to spread the hidden
-states of a sequence apart.
+definition and its engine, is the file ``losses/forms/<name>.py``. All forms are *minimised*, and spread the hidden
+states of a sequence apart; but for the controls ``centring`` and ``straightness``.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ class FormInfo:
     """True if the form itself draws (and therefore needs a generator)."""
     teacher: bool = False
     """True if it compares with the states of a teacher (``teacher=``)."""
+    ordered: bool = False
+    """True if the order of the tokens matters, so that only tokens of one sequence go together."""
+    held: str = ""
+    """What is held constant in the gradient, which is then not that of the value; empty: nothing."""
     cost: Cost = "pairs"
     """Products per token: with its partners (``pairs``), the smaller of n and D (``gram``), one (``mean``), ``slices``.
     """
@@ -180,6 +184,16 @@ def _forms() -> dict[str, FormInfo]:
             extremes="all equal: (1 - c*)^2; least 0, at a mean cosine of c*",
         ),
         FormInfo(
+            "centring",
+            r"|\bar z|^2 / q, \quad \bar z = \frac1n \sum_i z_i, "
+            r"\quad q = \frac1n \sum_i |z_i|^2 \text{ held constant}",
+            "this package, a control: the common direction is removed by one shift of all tokens, which repels none",
+            "features",
+            cost="mean",
+            held="q",
+            extremes="all equal: 1; least 0, states with the mean 0",
+        ),
+        FormInfo(
             "gram",
             r"\frac{1}{n(n-1)} \sum_{i \ne j} (c_{ij} - c'_{ij})^2",
             "this package: the cosines c' of a teacher of any width, on the same tokens",
@@ -235,6 +249,31 @@ def _forms() -> dict[str, FormInfo]:
             extremes="least 0: an isotropic standard normal cloud",
             euclidean=True,
             random=True,
+        ),
+        FormInfo(
+            "visreg",
+            r"\frac1D \sum_a (1 - \sigma_a)^2 "
+            r"+ \frac{1}{Mn} \sum_{m,i} \big(y_{m(i)} - \Phi^{-1}(\tfrac{i - 1/2}{n})\big)^2 "
+            r"+ \frac1D \sum_a \bar z_a^2, \quad y_m = \langle a_m, (z - \bar z)/\sigma \rangle \text{ in order}",
+            "Wu et al. 2026 (VISReg), arXiv:2606.02572: scale, sliced Wasserstein shape on M random unit directions "
+            "(sigma held constant there) and centre, over tokens",
+            "features",
+            cost="slices",
+            uses=("slices",),
+            extremes="least about 0: an isotropic standard normal cloud",
+            euclidean=True,
+            random=True,
+            held="sigma in y",
+        ),
+        FormInfo(
+            "straightness",
+            r"\frac{1}{n-2} \sum_i \big(1 - \cos(z_i - z_{i-1}, z_{i+1} - z_i)\big)",
+            "Huang et al. 2026 (Semantic Tube Prediction), arXiv:2602.22617, on all neighbouring triples, not on one "
+            "random triple: locally straight trajectories, the opposite prior",
+            "features",
+            cost="mean",
+            ordered=True,
+            extremes="a straight line: 0, the least; back and forth: 2; all equal: 1 (a step of 0 has the cosine 0)",
         ),
     ]
     return {form.name: form for form in forms}

@@ -16,6 +16,8 @@ from decondense import attach, attach_trainer
 
 WEIGHT = 2.0
 STAGES = (1, 2, 3)
+OFFLOADED = {2: ("optimizer",), 3: ("optimizer", "param")}
+"""What each stage can keep in the processor's memory."""
 LENGTHS = [12, 5, 9, 2, 7, 12, 10, 4]  # rows 0-3 are rank 0's; all have a pair
 RAGGED = [12, 5, 9, 1, 1, 12, 1, 4]  # the ranks differ in the number of sequences too
 STEPS, CUTS = 3, 2  # optimizer steps; micro-batches of each on a rank
@@ -60,29 +62,65 @@ def whole(made: torch.nn.Module) -> dict[str, torch.Tensor]:
     if "deepspeed" in sys.modules:
         gathered = sys.modules["deepspeed"].zero.GatheredParameters(list(made.parameters()))
     with gathered:
-        return {name.removeprefix("module."): value.detach().clone() for name, value in made.named_parameters()}
+        return {name.removeprefix("module."): value.detach().float().clone() for name, value in made.named_parameters()}
 
 
-def engine_of(made: torch.nn.Module, stage: int):
-    import deepspeed
-
-    settings = {
+def settings_of(stage: int, *, offload: bool = False, bf16: bool = False) -> dict[str, object]:
+    kept = {f"offload_{name}": {"device": "cpu"} for name in OFFLOADED[stage]} if offload else {}
+    return {
         "train_micro_batch_size_per_gpu": 8 // 2 // CUTS,
         "gradient_accumulation_steps": CUTS,
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage},
+        "zero_force_ds_cpu_optimizer": False,  # torch's optimizer, so that nothing is compiled
+        "zero_optimization": {"stage": stage, **kept},
+        **({"bf16": {"enabled": True}} if bf16 else {}),
     }
-    return deepspeed.initialize(model=made, optimizer=torch.optim.SGD(made.parameters(), lr=RATE), config=settings)[0]
 
 
-def together(stage: int, weight: float | None, rank: int, *, first: bool = False, folder: Path | None = None):
+def engine_of(made: torch.nn.Module, stage: int, **options: bool):
+    import deepspeed
+
+    optimizer = torch.optim.SGD(made.parameters(), lr=RATE)
+    return deepspeed.initialize(model=made, optimizer=optimizer, config=settings_of(stage, **options))[0]
+
+
+def accelerated(stage: int, weight: float | None, rank: int, **options: bool):
+    """Two ranks under ``accelerator.prepare`` with a plugin, in a loop as Accelerate's guide has it."""
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    unset_hf_deepspeed_config()
+    settings = settings_of(stage, **options)
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings))
+    assert str(accelerator.distributed_type).endswith("DEEPSPEED")
+    unset_hf_deepspeed_config()  # the plugin's: stage 3 would build the model in pieces, with other random weights
+    made = model()
+    run, optimizer = accelerator.prepare(made, torch.optim.SGD(made.parameters(), lr=RATE))
+    handle = None if weight is None else attach(run, weight)
+    if handle is not None:
+        handle.defer = True
+    for _ in range(STEPS):
+        for cut in range(CUTS):
+            begin = 4 * rank + cut * 4 // CUTS
+            with accelerator.accumulate(run):
+                loss = loss_of(run, handle, range(begin, begin + 4 // CUTS), 2.0 * CUTS)
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+    return whole(run)
+
+
+def together(
+    stage: int, weight: float | None, rank: int, *, first: bool = False, folder: Path | None = None, **options: bool
+):
     """Two ranks under ``deepspeed.initialize``; ``folder``: saved after the first step, continued by another engine."""
 
     def start():
         made = model()
         handle = attach(made, weight) if first and weight is not None else None
-        engine = engine_of(made, stage)
+        engine = engine_of(made, stage, **options)
         if handle is None and weight is not None:
             handle = attach(engine, weight)
         if handle is not None:
@@ -148,7 +186,8 @@ def main(rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     found: dict[str, object] = {}
     if ranks == 1:
-        found = {"engine": alone(WEIGHT), "trainer": trained(folder / "alone", None, WEIGHT)}
+        found = {"start": whole(model()), "engine": alone(WEIGHT), "plain": alone(None)}
+        found |= {"trainer": trained(folder / "alone", None, WEIGHT)}
     else:
         import deepspeed
 
@@ -167,6 +206,13 @@ def main(rank: int, ranks: int, folder: Path) -> None:
                 f"trainer {stage}, not attached": trained(place / f"none{rank}", stage, None),
                 f"trainer {stage}, resumed": trained(place / "resumed", stage, WEIGHT, resume=True),
             }
+        for stage in STAGES:
+            found[f"engine {stage}, bf16"] = together(stage, WEIGHT, rank, bf16=True)
+            found[f"engine {stage}, bf16, not attached"] = together(stage, None, rank, bf16=True)
+            found[f"accelerate {stage}"] = accelerated(stage, WEIGHT, rank)
+            if stage in OFFLOADED:
+                found[f"engine {stage}, offload"] = together(stage, WEIGHT, rank, offload=True)
+                found[f"accelerate {stage}, offload"] = accelerated(stage, WEIGHT, rank, offload=True)
     torch.save(found, folder / f"found-{ranks}-{rank}.pt")
 
 

@@ -82,3 +82,34 @@ def test_weight_0_is_not_attached(found, stage: int) -> None:
         assert difference(rank[f"engine {stage}, weight 0"], rank[f"engine {stage}, not attached"]) == 0
         zero, none = rank[f"trainer {stage}, weight 0"], rank[f"trainer {stage}, not attached"]
         assert difference(zero["weights"], none["weights"]) == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"accelerate {stage}" for stage in deepspeed_worker.STAGES),
+        *(f"{how} {stage}, offload" for stage in deepspeed_worker.OFFLOADED for how in ("engine", "accelerate")),
+    ],
+)
+def test_accelerate_and_offload(found, name: str) -> None:
+    """``accelerator.prepare`` with a DeepSpeedPlugin; the optimizer (stage 2, 3) and the parameters (3) offloaded."""
+    for rank in found[1]:
+        assert difference(rank[name], found[0]["engine"]) < 2e-6
+
+
+@STAGES
+def test_bf16(found, stage: int) -> None:
+    """What three steps changed, as a share of its norm: bfloat16 has 8 bits, so some parts in a hundred are its own."""
+    one, two = found
+
+    def share(weights: Weights, expected: Weights) -> float:
+        error, moved = (
+            torch.cat([(a[name] - b[name]).flatten() for name in a]).norm()
+            for a, b in ((weights, expected), (expected, one["start"]))
+        )
+        return float(error / moved)
+
+    for rank in two:
+        assert share(rank[f"engine {stage}, bf16"], one["engine"]) < 0.03
+        assert share(rank[f"engine {stage}, bf16, not attached"], one["plain"]) < 0.03
+        assert share(rank[f"engine {stage}, bf16"], one["plain"]) > 0.5

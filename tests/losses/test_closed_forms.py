@@ -82,7 +82,8 @@ def test_orthonormal_simplex_and_equal_tokens(form: str, impl: str) -> None:
 
 
 def test_every_form_is_in_the_tables() -> None:
-    assert set(CLOSED) | {"sigreg", "gram"} == set(FORMS)
+    # the others have files of their own, or are random
+    assert set(CLOSED) | {"sigreg", "gram", "visreg", "centring", "straightness"} == set(FORMS)
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked"])

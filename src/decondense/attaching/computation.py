@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ class Computation:
         self.config = config
         self.defer = False
         """Store the value for :meth:`take` instead of adding it to the model's loss."""
+        self.branch: Callable[[Tensor, Tensor | None], Tensor] | None = None
+        """Takes the states of a layer and the mask to what the loss is computed on; it may change the gradient."""
         self.loss = DispersionLoss.from_config(config.loss)
         blocks = find_blocks(model, config.blocks)
         self._blocks = blocks
@@ -367,7 +370,8 @@ class Computation:
         other = None if forward.others is None else forward.others[place].to(z_BTD.device)
         # inside autocast the products would be taken in bfloat16
         with torch.autocast(z_BTD.device.type, enabled=False):
-            value, count = self._loss_of[key].sum_and_count(z_BTD, mask, segments, other)
+            own = z_BTD if self.branch is None else self.branch(z_BTD, mask)
+            value, count = self._loss_of[key].sum_and_count(own, mask, segments, other)
             if watched and self._controller is not None:
                 self._controller.observe(place, z_BTD, mask, segments)
         if forward.count is None:

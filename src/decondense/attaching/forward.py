@@ -79,7 +79,7 @@ class Carrier(torch.autograd.Function):
         return state.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Nothing is added where the backward pass does not come from the added term."""
         scale: Tensor | None = ctx.forward.scale
         device, dtype = ctx.like
@@ -96,11 +96,11 @@ class Tap(torch.autograd.Function):
         return total.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """No gradient for the anchor: an edge that only orders."""
         ctx.forward.scale = gradient
         ctx.handle._in_backward = ctx.forward
-        torch.autograd.Variable._execution_engine.queue_callback(ctx.forward.unreached)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(ctx.forward.unreached)
         return gradient, None, None, None
 
 
@@ -112,7 +112,8 @@ def with_state(output: Any, state: Tensor) -> Any:
         output["last_hidden_state"] = state
         return output
     if isinstance(output, tuple) and hasattr(output, "_replace"):
-        named = "last_hidden_state" if hasattr(output, "last_hidden_state") else output._fields[0]
+        fields: tuple[str, ...] = getattr(output, "_fields", ())
+        named = "last_hidden_state" if "last_hidden_state" in fields else fields[0]
         return output._replace(**{named: state})
     if isinstance(output, tuple):
         return (state, *output[1:])

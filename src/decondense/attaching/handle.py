@@ -189,13 +189,17 @@ class DispersionHandle(Computation):
         """State of the schedule, of the weights that a target moves, and of the random generator; the configuration."""
         clock = {"step": self._step, "total_steps": self._total_steps, "forwards": self._forwards}
         weights = {} if self._controller is None else {"controller": self._controller.state_dict()}
-        return {"config": self.config.model_dump(mode="json"), **clock, **weights}
+        return {"config": self.config.model_dump(mode="json"), "targets": self.targets, **clock, **weights}
 
     def differences(self, state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Settings of a :meth:`state_dict` that are not this handle's: then and now."""
         # parsed, so that a state of an earlier release has today's keys
         saved = DispersionConfig.parse(dict(state["config"]), where="the saved dispersion state")
         then, now = saved.model_dump(mode="json"), self.config.model_dump(mode="json")
+        # a file may have moved: what it says counts, which a controller compares when it is loaded
+        same = self._controller is not None or state.get("targets") == self.targets
+        if same and isinstance(self.config.target, str) and isinstance(saved.target, str):
+            then["target"] = now["target"]
         return {key: (then[key], now[key]) for key in sorted(now) if then[key] != now[key]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from decondense.blocks import unwrap
 
 if TYPE_CHECKING:
+    from decondense.attaching.computation import Computation
     from decondense.attaching.handle import DispersionHandle
 
 
@@ -58,7 +59,7 @@ class KeepInput(Keep):
 class Watch:
     """Counts a loss that is discarded without a gradient."""
 
-    def __init__(self, handle: DispersionHandle) -> None:
+    def __init__(self, handle: Computation) -> None:
         self.handle = handle
         self.used = False
 

@@ -81,5 +81,5 @@ class _GatherTokens(torch.autograd.Function):
         return torch.cat(parts, dim=axis)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return gradient.narrow(ctx.axis, ctx.start, ctx.length), None, None

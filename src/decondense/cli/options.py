@@ -26,6 +26,14 @@ Seeds = Annotated[int | None, typer.Option("--seeds", min=1, help="Number of see
 Workers = Annotated[
     int | None, typer.Option("--workers", min=0, help="Runs side by side. Default: one per core; one on a GPU.")
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        help="Run on a Ray cluster: auto (the one of this machine) or HOST:PORT.",
+        metavar="ADDRESS",
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume the study that lies in --out, whatever it is.")]
 Retry = Annotated[bool, typer.Option("--retry-failed", help="Start failed runs again instead of reporting them.")]
 Until = Annotated[

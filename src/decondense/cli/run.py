@@ -169,6 +169,7 @@ def study(
     slurm: Annotated[
         Path | None, typer.Option("--slurm", help="Write a Slurm job array to this file; run nothing.", metavar="FILE")
     ] = None,
+    ray: options.Ray = None,
     listed: Annotated[bool, typer.Option("--list", help="List the shipped studies.")] = False,
     text: options.StudyText = None,
     tokenizer: options.StudyTokenizer = None,
@@ -198,6 +199,8 @@ def study(
         raise typer.BadParameter("it belongs to --dry-run, which runs nothing.", param_hint="--yaml")
     if as_json and (as_yaml or slurm is not None):
         raise typer.BadParameter("it goes with a study that runs, or with --dry-run alone.", param_hint="--json")
+    if ray is not None and (workers == 0 or dry_run or slurm is not None):
+        raise typer.BadParameter("it goes with a study that runs, in processes of its own.", param_hint="--ray")
     if slurm is not None:
         _write_slurm(chosen, asked.words(), folder, slurm)
     if as_yaml:
@@ -205,7 +208,7 @@ def study(
     elif dry_run:
         _show_plan(chosen, asked.words(), folder, workers, pilot, as_json)
     elif slurm is None:
-        _run(chosen, folder, workers, resume, retry_failed, "study" if as_json else None)
+        _run(chosen, folder, workers, resume, retry_failed, "study" if as_json else None, ray)
 
 
 def _show_plan(
@@ -397,8 +400,9 @@ def train(
 
 
 def _run(
-    chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retry_failed: bool, json_of: str | None
-) -> None:
+    chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retry_failed: bool, json_of: str | None,
+    ray: str | None = None,
+) -> None:  # fmt: skip
     from rich.console import Console
 
     from decondense.cli.display import Display, StudyDisplay
@@ -422,5 +426,7 @@ def _run(
     console = Console(stderr=json_of is not None)
     with Display(console) as display:
         watcher = StudyDisplay(display)
-        rows = run_study(chosen, out, workers=workers, resume=resume, retry_failed=retry_failed, watcher=watcher)
+        rows = run_study(
+            chosen, out, workers=workers, resume=resume, retry_failed=retry_failed, watcher=watcher, ray=ray
+        )
     present(rows, out, console, json_of=json_of)

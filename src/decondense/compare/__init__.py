@@ -18,6 +18,7 @@ from typing import Literal
 from decondense.compare.condensation import by_arm, family_of, layers, measures, size_trend
 from decondense.compare.context import Context, common
 from decondense.compare.cost import costs, equal_time, speeds, tokens_to_reach
+from decondense.compare.mediation import mediations, share_explained
 from decondense.compare.notes import evidence_notes, item_notes, task_notes
 from decondense.compare.notes import notes as all_notes
 from decondense.compare.pairing import faults_of, pairings, unpaired
@@ -36,6 +37,7 @@ from decondense.compare.results import (
     EqualTime,
     Layers,
     Measure,
+    Mediation,
     Note,
     NoteKind,
     Pairing,
@@ -90,6 +92,7 @@ __all__ = [
     "Key",
     "Layers",
     "Measure",
+    "Mediation",
     "Note",
     "NoteKind",
     "Outcome",
@@ -112,6 +115,7 @@ __all__ = [
     "holm",
     "paired_difference",
     "seeds_needed",
+    "share_explained",
     "sign_flip_p",
     "smallest_sign_flip_p",
     "tokens_to_reach",
@@ -212,5 +216,6 @@ def compare(
         size=size_trend(context),
         trials=tuple(sweeps(context)),
         plateaus=stuck,
+        mediation=mediations(context),
         learning_rates=learning_rates(context),
     )

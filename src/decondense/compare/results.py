@@ -13,7 +13,7 @@ import numpy as np
 from decondense.compare.gold import HARDLY
 from decondense.compare.gold import METRICS as GOLD
 from decondense.compare.quantities import shown_in
-from decondense.compare.statistics import Difference
+from decondense.compare.statistics import Difference, Interval
 from decondense.compare.study import VALIDATION, Fault
 
 
@@ -369,6 +369,30 @@ class Plateau:
     """Whether the final checkpoint is above."""
 
 
+Undefined = Literal["few seeds", "no gain", "equal cosines", "on a line"]
+
+
+@dataclass(frozen=True)
+class Mediation:
+    """The share of one arm's gain that goes with the cosine at one point of training."""
+
+    arm: str
+    at: float
+    """Fraction of training at which the cosine is taken; the loss is that of the end."""
+    seeds: tuple[int, ...]
+    cosine: float
+    """Mean difference arm - baseline of the cosine."""
+    gain: float
+    """Mean difference arm - baseline of the final held-out loss; below 0 is better."""
+    slope: float | None = None
+    """Change of the loss per change of the cosine between seeds."""
+    correlation: float | None = None
+    share: float | None = None
+    interval: Interval | None = None
+    undefined: Undefined | None = None
+    """Why there is no share."""
+
+
 NoteKind = Literal[
     "not the mean of items", "different layers", "measured", "other start", "untrained", "rates by seed",
     "rates without a sweep", "rates that no sweep chose", "not swept", "no trials", "no choice", "no trial finished",
@@ -430,6 +454,8 @@ class Comparison:
     trials: tuple[Sweep, ...] = ()
     plateaus: tuple[Plateau, ...] = ()
     """Of every trained run, condensed or not."""
+    mediation: tuple[Mediation, ...] = ()
+    """The share of every arm's gain that goes with the cosine, by point of training; empty below five seeds."""
     learning_rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """Peak learning rates of each trained arm's runs: one, unless its seeds differ."""
 

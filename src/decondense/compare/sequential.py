@@ -69,18 +69,23 @@ def confidence_sequence(
     """
     d = np.asarray(differences, float)
     n = len(d)
-    if n < FEWEST_SEEDS:
-        return -math.inf, math.inf
-    if d.std() == 0:
+    if n >= FEWEST_SEEDS and d.std() == 0:
         raise ValueError(f"the differences do not vary ({d[0]:g} in all {n} seeds), so that nothing can be said.")
+    factor = multiplier(n, confidence, g)
+    if not math.isfinite(factor):
+        return -math.inf, math.inf
+    half = factor * math.sqrt(float(d.var(ddof=1)) / n)
+    return float(d.mean()) - half, float(d.mean()) + half
+
+
+def multiplier(n: int, confidence: float = CONFIDENCE, g: float = G) -> float:
+    """Half of the interval after n differences, in standard errors: what Student's t is for a fixed number."""
+    if n < FEWEST_SEEDS:
+        return math.inf
     # B = 1 / alpha solved for x = t^2 / nu: (1 + x) / (1 + x / k) = root, k = 1 + n g
     k = 1 + n * g
     root = math.exp(2 / n * (0.5 * math.log(k) - math.log1p(-confidence)))
-    if root >= k:
-        return -math.inf, math.inf
-    ratio = (root - 1) / (1 - root / k)
-    half = math.sqrt(ratio * (n - 1) * float(d.var(ddof=1)) / n)
-    return float(d.mean()) - half, float(d.mean()) + half
+    return math.inf if root >= k else math.sqrt((n - 1) * (root - 1) / (1 - root / k))
 
 
 def decided(

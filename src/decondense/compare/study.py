@@ -248,7 +248,11 @@ class Study:
     @property
     def dispersed(self) -> tuple[str, ...]:
         """The arms that are trained with a dispersion loss."""
-        return tuple(arm for arm in self.arms if (entry := self.arm_config(arm)) and entry.dispersion is not None)
+        return tuple(
+            arm
+            for arm in self.arms
+            if (e := self.arm_config(arm)) and e.dispersion is not None and not e.gradient_noise
+        )
 
     @property
     def until(self) -> Literal["decided"] | None:

@@ -10,18 +10,28 @@ from decondense.config.base import Config, ConfigError, one_of, parse_yaml, sugg
 from decondense.config.loss import COMPAT_NAMES, FORM_NAMES, CallOptions, LossConfig, LossOptions
 from decondense.config.measure import METRIC_NAMES, MeasureConfig
 from decondense.config.model import PREPARED, ArmModelConfig, LoraConfig, ModelConfig, Overrides
-from decondense.config.study import SETTINGS, ArmConfig, ArmIdentity, PreparedConfig, StudyConfig, SweepConfig
+from decondense.config.study import (
+    ARM_SETTINGS,
+    SETTINGS,
+    ArmConfig,
+    ArmIdentity,
+    PreparedConfig,
+    StudyConfig,
+    SweepConfig,
+)
 from decondense.config.train import CorpusConfig, EvaluateConfig, TrainConfig
 from decondense.config.treatments import (
     TREATMENTS,
     ActiveForgettingConfig,
     DistillationConfig,
+    GradientNoiseConfig,
     NoisyEmbeddingConfig,
     Treatment,
     Treatments,
 )
 
 __all__ = [
+    "ARM_SETTINGS",
     "COMPAT_NAMES",
     "FORM_NAMES",
     "METRIC_NAMES",
@@ -39,6 +49,7 @@ __all__ = [
     "DispersionConfig",
     "DistillationConfig",
     "EvaluateConfig",
+    "GradientNoiseConfig",
     "LoraConfig",
     "LossConfig",
     "LossOptions",

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from decondense.config.base import Config, one_of
 from decondense.config.loss import LossConfig
+from decondense.config.model import prepared_name
 from decondense.config.treatment import Treatment
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class WeightSchedule(Config):
@@ -83,7 +89,8 @@ class DispersionConfig(Treatment):
     target: float | tuple[float, ...] | str | None = None
     """Mean cosine over pairs of different tokens at or below which the weights of the layers are to hold them
     (:mod:`decondense.attaching.target`): one for all chosen layers, one for each, the path of a profile
-    (``profile.json``, interpolated over relative depth), or the name of a shipped reference. With the form ``profile``
+    (``profile.json``, interpolated over relative depth), the name of a shipped reference, or in a study
+    ``prepared:NAME``, the profile of that model on the held-out passages. With the form ``profile``
     the weight stays, and this is what the loss aims at."""
     layers: Literal["all", "deep", "shallow", "last"] | tuple[int, ...] = "all"
     """Blocks whose outputs are dispersed. Paper: all (tables 2, 5); the deep half does better (table 3)."""
@@ -100,6 +107,17 @@ class DispersionConfig(Treatment):
     """Optimizer steps between two logged ratios of the gradient norms of the two terms; None: never."""
     tokens_first: bool | None = None
     """Whether the blocks return [tokens, batch, width]; None: settled by :mod:`decondense.layout`."""
+
+    @property
+    def prepared_models(self) -> tuple[str, ...]:
+        """NAME of the target ``prepared:NAME``."""
+        name = prepared_name(self.target) if isinstance(self.target, str) else None
+        return () if name is None else (name,)
+
+    def located(self, folders: Mapping[str, Path]) -> Self:
+        """The same with the directory of the prepared model, where its profile lies."""
+        (*_, name) = (None, *self.prepared_models)
+        return self if name is None else self.model_copy(update={"target": str(folders[name])})
 
     @property
     def seed(self) -> int:

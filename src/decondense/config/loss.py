@@ -70,7 +70,7 @@ class LossConfig(Config):
     target_cosine: float = Field(default=0.0, ge=-1, le=1, allow_inf_nan=False)
     """``profile``: the mean cosine that is aimed at, over pairs of different tokens."""
     slices: int = Field(default=256, ge=1)
-    """``sigreg``: number of random directions."""
+    """``sigreg``, ``visreg``: number of random directions."""
     knots: int = Field(default=17, ge=2)
     """``sigreg``: points of the quadrature on [0, 3]."""
     seed: int = 0
@@ -91,6 +91,10 @@ class LossConfig(Config):
         info = self.info
         if self.pairs == "grouped" and info.kind == "features":
             raise ConfigError(f"form {self.form!r} has no pairs to group; use pairs='all' or 'subset'.")
+        if info.ordered and self.within != "sequence":
+            raise ConfigError(
+                f"form {self.form!r} follows the tokens of one sequence in order; within={self.within!r} does not."
+            )
         if self.compat is not None and not info.compat:
             known = ", ".join(name for name, other in FORMS.items() if other.compat)
             raise ConfigError(f"compat={self.compat!r} does not cover form {self.form!r}, only {known}; omit compat.")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from decondense.config.attach import DispersionConfig
 from decondense.config.base import Config, formerly, one_of
 from decondense.config.measure import MeasureConfig
 from decondense.config.model import ArmModelConfig, ModelConfig
@@ -18,6 +19,8 @@ from decondense.config.treatments import TREATMENTS, Treatments
 
 SETTINGS = ("learning_rate", "warmup", "max_grad_norm")
 """Fields of :class:`TrainConfig` that an arm may have of its own, and that a sweep chooses."""
+ARM_SETTINGS = (*SETTINGS, "weight_decay", "batch_size", "optimizer", "muon_learning_rate")
+"""Those that an arm may have of its own."""
 
 
 class ArmIdentity(Config):
@@ -31,6 +34,13 @@ class ArmIdentity(Config):
 class ArmConfig(Treatments, ArmIdentity):
     """One arm: its treatments and settings; everything it does not name is the study's."""
 
+    later: ClassVar[frozenset[str]] = Treatments.later | {
+        "weight_decay",
+        "batch_size",
+        "optimizer",
+        "muon_learning_rate",
+    }
+
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate of this arm; None: the one that the sweep chooses, or the study's. An arm with a rate of
     its own takes no part in the sweep."""
@@ -38,6 +48,13 @@ class ArmConfig(Treatments, ArmIdentity):
     """Fraction of the steps over which this arm's rate rises; None: the one that the sweep chooses, or the study's."""
     max_grad_norm: float | None = Field(default=None, gt=0, **formerly("gradient_clip", "max_grad_norm"))
     """Largest global L2 norm of this arm's gradient; None: the one that the sweep chooses, or the study's."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """This arm's weight decay; None: the study's, as of the settings below."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Sequences of this arm's optimizer step. It has as many fewer steps, so that it reads the same sequences in the
+    same order: a batch of twice the size has half the steps, and the warm-up the same share of them."""
+    optimizer: Literal["adamw", "muon"] | None = None
+    muon_learning_rate: float | None = Field(default=None, gt=0)
     model: ArmModelConfig | None = None
     untrained: bool = False
     """Evaluate the start as it is and train nothing (the paper's row "none")."""
@@ -45,15 +62,15 @@ class ArmConfig(Treatments, ArmIdentity):
     @model_validator(mode="after")
     def _untouched(self) -> ArmConfig:
         if self.untrained:
-            for name in (*TREATMENTS, *SETTINGS):
+            for name in (*TREATMENTS, *ARM_SETTINGS):
                 if getattr(self, name) is not None:
                     raise ValueError(f"arm {self.name!r} is untrained; {name} would have no effect, omit it.")
         return self
 
     @property
-    def settings(self) -> dict[str, float]:
+    def settings(self) -> dict[str, Any]:
         """What the arm fixes for itself of :class:`TrainConfig`."""
-        return {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
+        return {name: value for name in ARM_SETTINGS if (value := getattr(self, name)) is not None}
 
     def located(self, folders: Mapping[str, Path]) -> ArmConfig:
         """The same with the directories of prepared models in the place of their names in its treatments."""
@@ -61,12 +78,27 @@ class ArmConfig(Treatments, ArmIdentity):
 
 
 class PreparedConfig(Config):
-    """A model that the study trains for itself, once, before its arms: their start, or a teacher."""
+    """A model that the study trains for itself, once, before its arms: their start, a teacher, or the source of a
+    target (``dispersion.target: prepared:NAME``)."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"untrained", "dispersion"})
 
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     seed: int = Field(default=0, ge=0)
     """Decides its initial weights and the order of its data; the same model for all seeds of the study."""
+    untrained: bool = False
+    """Keep the initial weights: what a target takes from such a model says nothing of training."""
+    dispersion: DispersionConfig | None = None
+    """A dispersion loss of its own; with a weight below 0 the model ends condensed."""
+
+    @model_validator(mode="after")
+    def _untouched(self) -> PreparedConfig:
+        if self.untrained and self.dispersion is not None:
+            raise ValueError("an untrained model has no use for dispersion; omit it.")
+        if self.dispersion is not None and (self.dispersion.prepared_models or self.dispersion.loss.info.teacher):
+            raise ValueError("dispersion of a prepared model cannot use another model.")
+        return self
 
 
 class SweepConfig(Config):
@@ -194,6 +226,8 @@ class StudyConfig(Config):
                 )
             for wanted in self.prepared_of(arm):
                 one_of("prepared model", wanted, self.prepared)
+            if self.train_of(arm).optimizer == "muon" and self.launch != "study":
+                raise ValueError(f"arm {arm.name!r}: optimizer: muon is not supported with launch: {self.launch}.")
             if self.measure is not None and not (arm.untrained and model.pretrained):
                 raise ValueError(
                     f"the study measures starts and trains nothing, but arm {arm.name!r} is not untrained: true with a "
@@ -236,6 +270,14 @@ class StudyConfig(Config):
             if seed in self.every_seed:
                 raise ValueError(
                     f"sweep.seed {seed} is one of the study's seeds; settings are chosen on a seed of their own."
+                )
+        sequences = (sweep.steps or self.train.steps) * self.train.batch_size
+        for arm in self.arms:
+            size = arm.batch_size or 1
+            if self.swept(arm) and sequences % size:
+                raise ValueError(
+                    f"arm {arm.name!r}: batch_size {size} does not divide the {sequences} sequences of a trial "
+                    f"(sweep.steps {sweep.steps})."
                 )
         if sweep.steps is None or sweep.warmup_unit == "fraction":
             return
@@ -283,8 +325,25 @@ class StudyConfig(Config):
         return [*([] if start is None else [start]), *treatments]
 
     def train_of(self, arm: ArmConfig) -> TrainConfig:
-        """The training of an arm."""
-        return self.train.model_copy(update=arm.settings)
+        """The training of an arm; of another batch size with the steps that read the same sequences.
+
+        Raises:
+            ValueError: the settings do not go together.
+        """
+        settings = arm.settings
+        if (size := arm.batch_size) is not None:
+            steps, rest = divmod(self.train.steps * self.train.batch_size, size)
+            if rest or not steps:
+                raise ValueError(
+                    f"arm {arm.name!r}: batch_size {size} does not divide the {self.train.steps} x "
+                    f"{self.train.batch_size} sequences that every arm reads; choose one that does."
+                )
+            settings["steps"] = steps
+        if settings.get("optimizer") == "adamw":
+            settings.setdefault("muon_learning_rate", None)
+        if settings.keys() <= {*SETTINGS}:
+            return self.train.model_copy(update=settings)
+        return TrainConfig.parse({**dict(self.train), **settings}, where=f"arm {arm.name!r}")
 
     def swept(self, arm: ArmConfig) -> bool:
         """Whether the sweep chooses the arm's settings."""

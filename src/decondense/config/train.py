@@ -46,6 +46,8 @@ class CorpusConfig(Config):
 class TrainConfig(Config):
     """One training run. Defaults are the embedded study's; the paper's values are named where they differ."""
 
+    later: ClassVar[frozenset[str]] = frozenset({"optimizer", "muon_learning_rate"})
+
     steps: int = Field(default=300, ge=1)
     batch_size: int = Field(default=16, ge=1, **formerly("batch_sequences", "batch_size"))
     """Sequences of one optimizer step (over all ranks and accumulation steps)."""
@@ -55,6 +57,13 @@ class TrainConfig(Config):
     """Tokens of a training sequence."""
     learning_rate: float = Field(default=3e-3, gt=0)
     """Peak learning rate of AdamW. Paper: 5e-5 in mid-training."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """``muon``: torch's Muon (:mod:`decondense.training.muon`) for the matrices of the blocks, AdamW for embeddings,
+    head, norms and biases."""
+    muon_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak rate of the matrices with ``muon``; None: ``learning_rate``. In either case an update of an A x B matrix is
+    scaled by 0.2 sqrt(max(A, B)), which gives it about the size of one of AdamW (arXiv:2502.16982), so that a rate that
+    suits AdamW is a fair start. A sweep moves ``learning_rate``."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.1, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0, **formerly("gradient_clip", "max_grad_norm"))
@@ -84,6 +93,8 @@ class TrainConfig(Config):
             raise ValueError(
                 f"checkpoint_every {self.checkpoint_every} must be a multiple of log_every {self.log_every}."
             )
+        if self.muon_learning_rate is not None and self.optimizer != "muon":
+            raise ValueError("muon_learning_rate has no effect without optimizer: muon; omit it.")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}."

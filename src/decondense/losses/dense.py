@@ -49,10 +49,14 @@ def square_distance(z_UND: Tensor, valid_UN: Tensor) -> Tensor:
     return (q.unsqueeze(2) + q.unsqueeze(1) - 2 * (x @ x.mT)).clamp(min=0)
 
 
+def real(z_UND: Tensor, valid_UN: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens, zero where not real, and the number of real tokens ``[U, 1, 1]``."""
+    return torch.where(valid_UN.unsqueeze(-1), z_UND, 0.0), valid_UN.sum(dim=1)[:, None, None].to(z_UND.dtype)
+
+
 def centred(z_UND: Tensor, valid_UN: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens minus their mean, zero where not real, and the number of real tokens ``[U, 1, 1]``."""
-    n = valid_UN.sum(dim=1)[:, None, None].to(z_UND.dtype)
-    x = torch.where(valid_UN.unsqueeze(-1), z_UND, 0.0)
+    x, n = real(z_UND, valid_UN)
     return torch.where(valid_UN.unsqueeze(-1), x - x.sum(dim=1, keepdim=True) / n, 0.0), n
 
 

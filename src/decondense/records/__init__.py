@@ -12,6 +12,7 @@ changed. Files in which every run row holds its configuration itself are read al
 from __future__ import annotations
 
 from decondense.provenance import COMMAND, command_line, provenance
+from decondense.records.merging import content_hash, merged
 from decondense.records.reading import ItemRows, RowReader, iter_pieces, iter_rows, read_rows
 from decondense.records.schema import (
     SCHEMA_VERSION,
@@ -36,9 +37,11 @@ __all__ = [
     "atomic_write",
     "check_row",
     "command_line",
+    "content_hash",
     "iter_pieces",
     "iter_rows",
     "make_row",
+    "merged",
     "provenance",
     "read_rows",
     "stable",

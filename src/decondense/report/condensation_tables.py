@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from decondense.compare import FEWEST_MODELS, SIZE_QUANTITIES, Comparison
-from decondense.formatting import NONE, count, number, probability
+from decondense.compare.results import Undefined
+from decondense.formatting import NONE, count, interval, number, probability
 from decondense.report.cells import bounds, spread
 from decondense.report.selection import MANY
 from decondense.table import Entry, Table
@@ -125,3 +126,45 @@ def _layers_by_arm(comparison: Comparison) -> Table:
         ("arm", *heads),
         tuple(rows),
     )
+
+
+NO_SHARE: dict[Undefined, str] = {
+    "few seeds": "too few seeds for a line",
+    "no gain": "no share: the difference in loss is not told from 0",
+    "equal cosines": "no line: the cosine differs alike in every seed",
+    "on a line": "no interval: the seeds lie on a line exactly",
+}
+"""Why an arm has no share explained."""
+
+
+def mediation_table(comparison: Comparison) -> Table | None:
+    """The share of each arm's gain that goes with the cosine, by point of training."""
+    rows: list[tuple[Entry, ...]] = [
+        (
+            comparison.labels[m.arm],
+            (f"{100 * m.at:.0f} %", m.at),
+            (str(len(m.seeds)), len(m.seeds)),
+            (number(m.cosine, sign=True), m.cosine),
+            (number(m.gain, 4, sign=True), m.gain),
+            (number(m.slope, sign=True), m.slope),
+            (number(m.correlation, 2, sign=True), m.correlation),
+            (NONE if m.share is None else f"{100 * m.share:.0f} %", m.share),
+            NONE if m.interval is None else (interval((100 * m.interval[0], 100 * m.interval[1]), 0), m.interval),
+            "" if m.undefined is None else NO_SHARE[m.undefined],
+        )
+        for m in comparison.mediation
+    ]
+    if not rows:
+        return None
+    caption = (
+        "Share of the difference in held-out loss that goes with the cosine: slope of the paired differences of the "
+        "loss on those of the mean cosine over the blocks at a point of training, times the mean difference in cosine, "
+        "over the mean difference in loss. 100 %: all of it; 0 %: none; an interval that holds both says neither. The "
+        "slope comes from how the seeds of one arm differ, so it is no proof of a cause; not corrected over arms and "
+        "points."
+    )
+    columns = (
+        "arm", "cosine at", "seeds", "Δ cosine", "Δ loss (nats/token)", "slope", "correlation", "share",
+        "95 % interval (%)", "note",
+    )  # fmt: skip
+    return Table("mediation", caption, columns, tuple(rows), 2)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from decondense.compare import Comparison
-from decondense.report.condensation_tables import condensation_table, layer_table, size_table
+from decondense.report.condensation_tables import condensation_table, layer_table, mediation_table, size_table
 from decondense.report.score_tables import difference_table, headline, seed_table, selection_table, task_table
 from decondense.report.training_tables import cost_table, plateau_table, speed_table, trials_table
 from decondense.table import Table
@@ -19,6 +19,7 @@ TABLES: dict[str, Callable[[Comparison], Table | None]] = {
     "cost": cost_table,
     "speed": speed_table,
     "plateaus": plateau_table,
+    "mediation": mediation_table,
     "condensation": condensation_table,
     "size": size_table,
     "learning_rates": trials_table,

@@ -1,4 +1,4 @@
-"""How a study is started elsewhere: the exact commands for one machine, several GPUs, a Slurm cluster, torchtitan."""
+"""How a study is started elsewhere: commands for one machine, several GPUs, a Ray or Slurm cluster, torchtitan."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from decondense.config import ArmConfig, MeasureConfig, StudyConfig
+from decondense.config import ARM_SETTINGS, ArmConfig, MeasureConfig, StudyConfig
 from decondense.config.measure import first_passage
 from decondense.config.titan import Dispersion
 
@@ -40,6 +40,8 @@ def launches(study: StudyConfig, words: list[str], out: Path) -> list[Launch]:
         found.append(Launch("Or model by model, with figures", measuring(study, out)))
     else:
         found += list(_torchrun(study, words, out))
+    ray = ["decondense", "study", *words, "--out", str(out), "--ray", "auto"]
+    found.append(Launch("On a Ray cluster, from one of its machines", command(ray)))
     found.append(Launch("On a Slurm cluster (--slurm FILE writes this script)", slurm_script(study, words, out)))
     return found
 
@@ -213,7 +215,7 @@ def _not_in_torchtitan(arm: ArmConfig) -> str | None:
     missing = [name for name, treatment in arm.treatments.items() if not treatment.torchtitan]
     if arm.dispersion is not None and arm.dispersion.target is not None:
         missing.append("dispersion.target")  # its checkpoints would not hold the weights
-    missing += [name for name in ("learning_rate", "model") if getattr(arm, name) is not None]
+    missing += [name for name in (*ARM_SETTINGS, "model") if getattr(arm, name) is not None]
     missing += ["untrained"] if arm.untrained else []
     return next(iter(missing), None)
 

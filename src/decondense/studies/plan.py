@@ -55,7 +55,8 @@ class Task:
     @property
     def steps(self) -> int:
         """Optimizer steps."""
-        return 0 if self.study.arm(self.arm).untrained else self.study.train.steps
+        arm = self.study.arm(self.arm)
+        return 0 if arm.untrained else self.study.train_of(arm).steps
 
     @property
     def rows(self) -> Path:
@@ -114,6 +115,7 @@ def prepared_models(study: StudyConfig, out: Path) -> dict[str, Path]:
 
 def _prepared_study(study: StudyConfig, name: str) -> StudyConfig:
     entry = study.prepared[name]
+    dispersion = {} if entry.dispersion is None else {"dispersion": entry.dispersion.model_dump()}
     return StudyConfig.parse(
         {
             "name": f"{study.name}.prepared.{name}",
@@ -121,7 +123,7 @@ def _prepared_study(study: StudyConfig, name: str) -> StudyConfig:
             "question": study.question,
             "scale": study.scale,
             "baseline": "cross-entropy",
-            "arms": [{"name": "cross-entropy"}],
+            "arms": [{"name": "cross-entropy", "untrained": entry.untrained, **dispersion}],
             "seeds": [entry.seed],
             "model": entry.model.model_dump(),
             "corpus": study.corpus.model_dump(),

@@ -14,16 +14,16 @@ import os
 import subprocess
 import time
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from decondense.config import ConfigError, StudyConfig
 from decondense.evaluate import check_benchmarks
 from decondense.lifeline import HeldFolder, Lifeline
-from decondense.records import COMMAND, Row, command_line, write_rows
+from decondense.records import Row, write_rows
 from decondense.stopping import SAVE_FIRST, Stopped, save_requested, stop_on_signals
 from decondense.studies import devices
+from decondense.studies.cluster import Cluster
 from decondense.studies.deciding import add_seeds, next_seeds
 from decondense.studies.directory import (
     CellState,
@@ -49,6 +49,7 @@ from decondense.studies.plan import (
     tasks,
     trial_folder,
 )
+from decondense.studies.process import WorkerProcess, start_worker
 
 __all__ = [
     "CellState",
@@ -110,6 +111,7 @@ def run_study(
     resume: bool = False,
     retry_failed: bool = False,
     watcher: Watcher | None = None,
+    ray: str | None = None,
 ) -> list[Row]:
     """Run a study to its end and return all its rows; they also stand in ``out/rows.jsonl``.
 
@@ -125,6 +127,8 @@ def run_study(
         resume: resume the study that lies in ``out``, whatever ``study`` says.
         retry_failed: start failed trials, models and cells again.
         watcher: shows the progress.
+        ray: address of a Ray cluster that runs the tasks (:mod:`decondense.studies.cluster`); ``workers`` is then how
+            many run side by side at most, and SIGUSR1 ends the study like SIGTERM.
 
     Raises:
         ConfigError: the directory holds another study, or the configuration cannot be run.
@@ -140,36 +144,25 @@ def run_study(
         )
     check_benchmarks(study.evaluate)
     study = open_directory(study, out, resume=resume)
-    wanted = default_workers(study) if workers is None else workers
-    while True:
-        run = _Run(study, out, tasks(study, out), watcher)
-        if retry_failed:
-            reset_failed(run.tasks)
-        stopping = run.in_this_process() if wanted == 0 else run.with_workers(wanted)
-        rows = run.result()
-        more = next_seeds(study, rows, at_once=max(1, wanted // len(study.arms)))
-        if not more:
-            return rows
-        if stopping:
-            assert SAVE_FIRST is not None
-            raise Stopped(SAVE_FIRST)
-        study, retry_failed = add_seeds(study, out, more), False
-
-
-@dataclass
-class _Worker:
-    process: subprocess.Popen[bytes]
-    log: Path
-    log_start: int
-    """Bytes of the log that earlier runs wrote."""
-
-    def last_words(self) -> str:
-        """The last line that it printed."""
-        with contextlib.suppress(OSError), self.log.open("rb") as handle:
-            handle.seek(self.log_start)
-            lines = [line for line in handle.read().decode(errors="replace").splitlines() if line.strip()]
-            return lines[-1] if lines else ""
-        return ""
+    with contextlib.nullcontext() if ray is None else Cluster(ray) as cluster:
+        slots = default_workers if cluster is None else cluster.slots
+        wanted = slots(study) if workers is None else workers
+        while True:
+            run = _Run(study, out, tasks(study, out), watcher)
+            if retry_failed:
+                reset_failed(run.tasks)
+            if cluster is not None:
+                stopping = run.on_cluster(cluster, wanted)
+            else:
+                stopping = run.in_this_process() if wanted == 0 else run.with_workers(wanted)
+            rows = run.result()
+            more = next_seeds(study, rows, at_once=max(1, wanted // len(study.arms)))
+            if not more:
+                return rows
+            if stopping:
+                assert SAVE_FIRST is not None
+                raise Stopped(SAVE_FIRST)
+            study, retry_failed = add_seeds(study, out, more), False
 
 
 class _Run:
@@ -178,9 +171,12 @@ class _Run:
     def __init__(self, study: StudyConfig, out: Path, listed: Sequence[Task], watcher: Watcher) -> None:
         self.study, self.out, self.tasks, self.watcher = study, out, listed, watcher
         self.progress = Progress(listed)
-        self.workers: list[_Worker] = []
+        self.workers: list[WorkerProcess] = []
+        self.words: dict[str, str] = {}
+        """What tasks on a cluster ended with."""
         self._held = HeldFolder(out)
         self._wrote = (0.0, 0.0)  # when, and how long it took
+        self._ended = -1
         self._shown = 0.0
         self._before = {state_key(state) for state in self.progress.states() if state.status == "finished"}
 
@@ -218,6 +214,19 @@ class _Run:
                 raise Stopped(SAVE_FIRST)
             return save_requested()
 
+    def on_cluster(self, cluster: Cluster, most: int) -> bool:
+        """Let a Ray cluster do the tasks: :meth:`with_workers`. SIGUSR1 ends it at once: no machine is told of it."""
+        with stop_on_signals(save_first=False):
+            try:
+                if self.study.measure is None:
+                    study_corpus(self.study, self.out, self.watcher)
+                self.words = cluster.run(self.study, self.out, self.tasks, most, self._look)
+            except BaseException:
+                with contextlib.suppress(OSError, ValueError, StudyFailed):  # what ended the run is what is to be said
+                    self._write()
+                raise
+        return False
+
     def show(self) -> None:
         """Show how far the cells are, if that was not done just now."""
         if time.monotonic() - self._shown >= _POLL_SECONDS:
@@ -233,43 +242,31 @@ class _Run:
             with contextlib.suppress(OSError):
                 worker.process.send_signal(number)
 
-    def _start(self, index: int, lifeline: Lifeline) -> _Worker:
-        log = self.out / "logs" / f"worker-{index}.log"
-        log.parent.mkdir(exist_ok=True)
-        # glibc returns every large block to the kernel and faults it in again at the next step; keeping them saves a
-        # small model on a CPU about a seventh of its time
-        keep = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+    def _start(self, index: int, lifeline: Lifeline) -> WorkerProcess:
         variable, names = devices.gpus()
         own = {variable: names[index % len(names)]} if names else {}
-        asked = {COMMAND: os.environ.get(COMMAND) or command_line() or ""}
-        with log.open("ab") as handle:
-            process = subprocess.Popen(
-                lifeline.command("decondense.studies.worker", str(self.out)),
-                stdout=handle,
-                stderr=handle,
-                stdin=subprocess.DEVNULL,
-                pass_fds=lifeline.pass_fds,
-                env={**keep, **os.environ, **own, **asked},
-            )
-            return _Worker(process, log, os.fstat(handle.fileno()).st_size)
+        return start_worker(self.out, f"worker-{index}.log", lifeline, environment=own)
 
     def _watch(self) -> None:
-        ended = -1
         alive = True
         while alive:
             alive = any(worker.process.poll() is None for worker in self.workers)
-            self._check_there()
             if save_requested() and SAVE_FIRST is not None:
                 self._pass_on(SAVE_FIRST)  # again: a worker may have been started while the signal came
-            now = self.progress.states()
-            self.watcher.cells(now)
-            count = sum(state.ended for state in now)
-            when, took = self._wrote
-            if count != ended and time.monotonic() - when >= took / _WRITING_SHARE:
-                ended = count
-                self._write()
+            self._look()
             if alive:
                 time.sleep(_POLL_SECONDS)
+
+    def _look(self) -> None:
+        """Show how far the tasks are, and write the rows of those that have ended if that has not just been done."""
+        self._check_there()
+        now = self.progress.states()
+        self.watcher.cells(now)
+        count = sum(state.ended for state in now)
+        when, took = self._wrote
+        if count != self._ended and time.monotonic() - when >= took / _WRITING_SHARE:
+            self._ended = count
+            self._write()
 
     def _write(self) -> list[Row]:
         self._check_there()
@@ -302,7 +299,8 @@ class _Run:
         self.watcher.cells(now)
         left = [state for state in now if not state.ended]
         if left:
-            raise StudyFailed(_unfinished(left, self.workers))
+            words = self.words | {str(worker.log): worker.last_words() for worker in self.workers}
+            raise StudyFailed(_unfinished(left, words))
         self._tell_ignored(now)
         return rows
 
@@ -321,10 +319,9 @@ def state_key(state: CellState) -> tuple[str, str, int]:
     return (state.kind, state.arm, state.seed)
 
 
-def _unfinished(left: Iterable[CellState], workers: Iterable[_Worker]) -> str:
+def _unfinished(left: Iterable[CellState], words: Mapping[str, str]) -> str:
     names = ", ".join(f"{state.arm} seed {state.seed}" for state in left)
-    words = {worker.log: worker.last_words() for worker in workers}
-    lines = [f"{log}: {text}" for log, text in words.items() if text]
+    lines = [f"{who}: {text}" for who, text in words.items() if text]
     reasons = (" The workers' last words:\n" + "\n".join(lines)) if lines else ""
     return (
         f"not finished: {names}. Rows written so far are valid. Remove the cause, then run the same command again: it "

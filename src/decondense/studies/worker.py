@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from decondense.studies.directory import (
     make_below,
     opened_corpus,
     resolved_arm,
+    study_corpus,
     study_of,
     task_end,
 )
@@ -72,6 +74,7 @@ def run_task(
         retry_failed=retry_failed,
         watch=watch,
         prepared=prepared_models(study, out),
+        with_profile=task.kind == "prepared",
     )
 
 
@@ -146,7 +149,7 @@ def _cannot_start(task: Task, reason: str) -> Row:
     return row
 
 
-def work(out: Path, told: Callable[[], None] | None = None) -> None:
+def work(out: Path, told: Callable[[], None] | None = None, *, only: str | None = None) -> None:
     """Run every task of the study in ``out`` that nobody else runs, and return when all of them are done.
 
     A task that cannot be run does not keep the others from being run; the first such error is raised at the end.
@@ -154,6 +157,7 @@ def work(out: Path, told: Callable[[], None] | None = None) -> None:
     Args:
         out: directory with ``study.yaml`` and ``corpus.json``.
         told: called before each task and whenever rows are written.
+        only: the folder below ``out`` of the one task to run; its text is prepared where this machine lacks it.
 
     Raises:
         StudyFailed: ``out`` was removed while its study ran.
@@ -176,9 +180,10 @@ def work(out: Path, told: Callable[[], None] | None = None) -> None:
         stop_if_requested()
         time.sleep(0.1)
     study = study_of(out)
-    corpus = None if study.measure is not None else opened_corpus(out)
+    opened = opened_corpus if only is None else partial(study_corpus, study)
+    corpus = None if study.measure is not None else opened(out)
     listed = tasks(study, out)
-    left = list(listed)
+    left = [task for task in listed if only is None or task.folder == out / only]
     progress = Progress(listed)
     ended: set[Path] = set()
     stuck: set[Path] = set()
@@ -216,14 +221,15 @@ def work(out: Path, told: Callable[[], None] | None = None) -> None:
 
 
 def main() -> int:
-    """Entry point of ``python -m decondense.lifeline DESCRIPTOR decondense.studies.worker OUT``."""
+    """Entry point of ``python -m decondense.lifeline DESCRIPTOR decondense.studies.worker OUT [--task FOLDER]``."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
+    parser.add_argument("--task")
     arguments = parser.parse_args()
     try:
         end_without(arguments.out)
         with stop_on_signals(at_once=False):  # SIGTERM ends a worker where it stands: that is safe at every moment
-            work(arguments.out)
+            work(arguments.out, only=arguments.task)
     except Stopped as stopped:
         print(f"{stopped.signal.name}: stopped where the run can be resumed.", file=sys.stderr)
         return int(stopped.code or 0)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from decondense.config import SETTINGS, ArmConfig, StudyConfig
 from decondense.corpora.packed import PackedCorpus
 from decondense.evaluate import held_out_loss
-from decondense.measuring import NotFiniteError, measure
+from decondense.measuring import NotFiniteError, Profile, measure
 from decondense.records import Row, append_rows, make_row
 from decondense.training.trainer import is_main_process
 
@@ -35,7 +35,9 @@ class Cell:
         folder: Path,
         watch: Callable[[], None],
         prepared: Mapping[str, Path],
+        with_profile: bool = False,
     ) -> None:
+        self.with_profile = with_profile
         self.study, self.seed, self.corpus, self.folder, self.watch = study, seed, corpus, folder, watch
         self.arm = arm.located(prepared)
         self.model = study.model_of(arm)
@@ -86,7 +88,7 @@ class Cell:
             settings.validation_tokens, part=settings.held_out_part, of_one=settings.document_tokens
         )
         try:
-            profile = self._profile(model)
+            profile = self.profile(model).to_row()
             scores = held_out_loss(model, documents, window=self.train.max_seq_length)
         except NotFiniteError as error:
             raise Diverged(f"step {step}: {error}") from error
@@ -121,7 +123,8 @@ class Cell:
             ]
         self.write(*rows)
 
-    def _profile(self, model: PreTrainedModel) -> dict[str, Any]:
+    def profile(self, model: PreTrainedModel) -> Profile:
+        """Condensation of a model on the study's held-out passages."""
         settings = self.study.evaluate
         ids = torch.from_numpy(self.corpus.passages(settings.passages, settings.passage_tokens).astype(np.int64))
         # the row has no use for matrices averaged over passages, which cost a float64 [T, T] a layer
@@ -132,7 +135,7 @@ class Cell:
             histograms=("pooled",),
             blocks=settings.blocks or self._blocks(),
             tokens_first=settings.tokens_first,
-        ).to_row()
+        )
 
     def _blocks(self) -> str | None:
         """Where the blocks are, as this arm's dispersion says, or that of another arm with the same model."""
@@ -144,7 +147,7 @@ class Cell:
     def diverged(self, model: PreTrainedModel, step: int, loss: float) -> Diverged:
         """Say at which step the loss became NaN or infinite, and in which layer when the states tell."""
         try:
-            self._profile(model)
+            self.profile(model)
         except NotFiniteError as error:
             return Diverged(f"step {step}: {error}")
         return Diverged(f"step {step}: the training loss is {loss}, though the hidden states are finite.")

@@ -61,6 +61,7 @@ def run_cell(
     retry_failed: bool = False,
     watch: Callable[[], None] | None = None,
     prepared: Mapping[str, Path] | None = None,
+    with_profile: bool = False,
 ) -> Row:
     """Train one arm with one seed, from where it was left, and return its terminal run row.
 
@@ -73,6 +74,7 @@ def run_cell(
         retry_failed: start a failed cell again instead of returning its row.
         watch: called whenever rows are written; it may raise to stop the run where it can be resumed.
         prepared: directories of the study's prepared models, by name.
+        with_profile: keep the trained model's profile in its directory, for those who take a target from it.
 
     Raises:
         CellBusy: another process holds the cell.
@@ -82,7 +84,7 @@ def run_cell(
     with contextlib.ExitStack() as stack:
         if is_main_process():
             stack.enter_context(claim(folder))
-        cell = Cell(study, arm, seed, corpus, folder, watch or (lambda: None), prepared or {})
+        cell = Cell(study, arm, seed, corpus, folder, watch or (lambda: None), prepared or {}, with_profile)
         rows = _existing_rows(cell)
         foreign = [row for row in rows if any(row[key] != value for key, value in cell.identity.items())]
         if foreign:
@@ -146,6 +148,10 @@ def _train(cell: Cell, rows: list[Row]) -> Row:
     }
     if cell.model.lora is not None and train.fsdp and world_size() > 1:
         raise ConfigError("train.fsdp with model.lora is not supported; adapters are small, use DDP (fsdp: false).")
+    if train.optimizer == "muon" and train.fsdp and world_size() > 1:
+        raise ConfigError(
+            "train.fsdp with optimizer: muon is not supported, as a shard is not a whole matrix; use DDP."
+        )
     resume = _prepare_rows(cell, rows, described)
 
     seed_everything(cell.seed, "training")
@@ -154,6 +160,7 @@ def _train(cell: Cell, rows: list[Row]) -> Row:
         args=training_arguments(train, folder, cell.seed),
         train_dataset=OrderedSequences(cell.corpus, order, train.max_seq_length),
         processing_class=None,
+        train=train,
     )
     for callback in list(trainer.callback_handler.callbacks):
         # the Trainer's own reporters write to the terminal; ours write rows
@@ -235,6 +242,7 @@ def _as_it_is(cell: Cell, model: PreTrainedModel, tokenizer: Any, init_hash: str
 
 def _keep(cell: Cell, model: PreTrainedModel, tokenizer: Any, trained: dict[str, Any]) -> None:
     """Write ``final/`` in one move, and score the study's benchmarks on it."""
+    profile = cell.profile(model) if cell.with_profile else None  # every rank: parameters may be sharded
     if not is_main_process() or cell.study.evaluate.held_out_part == "tuning":
         return  # a trial has said all it is for
     final, staging = cell.folder / "final", cell.folder / ".final"
@@ -242,6 +250,8 @@ def _keep(cell: Cell, model: PreTrainedModel, tokenizer: Any, trained: dict[str,
     with quiet():
         model.save_pretrained(staging, state_dict=trained)  # safetensors
         tokenizer.save_pretrained(staging)
+    if profile is not None:
+        profile.save(staging / "profile")
     shutil.rmtree(final, ignore_errors=True)
     staging.rename(final)
 

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from decondense.config import ConfigError, TrainConfig
 from decondense.corpora.packed import PackedCorpus
+from decondense.training.muon import optimizer_of
 from decondense.training.treatments.applied import Applied
 
 
@@ -39,16 +40,20 @@ class OrderedSequences(Dataset[dict[str, torch.Tensor]]):
 class StudyTrainer(Trainer):
     """The Trainer with the study's order of data, and the plain cross-entropy kept apart from what is added to it."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, train: TrainConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.train_config = train
         self.treatments: dict[str, Applied] = {}
         """By id, in the order in which they were prepared."""
         self.losses: dict[str, torch.Tensor] = {}
         """Sums since the last logged row: the plain cross-entropy as ``loss``, and what treatments add by their ids."""
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's, as the treatments change it."""
-        new = self.optimizer is None
+        """The Trainer's, or Muon with AdamW, as the treatments change it."""
+        new, train = self.optimizer is None, self.train_config
+        if new and train is not None and train.optimizer == "muon":
+            assert self.model is not None
+            self.optimizer = optimizer_of(self.model, train, self.get_decay_parameter_names(self.model))
         optimizer = super().create_optimizer(*args, **kwargs)
         for treatment in self.treatments.values() if new else ():
             treatment.change_optimizer(optimizer)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import get_args
+from typing import ClassVar, get_args
 
 from pydantic import model_validator
 
@@ -22,12 +22,14 @@ from decondense.config.base import Config
 from decondense.config.treatment import RunCost, Treatment
 from decondense.config.treatments.active_forgetting import ActiveForgettingConfig
 from decondense.config.treatments.distillation import DistillationConfig
+from decondense.config.treatments.gradient_noise import GradientNoiseConfig
 from decondense.config.treatments.noisy_embedding import NoisyEmbeddingConfig
 
 __all__ = [
     "TREATMENTS",
     "ActiveForgettingConfig",
     "DistillationConfig",
+    "GradientNoiseConfig",
     "NoisyEmbeddingConfig",
     "RunCost",
     "Treatment",
@@ -38,9 +40,14 @@ __all__ = [
 class Treatments(Config):
     """The treatments of an arm by id. None: the arm does without.
 
-    A run prepares them from the last to the first, so that the dispersion loss sees what the others do to the states.
+    A run prepares them from the last to the first, so that the dispersion loss sees what the others do to the states,
+    and what changes that loss comes after it.
     """
 
+    later: ClassVar[frozenset[str]] = frozenset({"gradient_noise"})
+
+    gradient_noise: GradientNoiseConfig | None = None
+    """Noise in the place of the dispersion loss's gradient."""
     dispersion: DispersionConfig | None = None
     """The dispersion loss."""
     noisy_embedding: NoisyEmbeddingConfig | None = None
@@ -49,6 +56,16 @@ class Treatments(Config):
     """An input embedding that is drawn anew in periods."""
     distillation: DistillationConfig | None = None
     """A larger model as the teacher."""
+
+    @model_validator(mode="after")
+    def _has_its_gradient(self) -> Treatments:
+        if self.gradient_noise is None:
+            return self
+        if self.dispersion is None:
+            raise ValueError("gradient_noise takes its norm from the dispersion loss of the same arm; add dispersion.")
+        if self.dispersion.target is not None and self.dispersion.loss.form != "profile":
+            raise ValueError("gradient_noise and dispersion.target: noise does not follow a target; give a weight.")
+        return self
 
     @model_validator(mode="after")
     def _has_its_teacher(self) -> Treatments:

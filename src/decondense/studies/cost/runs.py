@@ -46,8 +46,8 @@ def runs_of(study: StudyConfig) -> list[Run]:
         name = task.folder.name if arm is None else arm.name
         rate = own.train.learning_rate if task.kind == "trial" else None
         points = len(own.evaluate.steps(task.steps))
-        # a trial differs from the study's runs in its steps and rate alone, which are said beside it
-        train = own.train if arm is None else study.train
+        # a trial differs from the arm's runs in its steps and rate alone, which are said beside it
+        train = own.train if arm is None else study.train_of(arm)
         found.append(Run(task.kind, name, task.seed, model, train, task.steps, points, arm, rate))
     return found
 

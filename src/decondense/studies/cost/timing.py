@@ -75,7 +75,7 @@ class Timer:
             [
                 model.model_dump_json(exclude={"lora", "parameters"}),
                 run.train.model_dump_json(
-                    include={"batch_size", "micro_batch_size", "max_seq_length", "precision", "threads"}
+                    include={"batch_size", "micro_batch_size", "max_seq_length", "optimizer", "precision", "threads"}
                 ),
                 str(plain),
             ]
@@ -99,6 +99,7 @@ class Timer:
         from decondense.attaching import attach
         from decondense.config import WeightSchedule
         from decondense.seeding import generator
+        from decondense.training.muon import optimizer_of
 
         if dispersion is not None and dispersion.loss.info.teacher:
             return None  # the teacher may not be there yet
@@ -124,7 +125,9 @@ class Timer:
                 model.gradient_checkpointing_enable()
             if dispersion is not None:
                 attach(model, config=dispersion.model_copy(update={"schedule": WeightSchedule(), "target": None}))
-            optimizer = torch.optim.AdamW(model.parameters())
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters())
+            if train.optimizer == "muon":
+                optimizer = optimizer_of(model, train, ())
             vocabulary = int(model.config.get_text_config().vocab_size)
             shape = (sequences, train.max_seq_length)
             ids = torch.randint(vocabulary, shape, generator=generator(0, "estimate")).to(device)
