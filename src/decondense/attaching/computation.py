@@ -328,9 +328,9 @@ class Computation:
                 "after attaching)."
             )
         if not self._monitoring:
-            forward.trained.update({key: state.requires_grad for key, state in forward.kept.items()})
-            check_graph(forward.trained, self._states_of, self._sources)
-        # a list: a compiled graph cannot write to dictionaries between two looks at the registry of forms
+            # a new dictionary: a compiled graph that has changed one does not look up the form of the loss
+            waiting = {key: state.requires_grad for key, state in forward.kept.items()}
+            check_graph({**forward.trained, **waiting}, self._states_of, self._sources)
         sums = [
             forward.sums[key] if key in forward.sums else self._value(forward, key, forward.kept[key])
             for key in self._states_of
