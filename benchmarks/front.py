@@ -74,8 +74,8 @@ def _lead() -> str:
         train = early.config.train
         tokens = train.steps * train.batch_size * train.max_seq_length
         start = (
-            f" At the very start of training, after {tokens / 1e6:.1f} M tokens, each side at the rate and warm-up that "
-            f"a sweep chose, a lead is left: {shown(loss_difference(early, 'all', 'cross-entropy'))}."
+            f" At the very start of training, after {tokens / 1e6:.1f} M tokens, each side at the rate and warm-up "
+            f"that a sweep chose, a lead is left: {shown(loss_difference(early, 'all', 'cross-entropy'))}."
         )
     return (
         "**Most of the early lead is the baseline's warm-up:** after 2 M tokens the held-out loss with dispersion loss "
