@@ -60,4 +60,4 @@ def test_blocks_of_the_page_on_choosing():
         else:
             for arm in yaml.safe_load(code)["arms"]:
                 ArmConfig.parse(arm, where=str(page))
-    assert [language for language, _ in blocks] == ["python", "yaml", "yaml"]
+    assert [language for language, _ in blocks] == ["python", "yaml", "yaml", "yaml"]

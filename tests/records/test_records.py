@@ -350,7 +350,8 @@ def test_rows_of_items_come_back_in_their_order_and_a_torn_one_is_dropped(tmp_pa
         (tmp_path / name).write_bytes(gzip.compress(whole, 1) if name.endswith("gz") else whole)
         assert read_rows(tmp_path / name) == rows
     together = sum(isinstance(piece, ItemRows) for piece in iter_pieces(tmp_path / name))
-    assert together == (3 if ends == "\n" else 0), "5000 items of one place, cut once, and the last two"
+    # 5003 items of one place, cut once; before the cut a name has a brace, and the last two have a torn row behind them
+    assert together == (1 if ends == "\n" else 0)
     if not name.endswith("gz"):
         assert RowReader(tmp_path / name).read() == (False, rows)
 

@@ -181,13 +181,15 @@ def test_a_teacher_of_another_tokenizer_or_no_teacher_is_refused(tmp_path) -> No
 @pytest.mark.parametrize("name", TREATMENTS)
 def test_every_registered_treatment_is_whole(name: str) -> None:
     options: dict[str, Any] = {"teacher": "a/b"} if name == "distillation" else {}
-    arm = ArmConfig(name="arm", **{name: options})
-    (entry,) = arm.treatments.values()
+    needed: dict[str, Any] = {"dispersion": {}} if name == "gradient_noise" else {}
+    arm = ArmConfig(name="arm", **{**needed, name: options})
+    entry = arm.treatments[name]
+    assert len(arm.treatments) == 1 + len(needed)
     assert type(entry) is TREATMENTS[name]
     assert list(inspect.signature(preparation_of(name)).parameters) == ["config", "trainer", "model", "cell"]
     assert [other.title for other in TREATMENTS.values()].count(entry.title) == 1
     with pytest.raises(ValueError, match=f"untrained; {name} would"):
-        ArmConfig(name="arm", untrained=True, **{name: options})
+        ArmConfig(name="arm", untrained=True, **{**needed, name: options})
 
 
 def test_the_model_that_a_treatment_needs_is_prepared_and_paid_for() -> None:

@@ -215,7 +215,8 @@ def _not_in_torchtitan(arm: ArmConfig) -> str | None:
     missing = [name for name, treatment in arm.treatments.items() if not treatment.torchtitan]
     if arm.dispersion is not None and arm.dispersion.target is not None:
         missing.append("dispersion.target")  # its checkpoints would not hold the weights
-    missing += [name for name in (*ARM_SETTINGS, "model") if getattr(arm, name) is not None]
+    passed = ("warmup", "max_grad_norm")
+    missing += [name for name in (*ARM_SETTINGS, "model") if name not in passed and getattr(arm, name) is not None]
     missing += ["untrained"] if arm.untrained else []
     return next(iter(missing), None)
 
