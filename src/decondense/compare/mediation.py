@@ -106,6 +106,8 @@ def share_explained(
 
 def mediations(context: Context) -> tuple[Mediation, ...]:
     """Every trained arm at every point; empty where no arm has seeds enough."""
+    if all(len(context.pairs.get(arm, ())) < FEWEST_SEEDS for arm in context.arms if arm != context.base):
+        return ()
     found = []
     arms = None if context.study.until is None else len(context.study.arms) - 1
     for arm in context.arms:
