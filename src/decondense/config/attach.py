@@ -116,8 +116,9 @@ class DispersionConfig(Treatment):
 
     def located(self, folders: Mapping[str, Path]) -> Self:
         """The same with the directory of the prepared model, where its profile lies."""
-        (*_, name) = (None, *self.prepared_models)
-        return self if name is None else self.model_copy(update={"target": str(folders[name])})
+        if not self.prepared_models:
+            return self
+        return self.model_copy(update={"target": str(folders[self.prepared_models[0]])})
 
     @property
     def seed(self) -> int:

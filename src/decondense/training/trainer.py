@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from decondense.config import ConfigError, TrainConfig
 from decondense.corpora.packed import PackedCorpus
 from decondense.training.muon import optimizer_of
-from decondense.training.treatments.applied import Applied
+from decondense.training.treatments.applied import Applied, process_rank
 
 
 class OrderedSequences(Dataset[dict[str, torch.Tensor]]):
@@ -110,7 +110,7 @@ def world_size() -> int:
 
 def is_main_process() -> bool:
     """Whether this process writes the rows."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return process_rank() == 0
 
 
 def training_arguments(train: TrainConfig, folder: Path, seed: int) -> TrainingArguments:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+
+
+def process_rank() -> int:
+    """Number of this process among those of the run (torchrun's RANK)."""
+    return int(os.environ.get("RANK", "0"))
 
 
 class Applied(TrainerCallback):

@@ -10,13 +10,12 @@ that says nothing of the other tokens. The norm is equal per sequence and layer;
 the weights, noise adds up to less than gradients that agree. Where the loss is computed is where its gradient branches
 off, so the cross-entropy's gradient is not touched. The value that is logged is that of the loss.
 
-Draws are a function of (seed, rank, layer, step, micro-batch), so that a resumed run draws what it would have drawn,
-and a second backward pass through one graph the same again.
+Draws are a function of (seed, rank, step, number of the draw within the step), so that a resumed run draws what it
+would have drawn, and a second backward pass through one graph the same again.
 """
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 
 from decondense.config import GradientNoiseConfig
 from decondense.seeding import generator
-from decondense.training.treatments.applied import Applied
+from decondense.training.treatments.applied import Applied, process_rank
 from decondense.training.treatments.dispersion import AttachedDispersion
 
 if TYPE_CHECKING:
@@ -77,6 +76,6 @@ def prepare(config: GradientNoiseConfig, trainer: StudyTrainer, model: PreTraine
     """Put the noise before the arm's dispersion loss, which is attached by now."""
     attached = trainer.treatments["dispersion"]
     assert isinstance(attached, AttachedDispersion)
-    noise = GradientNoise(cell.seed, rank=int(os.environ.get("RANK", "0")))
+    noise = GradientNoise(cell.seed, rank=process_rank())
     attached.handle.branch = noise
     return noise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 
 from decondense.config import NoisyEmbeddingConfig
 from decondense.seeding import generator
-from decondense.training.treatments.applied import Applied
+from decondense.training.treatments.applied import Applied, process_rank
 
 if TYPE_CHECKING:
     from decondense.training.cell import Cell
@@ -61,4 +60,4 @@ class NoisyEmbedding(Applied):
 
 def prepare(config: NoisyEmbeddingConfig, trainer: StudyTrainer, model: PreTrainedModel, cell: Cell) -> NoisyEmbedding:
     """Hook the embedding."""
-    return NoisyEmbedding(model, config, cell.seed, rank=int(os.environ.get("RANK", "0")))
+    return NoisyEmbedding(model, config, cell.seed, rank=process_rank())
