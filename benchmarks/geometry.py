@@ -37,6 +37,8 @@ REFERENCES = {
     "table4": "l1-t1",
     "schedule": "constant-1",
     "pairs": "all",
+    "target": "weight-1",
+    "cause": "dispersion",
 }
 """The arm that every other is compared with at its cosine: the angular form over all layers and pairs at a constant
 weight and temperature 1; of the weight 1, or the study's own."""

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from attach_tables import TABLES as ATTACH_TABLES
+from beyond import TABLES as BEYOND_TABLES
 from decondense.compare import Study, compare
 from decondense.figures.comparison import overview
 from decondense.figures.style import export
@@ -67,6 +68,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **MEASURE_TABLES,
     **FRONT_TABLES,
     **RESULT_TABLES,
+    **BEYOND_TABLES,
     **GEOMETRY_TABLES,
     **FIELD_TABLES,
     **TRIAL_TABLES,

@@ -1,0 +1,214 @@
+"""Tables and answers of the studies that go beyond the paper, ``target`` and ``cause``; collected by tables.py.
+
+The contrasts are those that the files of the studies name in advance. Every arm against cross-entropy is one family
+(the table of losses); the contrasts below are another, corrected together (Holm).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pipes import pipe_table
+
+from decondense.compare import Difference, holm
+from decondense.formatting import NONE
+from decondense.report import interval, number, probability, words
+from sections import base, losses
+from study_rows import Committed, blocks, committed, loss_difference, paired, shown
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, the contrasts that answer it, and what the answer is by their outcomes."""
+
+    asked: str
+    contrasts: tuple[tuple[str, str], ...]
+    """(arm, the arm that it is compared with)."""
+    answers: Mapping[str, str]
+    """Outcome (``better``, ``worse``, ``equivalent``, ``undecided``) -> the answer."""
+
+
+QUESTIONS: dict[str, tuple[Question, ...]] = {
+    "target": (
+        Question(
+            "Does a target end at a lower loss than a fixed weight of 1?",
+            (("target-0.1", "weight-1"), ("target-teacher", "weight-1")),
+            {"better": "lower", "worse": "higher", "equivalent": "equal", "undecided": "not decided"},
+        ),
+        Question(
+            "Does the pattern of a larger trained model do better than a placebo?",
+            (("profile-teacher", "profile-random"), ("profile-teacher", "profile-condensed")),
+            {"better": "yes", "worse": "no, worse", "equivalent": "no difference", "undecided": "not decided"},
+        ),
+        Question(
+            "Is a target from a larger model better than one number?",
+            (("target-teacher", "target-0.1"),),
+            {"better": "yes", "worse": "no, worse", "equivalent": "no difference", "undecided": "not decided"},
+        ),
+        Question(
+            "Does a term on the geometry add to distillation?",
+            (("distillation-profile", "distillation"), ("distillation-gram", "distillation")),
+            {"better": "yes", "worse": "no, it costs", "equivalent": "nothing", "undecided": "not decided"},
+        ),
+    ),
+    "cause": (
+        Question(
+            "Does the direction of the gradient matter, or only its size?",
+            (("dispersion", "noise"),),
+            {
+                "better": "the direction matters",
+                "worse": "noise does better",
+                "equivalent": "noise does as well",
+                "undecided": "not decided",
+            },
+        ),
+        Question(
+            "Does it take repulsion, or is it enough to remove the common direction?",
+            (("dispersion", "centring"),),
+            {
+                "better": "repulsion does better",
+                "worse": "centring does better",
+                "equivalent": "centring does as well",
+                "undecided": "not decided",
+            },
+        ),
+        Question(
+            "Does a longer warm-up do as much?",
+            (("dispersion", "warm-up"),),
+            {
+                "better": "no, less",
+                "worse": "it does more",
+                "equivalent": "as much",
+                "undecided": "not decided",
+            },
+        ),
+        Question(
+            "Is there a gain under another optimizer?",
+            (("muon-dispersion", "muon"),),
+            {"better": "yes", "worse": "no, a loss", "equivalent": "no", "undecided": "not decided"},
+        ),
+        Question(
+            "Is there a gain with untied embeddings?",
+            (("untied-dispersion", "untied"),),
+            {"better": "yes", "worse": "no, a loss", "equivalent": "no", "undecided": "not decided"},
+        ),
+    ),
+}
+
+
+def contrasts(f: Committed, questions: Sequence[Question]) -> dict[tuple[str, str], Difference]:
+    """Every contrast in the held-out loss, p-values corrected over all of them."""
+    pairs = [pair for question in questions for pair in question.contrasts]
+    found = {pair: loss_difference(f, *pair) for pair in pairs}
+    tested = [pair for pair in pairs if found[pair].p is not None]
+    corrected = holm([p for pair in tested if (p := found[pair].p) is not None])
+    p_of = dict(zip(tested, corrected, strict=True))
+    return {pair: dataclasses.replace(d, p_holm=p_of.get(pair)) for pair, d in found.items()}
+
+
+def answers(name: str) -> Callable[[], str]:
+    """One sentence a question."""
+
+    def made() -> str:
+        f = committed(name)
+        if f is None:
+            return f"Not run yet: `decondense study {name}`."
+        questions = QUESTIONS[name]
+        found = contrasts(f, questions)
+        lines = []
+        for question in questions:
+            said = []
+            for arm, other in question.contrasts:
+                d = found[arm, other]
+                what = f"{f.label(arm)} less {f.label(other)} {shown(d)}"
+                said.append(f"{question.answers.get(d.outcome, words.outcome(d))} ({what}, p {probability(d.p_holm)})")
+            sentence = "; ".join(said)
+            lines.append(f"- **{question.asked}** {sentence[0].upper() + sentence[1:]}.")
+        return "\n".join(lines) + (
+            f"\n\nHeld-out loss, {len(f.study.seeds)} seeds, 95 % intervals; p after Holm's correction over these "
+            f"{len(found)} contrasts, which the study names in advance."
+        )
+
+    return made
+
+
+def arms(name: str) -> Callable[[], str]:
+    """Losses of every arm, and the rate and the warm-up that its trials chose."""
+
+    def made() -> str:
+        f = committed(name)
+        if f is None:
+            return f"Not run yet: `decondense study {name}`."
+        parts = [losses(f)]
+        if f.comparison.omitted:
+            parts.append("Left out: " + "; ".join(map(str, f.comparison.omitted)) + ".")
+        parts.append(f"Final checkpoints: {base(f)}.")
+        return "\n\n".join(parts)
+
+    return made
+
+
+def settings(name: str) -> Callable[[], str]:
+    """What the trials of each arm gave, by rate and warm-up."""
+
+    def made() -> str:
+        f = committed(name)
+        if f is None:
+            return f"Not run yet: `decondense study {name}`."
+        tried = f.comparison.trials
+        keys = sorted({(trial.learning_rate, trial.warmup or 0.0) for sweep in tried for trial in sweep.trials})
+        lines = []
+        for sweep in tried:
+            by_key = {(trial.learning_rate, trial.warmup or 0.0): trial for trial in sweep.trials}
+            cells = []
+            for key in keys:
+                trial = by_key.get(key)
+                value = NONE if trial is None or trial.value is None else number(trial.value)
+                cells.append(f"**{value}**" if trial is not None and trial.chosen else value)
+            lines.append([f.label(sweep.arm), *cells])
+        header = ("arm", *(f"{rate:g}, {100 * warmup:.0f} %" for rate, warmup in keys))
+        trial = tried[0].trials[0]
+        return pipe_table(header, lines, right=range(1, len(header))) + (
+            f"\n\nLoss on the tuning documents by learning rate and warm-up, after {trial.steps} steps, seed "
+            f"{trial.seed}, which no comparison uses; the setting that the arm's runs take is bold."
+        )
+
+    return made
+
+
+def mediation() -> str:
+    """The share of each arm's gain that goes with the cosine."""
+    f = committed("cause")
+    if f is None:
+        return "Not run yet: `decondense study cause`."
+    points = sorted({entry.at for entry in f.comparison.mediation})
+    lines = []
+    for arm in f.comparison.treated:
+        entries = {entry.at: entry for entry in f.comparison.mediation if entry.arm == arm}
+        if not entries:
+            continue
+        cosine = paired(f, arm, f.comparison.baseline, blocks)
+        shares = []
+        for at in points:
+            entry = entries.get(at)
+            if entry is None or entry.share is None or entry.interval is None:
+                shares.append(NONE)
+            else:
+                low, high = (100 * bound for bound in entry.interval)
+                shares.append(f"{100 * entry.share:.0f} % {interval((low, high), 0)}")
+        gain = loss_difference(f, arm)
+        lines.append([f.label(arm), shown(cosine, 3), shown(gain, 3), *shares])
+    header = ("arm", "Δ mean cosine, end", "Δ held-out loss", *(f"share, cosine at {100 * at:.0f} %" for at in points))
+    return pipe_table(header, lines, right=range(1, len(header))) + (
+        f"\n\nA share needs a gain that is told from 0; {NONE}: there is none to share, or the cosines do not vary. "
+        "Not corrected over arms and points."
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    **{f"results-{name}": arms(name) for name in QUESTIONS},
+    **{f"results-{name}-answers": answers(name) for name in QUESTIONS},
+    **{f"results-{name}-settings": settings(name) for name in QUESTIONS},
+    "results-cause-mediation": mediation,
+}
