@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from attach_helpers import greatest_difference, mean_residual
 from once import once
-
-WORKER = Path(__file__).parents[1] / "helpers" / "rank_worker.py"
 
 
 @pytest.fixture(scope="module")
@@ -27,23 +23,10 @@ def find(folder: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    processes = []
-    for ranks, rank in ((1, 0), (2, 0), (2, 1)):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        if ranks > 1:
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, str(WORKER), str(rank), str(ranks), str(folder)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
+    jobs = [(0, 1, folder), (0, 2, folder), (1, 2, folder)]
+    together = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)} for rank, world, _ in jobs[1:]]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks.run("rank_worker.py", jobs, environments=[{}, *({**own, **place} for own in together)])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from loss_inputs import randn
 
@@ -16,21 +14,8 @@ from decondense.losses import dispersion_loss
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_are_one_set(world: int, tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "helpers" / "rank_of_world.py"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(world), str(tmp_path / "store")],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    outputs = [rank.communicate(timeout=180) for rank in ranks]
-    for (out, err), rank in zip(outputs, ranks, strict=True):
-        assert rank.returncode == 0, err[-3000:]
-        assert out.strip().endswith("ok")
+    outputs = ranks.run("rank_of_world.py", [(rank, world, tmp_path / "store") for rank in range(world)])
+    assert all("ok" in output.splitlines() for output in outputs)
 
 
 def test_without_other_ranks_the_world_is_the_batch() -> None:
