@@ -117,3 +117,15 @@ def test_study_files_of_the_docs_are_valid() -> None:
     assert [set(part) for part in parts] == [{"corpus"}, {"corpus"}, {"evaluate"}]
     for data in (*whole, *({**study, **part} for part in parts for study in whole)):
         StudyConfig.parse(data, where="docs/studies.md")
+
+
+def test_the_docs_name_every_shipped_study_and_say_which_were_not_run() -> None:
+    from decondense.studies import shipped_studies
+
+    text = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[^|]*) \|(.*)\|$", text.split("## The shipped studies")[1].split("\n## ")[0], re.MULTILINE)
+    described = {name: "(not run yet)" in what for names, what in rows for name in re.findall(r"`(\w+)`", names)}
+    assert set(described) == set(shipped_studies())
+    rows_of = ROOT / "benchmarks" / "results" / "studies"
+    for name, not_run in described.items():
+        assert not_run != (name == "demo" or any(rows_of.glob(f"{name}-*.jsonl.gz"))), name
