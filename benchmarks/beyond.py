@@ -11,11 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pipes import pipe_table
 
-from decondense.compare import Difference, holm
+import numpy as np
+
+from decondense.compare import Difference, Study, holm
 from decondense.formatting import NONE
+from decondense.records import read_rows
 from decondense.report import interval, number, probability, words
 from sections import base, losses
-from study_rows import Committed, blocks, committed, loss_difference, paired, shown
+from study_rows import FOLDER, Committed, blocks, committed, loss_difference, paired, shown
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,47 @@ def mediation() -> str:
     )
 
 
+def held() -> str:
+    """The runs of a controller on a pretrained model: how near its target each of them brought the layers."""
+    lines = []
+    for path in sorted((FOLDER.parent / "controls").glob("target-smollm2*.jsonl.gz")):
+        study = Study.from_rows(read_rows(path))
+        assert study.config is not None
+        train, (arm,) = study.config.train, study.config.arms
+        assert arm.dispersion is not None
+        assert isinstance(arm.dispersion.target, float)
+        goal = arm.dispersion.target
+        (cell,) = study.cells.values()
+        logged = sorted(cell.steps)
+        cosine = np.array([list(cell.steps[step]["dispersion_cosines"].values()) for step in logged])
+        late = cosine[2 * len(logged) // 3 :]
+        over = late.mean(axis=0) / goal - 1
+        weights = list(cell.steps[logged[-1]]["dispersion_weights"].values())
+        lines.append(
+            [
+                f"{arm.dispersion.weight:g}",
+                f"{train.learning_rate:g}, {train.lr_scheduler_type}",
+                f"{number(float(cosine[0].mean()), 2)} ({cosine[0].min():.2f} to {cosine[0].max():.2f})",
+                f"{number(float(late.mean()), 3)} ({late.mean(axis=0).min():.2f} to {late.mean(axis=0).max():.2f})",
+                f"{int((over <= 0.05).sum())}, {int((over <= 0.1).sum())} of {len(over)}",
+                f"{min(weights):.2g} to {max(weights):.2g}",
+            ]
+        )
+        steps, tokens = train.steps, train.steps * train.batch_size * train.max_seq_length
+    if not lines:
+        return "Not run yet: `decondense study benchmarks/studies/target-smollm2.yaml`."
+    header = (
+        "weight at the start", "learning rate", "mean cosine, first 10 steps (layers)", "last third (layers)",
+        "layers at most 5 %, 10 % above", "weights at the end",
+    )  # fmt: skip
+    return pipe_table(header, lines, right=range(2, 6)) + (
+        f"\n\nTarget {goal:g}, {steps} steps of 256 tokens ({tokens / 1e3:.0f} K) of WikiText-2, one seed each. "
+        "Rows: `benchmarks/results/controls/`, study: `benchmarks/studies/target-smollm2.yaml`."
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "results-target-smollm2": held,
     **{f"results-{name}": arms(name) for name in QUESTIONS},
     **{f"results-{name}-answers": answers(name) for name in QUESTIONS},
     **{f"results-{name}-settings": settings(name) for name in QUESTIONS},

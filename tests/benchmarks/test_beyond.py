@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 import sys
 from importlib import resources
@@ -66,3 +68,15 @@ def test_a_study_that_was_not_run_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(beyond, "committed", lambda name: None)
     for name, made in beyond.TABLES.items():
         assert made().startswith("Not run yet: `decondense study "), name
+
+
+def test_the_controller_table_is_that_of_the_logged_steps() -> None:
+    folder = ROOT / "benchmarks" / "results" / "controls"
+    for line, name in zip(beyond.held().split("\n")[2:4], ("1", "10"), strict=True):
+        text = gzip.decompress((folder / f"target-smollm2-{name}.jsonl.gz").read_bytes()).decode()
+        rows = [json.loads(row) for row in text.splitlines() if '"kind":"step"' in row]
+        late = [sum(row["dispersion_cosines"].values()) / 15 for row in rows if row["step"] > 160]
+        assert len(late) == 8
+        cells = [cell.strip() for cell in line.split("|")]
+        assert cells[1] == name
+        assert cells[4].startswith(f"{sum(late) / 8:.3f} ")

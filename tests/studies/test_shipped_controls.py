@@ -20,18 +20,18 @@ MICRO = {
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scale", ["tiny", "gpu"])
-def test_they_are_tuned_decided_and_measured_where_mediation_looks(name: str, scale: str) -> None:
+def test_they_are_tuned_and_measured_where_mediation_looks(name: str, scale: str) -> None:
     study = load_study(name, scale)
-    assert study.until == "decided"
+    assert study.until == ("decided" if scale == "gpu" else None)
     assert study.sweep is not None
     assert len(study.sweep.learning_rates) > 1
-    assert len(study.sweep.warmups) > 1
+    assert len(study.sweep.warmups) > 1 or study.train.warmup == 0.75  # what the sweep of the tiny base chose
     assert {0.1, 0.5, 1.0} <= set(study.evaluate.points)
     assert len(study.seeds) >= 5  # the fewest that have a share explained
     assert all(study.swept(arm) for arm in study.arms)
     tokens = {study.train_of(arm).steps * study.train_of(arm).batch_size for arm in study.arms}
     assert len(tokens) == 1
-    assert committed_rows(study) is None  # not run yet
+    assert scale == "tiny" or committed_rows(study) is None  # not run on a GPU yet
 
 
 def test_what_the_arms_of_the_cause_are() -> None:
