@@ -1,4 +1,4 @@
-"""The table of what measuring costs, from the rows of bench_measure.py; collected by tables.py."""
+"""What measuring costs, from the rows of bench_measure.py, and when studies were condensed; collected by tables.py."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from functools import partial
 from pathlib import Path
 from pipes import pipe_table
 
+from decondense.compare import VALIDATION
+from decondense.compare.profiles import blocks
 from decondense.config import METRIC_NAMES
 from decondense.metrics import CORPUS, find_metric
 from decondense.records import Row, read_rows
+from study_rows import FOLDER, committed
 
+THRESHOLD, GRACE = 0.9, 100
+"""Of the alarm that docs/measuring.md shows."""
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -62,4 +67,41 @@ def metrics() -> str:
     return pipe_table(["metric", "definition", "source", "what moves it", "where it is not defined", "cost"], body)
 
 
-TABLES = {"measure": measure, "measure-gpu": partial(measure, "measure-gpu"), "metrics": metrics}
+def alarm() -> str:
+    """When the runs of the committed studies were at the alarm's threshold, by whether their loss got better."""
+    early, late, better, apart = 0, 0, 0, []
+    for path in sorted(FOLDER.glob("*.jsonl.gz")):
+        f = committed(*path.name.removesuffix(".jsonl.gz").rsplit("-", 1))
+        assert f is not None
+        for cell in f.study.cells.values():
+            scores = {step: float(row["value"]) for step, row in cell.scores.get(VALIDATION, {}).items()}
+            if cell.status != "finished" or cell.untrained or len(scores) < 2:
+                continue
+            condensed = [step for step, profile in cell.profiles.items() if (blocks(profile) or 0.0) >= THRESHOLD]
+            first, end = scores[min(scores)], scores[max(scores)]
+            if end > first:
+                if any(step >= GRACE for step in condensed):
+                    apart.append((f.label(cell.arm), first, end))
+                continue
+            better += 1
+            early += any(0 < step < GRACE for step in condensed)
+            late += any(step >= GRACE for step in condensed)
+    arms = sorted({label for label, _, _ in apart})
+    losses = (
+        f" {len(apart)} runs whose loss rose are there too: {', '.join(arms)}, from "
+        f"{min(first for _, first, _ in apart):.2f} to {max(end for _, _, end in apart):.2f} at most."
+        if apart
+        else ""
+    )
+    return (
+        f"Of {better} runs of the committed studies whose held-out loss fell, {early} have a profile at {THRESHOLD:g} "
+        f"or more before step {GRACE}; {late or 'none'} of them from step {GRACE} on.{losses}"
+    )
+
+
+TABLES = {
+    "measure-alarm": alarm,
+    "measure": measure,
+    "measure-gpu": partial(measure, "measure-gpu"),
+    "metrics": metrics,
+}
