@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 from claims import CLAIMS, judged
+from decondense.compare import Difference
 from decondense.report import number
 from decondense.report import words as report_words
 from real_tables import measured_rows
@@ -57,17 +60,7 @@ def _lead() -> str:
     if f is None:
         return "**The early lead:** not run yet."
     d = loss_difference(f, "cosine-0.3", "cross-entropy")
-    _, ends = warm_up_control()
-    # each side at its own best rate of those that have more than one seed
-    best = {
-        side: min(
-            (key for key in ends if key[1] == side and len(ends[key]) > 1), key=lambda k: mean([*ends[k].values()])
-        )
-        for side in (False, True)
-    }
-    plain, dispersed = ends[best[False]], ends[best[True]]
-    both = sorted({*plain} & {*dispersed})
-    fair = estimate([dispersed[seed] - plain[seed] for seed in both], of=f)
+    fair = _tuned_lead()
     early = committed("table3")
     start = ""
     if early is not None:
@@ -84,6 +77,20 @@ def _lead() -> str:
     )
 
 
+def _tuned_lead() -> Difference:
+    """After 2 M tokens: each side at its own best rate of those that have more than one seed."""
+    _, ends = warm_up_control()
+    best = {
+        side: min(
+            (key for key in ends if key[1] == side and len(ends[key]) > 1), key=lambda k: mean([*ends[k].values()])
+        )
+        for side in (False, True)
+    }
+    plain, dispersed = ends[best[False]], ends[best[True]]
+    both = sorted({*plain} & {*dispersed})
+    return estimate([dispersed[seed] - plain[seed] for seed in both], of=committed("schedule"))
+
+
 def _horizon() -> str:
     f = committed("horizon")
     if f is None:
@@ -91,12 +98,22 @@ def _horizon() -> str:
             "**Accelerator or better end point?** Not answered: the study at 20 tokens a parameter (`decondense study "
             "horizon`, `--text` for another corpus) has not been run."
         )
-    d = loss_difference(f, f.comparison.treated[0], f.comparison.baseline)
+    d = _at_the_horizon()
     tuned = "at tuned rates and warm-ups"
     return f"**At 20 tokens a parameter, {tuned}:** held-out loss {shown(d)}, {report_words.outcome(d)}."
 
 
+def _at_the_horizon() -> Difference:
+    f = committed("horizon")
+    assert f is not None
+    return loss_difference(f, f.comparison.treated[0], f.comparison.baseline)
+
+
 def _trained() -> str:
+    return f"**Added to a model that is trained already, at the paper's weight 0.1:** {_added()}"
+
+
+def _added() -> str:
     said, scores = [], []
     for name, arm in (("table2", "angular"), ("mid-training-260k", "dispersion-0.1")):
         f = committed(name)
@@ -107,10 +124,41 @@ def _trained() -> str:
             scores += [task_mean.measure.difference(arm) for task_mean in f.comparison.means]
     outcomes = {d.outcome for d in scores if d is not None}
     mean_score = "has not been measured" if not outcomes else f"is {' and '.join(sorted(outcomes))}"
-    return (
-        "**Added to a model that is trained already, at the paper's weight 0.1:** the held-out loss differs by "
-        f"{' and by '.join(said)}; the mean score over the ten benchmarks {mean_score}."
+    return f"the held-out loss differs by {' and by '.join(said)}; the mean score over the ten benchmarks {mean_score}."
+
+
+def default() -> str:
+    """What the rows support, for the README: which call, for which training, and what is not known."""
+    lines = []
+    f = committed("table3")
+    if f is not None and f.comparison.equal_time is not None:
+        train, equal = f.config.train, f.comparison.equal_time
+        timed = {arm: d for arm in f.comparison.treated if (d := equal.difference(arm)) is not None}
+        better = [arm for arm, d in timed.items() if d.outcome == "better"]
+        if better:
+            arm = min(better, key=lambda name: timed[name].mean)
+            entry = f.study.arm_config(arm)
+            assert entry is not None
+            assert entry.dispersion is not None
+            layers = json.dumps(entry.dispersion.layers)
+            call = f"attach(model, weight={entry.dispersion.weight}, layers={layers})"
+            tokens = train.steps * train.batch_size * train.max_seq_length
+            lines.append(
+                f"**From scratch, a short run:** `{call}`, the best of {len(timed)} choices of layers. After "
+                f"{tokens / 1e6:.1f} M tokens the held-out loss differs from that of cross-entropy by "
+                f"{shown(loss_difference(f, arm))}, at equal CPU time by {shown(timed[arm])}; a sweep chose rate and "
+                "warm-up of each side."
+            )
+        else:
+            lines.append("**From scratch, a short run:** no choice of layers is better at equal time.")
+    longer = f"after 2 M tokens the difference is {shown(_tuned_lead())} where the warm-up is long enough"
+    lines.append(
+        f"**From scratch, a longer run:** not known: {longer}; the study at 20 tokens a parameter has not been run."
+        if committed("horizon") is None
+        else f"**From scratch, a longer run:** {longer}; at 20 tokens a parameter {shown(_at_the_horizon())}."
     )
+    lines.append(f"**A model that is trained already, weight 0.1:** {_added()}")
+    return "\n".join(f"- {line}" for line in lines)
 
 
-TABLES = {"results-front": front}
+TABLES = {"results-front": front, "default": default}
