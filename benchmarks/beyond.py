@@ -110,6 +110,21 @@ def contrasts(f: Committed, questions: Sequence[Question]) -> dict[tuple[str, st
     return {pair: dataclasses.replace(d, p_holm=p_of.get(pair)) for pair, d in found.items()}
 
 
+def answer(name: str, place: int) -> str | None:
+    """The question at a place of a study's list and its answer, with the contrasts; None: not run."""
+    f = committed(name)
+    if f is None:
+        return None
+    found, question = contrasts(f, QUESTIONS[name]), QUESTIONS[name][place]
+    said = []
+    for arm, other in question.contrasts:
+        d = found[arm, other]
+        what = f"{f.label(arm)} less {f.label(other)} {shown(d)}"
+        said.append(f"{question.answers.get(d.outcome, words.outcome(d))} ({what}, p {probability(d.p_holm)})")
+    text = "; ".join(said)
+    return f"**{question.asked}** {text[0].upper() + text[1:]}."
+
+
 def answers(name: str) -> Callable[[], str]:
     """One sentence a question."""
 
@@ -117,20 +132,11 @@ def answers(name: str) -> Callable[[], str]:
         f = committed(name)
         if f is None:
             return f"Not run yet: `decondense study {name}`."
-        questions = QUESTIONS[name]
-        found = contrasts(f, questions)
-        lines = []
-        for question in questions:
-            said = []
-            for arm, other in question.contrasts:
-                d = found[arm, other]
-                what = f"{f.label(arm)} less {f.label(other)} {shown(d)}"
-                said.append(f"{question.answers.get(d.outcome, words.outcome(d))} ({what}, p {probability(d.p_holm)})")
-            sentence = "; ".join(said)
-            lines.append(f"- **{question.asked}** {sentence[0].upper() + sentence[1:]}.")
+        lines = [f"- {answer(name, place)}" for place in range(len(QUESTIONS[name]))]
+        count = sum(len(question.contrasts) for question in QUESTIONS[name])
         return "\n".join(lines) + (
             f"\n\nHeld-out loss, {len(f.study.seeds)} seeds, 95 % intervals; p after Holm's correction over these "
-            f"{len(found)} contrasts, which the study names in advance."
+            f"{count} contrasts, which the study names in advance."
         )
 
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from beyond import answer
 from claims import CLAIMS, judged
 from decondense.compare import Difference
 from decondense.report import number
@@ -158,6 +159,7 @@ def default() -> str:
         else f"**From scratch, a longer run:** {longer}; at 20 tokens a parameter {shown(_at_the_horizon())}."
     )
     lines.append(f"**A model that is trained already, weight 0.1:** {_added()}")
+    lines += [said for name, place in (("target", 1), ("cause", 0)) if (said := answer(name, place)) is not None]
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -516,6 +516,8 @@ FIGURES: dict[str, tuple[str, Callable[[Committed], Figure]]] = {
     "schedule": ("schedule", lambda f: draw.loss_curves(f.study, ("validation", "difference"))),
     "table2": ("table2", lambda f: _forest(f)),
     "rivals": ("rivals", lambda f: _forest(f)),
+    "target": ("target", lambda f: _forest(f)),
+    "cause": ("cause", lambda f: _forest(f)),
 }
 """Name of a figure -> the study it shows, and how it is drawn."""
 
