@@ -255,7 +255,7 @@ def held() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "results-target-smollm2": held,
+    "target-smollm2": held,
     **{f"results-{name}": arms(name) for name in QUESTIONS},
     **{f"results-{name}-answers": answers(name) for name in QUESTIONS},
     **{f"results-{name}-settings": settings(name) for name in QUESTIONS},
