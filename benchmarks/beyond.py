@@ -14,6 +14,7 @@ from pipes import pipe_table
 import numpy as np
 
 from decondense.compare import Difference, Study, holm
+from decondense.compare.mediation import FEWEST_SEEDS
 from decondense.formatting import NONE
 from decondense.records import read_rows
 from decondense.report import interval, number, probability, words
@@ -135,7 +136,7 @@ def answers(name: str) -> Callable[[], str]:
         lines = [f"- {answer(name, place)}" for place in range(len(QUESTIONS[name]))]
         count = sum(len(question.contrasts) for question in QUESTIONS[name])
         return "\n".join(lines) + (
-            f"\n\nHeld-out loss, {len(f.study.seeds)} seeds, 95 % intervals; p after Holm's correction over these "
+            f"\n\nHeld-out loss, {f.seeds_run}, 95 % intervals; p after Holm's correction over these "
             f"{count} contrasts, which the study names in advance."
         )
 
@@ -192,6 +193,8 @@ def mediation() -> str:
     if f is None:
         return "Not run yet: `decondense study cause`."
     points = sorted({entry.at for entry in f.comparison.mediation})
+    if not points:
+        return f"A share needs {FEWEST_SEEDS} seeds; {f.seeds_run} have finished."
     lines = []
     for arm in f.comparison.treated:
         entries = {entry.at: entry for entry in f.comparison.mediation if entry.arm == arm}

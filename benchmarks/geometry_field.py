@@ -36,7 +36,8 @@ def _equal() -> str:
     n, differing = differing_at_equal_cosine()
     return (
         f"In {len(differing)} of {n} studies an arm has the reference's cosine and another loss "
-        "([above](#the-same-cosine-another-loss)). We vary neither batch size nor weight decay."
+        "([above](#the-same-cosine-another-loss)). Doubling batch size or weight decay are arms of "
+        "[one study](results.md#what-causes-the-gain)."
     )
 
 

@@ -43,11 +43,11 @@ def machine(f: Committed) -> str:
 
 
 def base(f: Committed) -> str:
-    train, source, seeds = f.config.train, f.config.corpus.source, len(f.study.seeds)
+    train, source = f.config.train, f.config.corpus.source
     tokens = train.steps * train.batch_size * train.max_seq_length
     text = "the embedded text" if source == "python_docs" else source
     return (
-        f"{seeds} seeds, {train.steps} steps of {train.batch_size} x {train.max_seq_length} tokens "
+        f"{f.seeds_run}, {train.steps} steps of {train.batch_size} x {train.max_seq_length} tokens "
         f"({tokens / 1e6:.2f} M) of {text}; {machine(f)}; `decondense study {f.name} --scale {f.scale}`, rows: "
         f"`benchmarks/results/studies/{f.name}-{f.scale}.jsonl.gz`"
     )
