@@ -177,10 +177,11 @@ def settings(name: str) -> Callable[[], str]:
                 value = NONE if trial is None or trial.value is None else number(trial.value)
                 cells.append(f"**{value}**" if trial is not None and trial.chosen else value)
             lines.append([f.label(sweep.arm), *cells])
-        header = ("arm", *(f"{rate:g}, {100 * warmup:.0f} %" for rate, warmup in keys))
+        swept = any(trial.warmup is not None for sweep in tried for trial in sweep.trials)
+        header = ("arm", *(f"{rate:g}, {100 * warmup:.0f} %" if swept else f"{rate:g}" for rate, warmup in keys))
         trial = tried[0].trials[0]
         return pipe_table(header, lines, right=range(1, len(header))) + (
-            f"\n\nLoss on the tuning documents by learning rate and warm-up, after {trial.steps} steps, seed "
+            f"\n\nLoss on the tuning documents by learning rate{' and warm-up' if swept else ''}, after {trial.steps} steps, seed "
             f"{trial.seed}, which no comparison uses; the setting that the arm's runs take is bold."
         )
 
