@@ -181,8 +181,8 @@ def settings(name: str) -> Callable[[], str]:
         header = ("arm", *(f"{rate:g}, {100 * warmup:.0f} %" if swept else f"{rate:g}" for rate, warmup in keys))
         trial = tried[0].trials[0]
         return pipe_table(header, lines, right=range(1, len(header))) + (
-            f"\n\nLoss on the tuning documents by learning rate{' and warm-up' if swept else ''}, after {trial.steps} steps, seed "
-            f"{trial.seed}, which no comparison uses; the setting that the arm's runs take is bold."
+            f"\n\nLoss on the tuning documents by learning rate{' and warm-up' if swept else ''}, after {trial.steps} "
+            f"steps, seed {trial.seed}, which no comparison uses; the setting that the arm's runs take is bold."
         )
 
     return made

@@ -123,7 +123,8 @@ def test_the_docs_name_every_shipped_study_and_say_which_were_not_run() -> None:
     from decondense.studies import shipped_studies
 
     text = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (`[^|]*) \|(.*)\|$", text.split("## The shipped studies")[1].split("\n## ")[0], re.MULTILINE)
+    section = text.split("## The shipped studies")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`[^|]*) \|(.*)\|$", section, re.MULTILINE)
     described = {name: "(not run yet)" in what for names, what in rows for name in re.findall(r"`(\w+)`", names)}
     assert set(described) == set(shipped_studies())
     rows_of = ROOT / "benchmarks" / "results" / "studies"
