@@ -6,19 +6,19 @@ The contrasts are those that the files of the studies name in advance. Every arm
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pipes import pipe_table
 
 import numpy as np
 
-from decondense.compare import Difference, Study, holm
+from decondense.compare import Difference, Study
 from decondense.compare.mediation import FEWEST_SEEDS
+from decondense.compare.statistics import holm_over_arms
 from decondense.formatting import NONE
 from decondense.records import read_rows
 from decondense.report import interval, number, probability, words
-from sections import base, losses
+from sections import section, trial_cells
 from study_rows import FOLDER, Committed, blocks, committed, loss_difference, paired, shown
 
 
@@ -104,95 +104,50 @@ QUESTIONS: dict[str, tuple[Question, ...]] = {
 def contrasts(f: Committed, questions: Sequence[Question]) -> dict[tuple[str, str], Difference]:
     """Every contrast in the held-out loss, p-values corrected over all of them."""
     pairs = [pair for question in questions for pair in question.contrasts]
-    found = {pair: loss_difference(f, *pair) for pair in pairs}
-    tested = [pair for pair in pairs if found[pair].p is not None]
-    corrected = holm([p for pair in tested if (p := found[pair].p) is not None])
-    p_of = dict(zip(tested, corrected, strict=True))
-    return {pair: dataclasses.replace(d, p_holm=p_of.get(pair)) for pair, d in found.items()}
+    return dict(zip(pairs, holm_over_arms([loss_difference(f, *pair) for pair in pairs]), strict=True))
 
 
-def answer(name: str, place: int) -> str | None:
-    """The question at a place of a study's list and its answer, with the contrasts; None: not run."""
-    f = committed(name)
-    if f is None:
-        return None
-    found, question = contrasts(f, QUESTIONS[name]), QUESTIONS[name][place]
-    said = []
-    for arm, other in question.contrasts:
-        d = found[arm, other]
-        what = f"{f.label(arm)} less {f.label(other)} {shown(d)}"
-        said.append(f"{question.answers.get(d.outcome, words.outcome(d))} ({what}, p {probability(d.p_holm)})")
-    text = "; ".join(said)
-    return f"**{question.asked}** {text[0].upper() + text[1:]}."
+def answered(f: Committed) -> list[str]:
+    """Each question of the study and its answer, with the contrasts."""
+    questions = QUESTIONS[f.name]
+    found, sentences = contrasts(f, questions), []
+    for question in questions:
+        said = []
+        for arm, other in question.contrasts:
+            d = found[arm, other]
+            what = f"{f.label(arm)} less {f.label(other)} {shown(d)}"
+            said.append(f"{question.answers.get(d.outcome, words.outcome(d))} ({what}, p {probability(d.p_holm)})")
+        text = "; ".join(said)
+        sentences.append(f"**{question.asked}** {text[0].upper() + text[1:]}.")
+    return sentences
 
 
-def answers(name: str) -> Callable[[], str]:
+def answers(f: Committed) -> str:
     """One sentence a question."""
-
-    def made() -> str:
-        f = committed(name)
-        if f is None:
-            return f"Not run yet: `decondense study {name}`."
-        lines = [f"- {answer(name, place)}" for place in range(len(QUESTIONS[name]))]
-        count = sum(len(question.contrasts) for question in QUESTIONS[name])
-        return "\n".join(lines) + (
-            f"\n\nHeld-out loss, {f.seeds_run}, 95 % intervals; p after Holm's correction over these "
-            f"{count} contrasts, which the study names in advance."
-        )
-
-    return made
+    count = sum(len(question.contrasts) for question in QUESTIONS[f.name])
+    return "\n".join(f"- {sentence}" for sentence in answered(f)) + (
+        f"\n\nHeld-out loss, {f.seeds_run}, 95 % intervals; p after Holm's correction over these "
+        f"{count} contrasts, which the study names in advance."
+    )
 
 
-def arms(name: str) -> Callable[[], str]:
-    """Losses of every arm, and the rate and the warm-up that its trials chose."""
-
-    def made() -> str:
-        f = committed(name)
-        if f is None:
-            return f"Not run yet: `decondense study {name}`."
-        parts = [losses(f)]
-        if f.comparison.omitted:
-            parts.append("Left out: " + "; ".join(map(str, f.comparison.omitted)) + ".")
-        parts.append(f"Final checkpoints: {base(f)}.")
-        return "\n\n".join(parts)
-
-    return made
-
-
-def settings(name: str) -> Callable[[], str]:
+def settings(f: Committed) -> str:
     """What the trials of each arm gave, by rate and warm-up."""
-
-    def made() -> str:
-        f = committed(name)
-        if f is None:
-            return f"Not run yet: `decondense study {name}`."
-        tried = f.comparison.trials
-        keys = sorted({(trial.learning_rate, trial.warmup or 0.0) for sweep in tried for trial in sweep.trials})
-        lines = []
-        for sweep in tried:
-            by_key = {(trial.learning_rate, trial.warmup or 0.0): trial for trial in sweep.trials}
-            cells = []
-            for key in keys:
-                trial = by_key.get(key)
-                value = NONE if trial is None or trial.value is None else number(trial.value)
-                cells.append(f"**{value}**" if trial is not None and trial.chosen else value)
-            lines.append([f.label(sweep.arm), *cells])
-        swept = any(trial.warmup is not None for sweep in tried for trial in sweep.trials)
-        header = ("arm", *(f"{rate:g}, {100 * warmup:.0f} %" if swept else f"{rate:g}" for rate, warmup in keys))
-        trial = tried[0].trials[0]
-        return pipe_table(header, lines, right=range(1, len(header))) + (
-            f"\n\nLoss on the tuning documents by learning rate{' and warm-up' if swept else ''}, after {trial.steps} "
-            f"steps, seed {trial.seed}, which no comparison uses; the setting that the arm's runs take is bold."
-        )
-
-    return made
+    tried = f.comparison.trials
+    lines = [[f.label(sweep.arm), *trial_cells(sweep)] for sweep in tried]
+    grid = tried[0].trials
+    swept = any(trial.warmup is not None for trial in grid)
+    names = [
+        f"{trial.learning_rate:g}" + ("" if trial.warmup is None else f", {100 * trial.warmup:.0f} %") for trial in grid
+    ]
+    return pipe_table(("arm", *names), lines, right=range(1, len(names) + 1)) + (
+        f"\n\nLoss on the tuning documents by learning rate{' and warm-up' if swept else ''}, after {grid[0].steps} "
+        f"steps, seed {grid[0].seed}, which no comparison uses; the setting that the arm's runs take is bold."
+    )
 
 
-def mediation() -> str:
+def mediation(f: Committed) -> str:
     """The share of each arm's gain that goes with the cosine."""
-    f = committed("cause")
-    if f is None:
-        return "Not run yet: `decondense study cause`."
     points = sorted({entry.at for entry in f.comparison.mediation})
     if not points:
         return f"A share needs {FEWEST_SEEDS} seeds; {f.seeds_run} have finished."
@@ -258,10 +213,20 @@ def held() -> str:
     )
 
 
+def when_run(name: str, table: Callable[[Committed], str]) -> Callable[[], str]:
+    """The table of a study, or that it has not been run."""
+
+    def made() -> str:
+        f = committed(name)
+        return f"Not run yet: `decondense study {name}`." if f is None else table(f)
+
+    return made
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "target-smollm2": held,
-    **{f"results-{name}": arms(name) for name in QUESTIONS},
-    **{f"results-{name}-answers": answers(name) for name in QUESTIONS},
-    **{f"results-{name}-settings": settings(name) for name in QUESTIONS},
-    "results-cause-mediation": mediation,
+    **{f"results-{name}": section(name) for name in QUESTIONS},
+    **{f"results-{name}-answers": when_run(name, answers) for name in QUESTIONS},
+    **{f"results-{name}-settings": when_run(name, settings) for name in QUESTIONS},
+    "results-cause-mediation": when_run("cause", mediation),
 }

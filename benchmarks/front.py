@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from beyond import answer
+from beyond import answered
 from claims import CLAIMS, judged
 from decondense.compare import Difference
 from decondense.report import number
@@ -65,11 +65,9 @@ def _lead() -> str:
     early = committed("table3")
     start = ""
     if early is not None:
-        train = early.config.train
-        tokens = train.steps * train.batch_size * train.max_seq_length
         start = (
-            f" At the very start of training, after {tokens / 1e6:.1f} M tokens, each side at the rate and warm-up "
-            f"that a sweep chose, a lead is left: {shown(loss_difference(early, 'all', 'cross-entropy'))}."
+            f" At the very start of training, after {early.tokens / 1e6:.1f} M tokens, each side at the rate and "
+            f"warm-up that a sweep chose, a lead is left: {shown(loss_difference(early, 'all', 'cross-entropy'))}."
         )
     return (
         "**Most of the early lead is the baseline's warm-up:** after 2 M tokens the held-out loss with dispersion loss "
@@ -133,7 +131,7 @@ def default() -> str:
     lines = []
     f = committed("table3")
     if f is not None and f.comparison.equal_time is not None:
-        train, equal = f.config.train, f.comparison.equal_time
+        equal = f.comparison.equal_time
         timed = {arm: d for arm in f.comparison.treated if (d := equal.difference(arm)) is not None}
         better = [arm for arm, d in timed.items() if d.outcome == "better"]
         if better:
@@ -143,10 +141,9 @@ def default() -> str:
             assert entry.dispersion is not None
             layers = json.dumps(entry.dispersion.layers)
             call = f"attach(model, weight={entry.dispersion.weight}, layers={layers})"
-            tokens = train.steps * train.batch_size * train.max_seq_length
             lines.append(
                 f"**From scratch, a short run:** `{call}`, the best of {len(timed)} choices of layers. After "
-                f"{tokens / 1e6:.1f} M tokens the held-out loss differs from that of cross-entropy by "
+                f"{f.tokens / 1e6:.1f} M tokens the held-out loss differs from that of cross-entropy by "
                 f"{shown(loss_difference(f, arm))}, at equal CPU time by {shown(timed[arm])}; a sweep chose rate and "
                 "warm-up of each side."
             )
@@ -159,7 +156,7 @@ def default() -> str:
         else f"**From scratch, a longer run:** {longer}; at 20 tokens a parameter {shown(_at_the_horizon())}."
     )
     lines.append(f"**A model that is trained already, weight 0.1:** {_added()}")
-    lines += [said for name, place in (("target", 1), ("cause", 0)) if (said := answer(name, place)) is not None]
+    lines += [answered(ran)[place] for name, place in (("target", 1), ("cause", 0)) if (ran := committed(name))]
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -21,7 +21,7 @@ from scipy import special
 from decondense.compare import CONFIDENCE, VALIDATION, Cell, Difference, Study, compare, holm, profiles
 from decondense.records import read_rows
 from decondense.report import interval, number, probability
-from study_rows import FOLDER, Committed, blocks, committed, deep_half, estimate, loss_difference, mean
+from study_rows import FOLDER, Committed, blocks, deep_half, estimate, every_committed, loss_difference, mean
 from within_seed import Array, Mediation, mediation, permutation_p, rank_correlations
 
 ALPHA = 1 - CONFIDENCE
@@ -121,8 +121,7 @@ def _control(path: Path) -> Committed | None:
 
 @cache
 def all_doses() -> tuple[Doses, ...]:
-    names = [path.name.removesuffix(".jsonl.gz").rsplit("-", 1) for path in sorted(FOLDER.glob("*.jsonl.gz"))]
-    rows = [committed(name, scale) for name, scale in names]
+    rows: list[Committed | None] = [*every_committed()]
     rows += [_control(path) for path in sorted((FOLDER.parent / "controls").glob("*.jsonl.gz"))]
     return tuple(found for each in rows if each is not None and (found := doses_of(each)) is not None)
 

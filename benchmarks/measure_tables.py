@@ -11,7 +11,7 @@ from decondense.compare.profiles import blocks
 from decondense.config import METRIC_NAMES
 from decondense.metrics import CORPUS, find_metric
 from decondense.records import Row, read_rows
-from study_rows import FOLDER, committed
+from study_rows import every_committed
 
 THRESHOLD, GRACE = 0.9, 100
 """Of the alarm that docs/measuring.md shows."""
@@ -70,9 +70,7 @@ def metrics() -> str:
 def alarm() -> str:
     """When the runs of the committed studies were at the alarm's threshold, by whether their loss got better."""
     early, late, better, apart = 0, 0, 0, []
-    for path in sorted(FOLDER.glob("*.jsonl.gz")):
-        f = committed(*path.name.removesuffix(".jsonl.gz").rsplit("-", 1))
-        assert f is not None
+    for f in every_committed():
         for cell in f.study.cells.values():
             scores = {step: float(row["value"]) for step, row in cell.scores.get(VALIDATION, {}).items()}
             if cell.status != "finished" or cell.untrained or len(scores) < 2:

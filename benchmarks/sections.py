@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from claims import CLAIMS, judged
 from decondense.compare import VALIDATION, Cell, Difference, NoteKind
+from decondense.compare.results import Sweep
 from decondense.figures import comparison as draw
 from decondense.figures.style import export
 from decondense.formatting import NONE
@@ -44,11 +45,10 @@ def machine(f: Committed) -> str:
 
 def base(f: Committed) -> str:
     train, source = f.config.train, f.config.corpus.source
-    tokens = train.steps * train.batch_size * train.max_seq_length
     text = "the embedded text" if source == "python_docs" else source
     return (
         f"{f.seeds_run}, {train.steps} steps of {train.batch_size} x {train.max_seq_length} tokens "
-        f"({tokens / 1e6:.2f} M) of {text}; {machine(f)}; `decondense study {f.name} --scale {f.scale}`, rows: "
+        f"({f.tokens / 1e6:.2f} M) of {text}; {machine(f)}; `decondense study {f.name} --scale {f.scale}`, rows: "
         f"`benchmarks/results/studies/{f.name}-{f.scale}.jsonl.gz`"
     )
 
@@ -348,21 +348,19 @@ def base_rates() -> str:
     )
 
 
+def trial_cells(sweep: Sweep) -> list[str]:
+    """The loss of each setting that was tried for an arm; the chosen one is bold."""
+    values = ["failed" if trial.value is None else number(trial.value) for trial in sweep.trials]
+    return [f"**{value}**" if trial.chosen else value for trial, value in zip(sweep.trials, values, strict=True)]
+
+
 def rates() -> str:
     f = committed("schedule")
     if f is None:
         return "Not run yet."
     lines = []
     for sweep in f.comparison.trials:
-        cells = [
-            f"**{number(trial.value)}**"
-            if trial.chosen
-            else number(trial.value)
-            if trial.value is not None
-            else "failed"
-            for trial in sweep.trials
-        ]
-        lines.append([f.label(sweep.arm), *cells, f"the {sweep.edge} tried" if sweep.edge else ""])
+        lines.append([f.label(sweep.arm), *trial_cells(sweep), f"the {sweep.edge} tried" if sweep.edge else ""])
     header = ("arm", *(f"{trial.learning_rate:g}" for trial in f.comparison.trials[0].trials), "the choice is")
     return pipe_table(header, lines) + (
         f"\n\nLoss on the tuning documents after {f.comparison.trials[0].trials[0].steps} steps, seed "

@@ -67,6 +67,12 @@ class Committed:
         return sorted({pair[1] for arm in self.study.arms if (pair := self.setting(arm))})
 
     @property
+    def tokens(self) -> int:
+        """Training tokens of a run."""
+        train = self.config.train
+        return train.steps * train.batch_size * train.max_seq_length
+
+    @property
     def seeds_run(self) -> str:
         """How many seeds have run, and of how many where some have not."""
         ran, planned = len(self.study.seeds), len(self.config.every_seed)
@@ -88,6 +94,12 @@ def committed(name: str, scale: str = "tiny") -> Committed | None:
     cells = {key: cell for key, cell in study.cells.items() if cell.seed in ran}
     study = dataclasses.replace(study, seeds=ran, cells=cells)
     return Committed(name, scale, study, compare(study, incomplete="omit"))
+
+
+def every_committed() -> list[Committed]:
+    """All studies that have rows, at every scale."""
+    names = [path.name.removesuffix(".jsonl.gz").rsplit("-", 1) for path in sorted(FOLDER.glob("*.jsonl.gz"))]
+    return [f for name, scale in names if (f := committed(name, scale)) is not None]
 
 
 # ---- numbers of a run ------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import beyond  # noqa: E402
+import front  # noqa: E402
+import sections  # noqa: E402
 import study_rows  # noqa: E402
 from beyond import QUESTIONS, Question, contrasts  # noqa: E402
 
@@ -65,12 +67,16 @@ def test_contrasts_are_paired_and_corrected_over_all_of_them() -> None:
 
 
 def test_a_study_that_was_not_run_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beyond, "committed", lambda name: None)
+    def committed(name: str, scale: str = "tiny") -> study_rows.Committed | None:
+        return None if name in QUESTIONS else study_rows.committed(name, scale)
+
+    for module in (beyond, sections, front):
+        monkeypatch.setattr(module, "committed", committed)
     tables = {name: made for name, made in beyond.TABLES.items() if made is not beyond.held}
     assert len(tables) == 7
     for name, made in tables.items():
         assert made().startswith("Not run yet: `decondense study "), name
-    assert beyond.answer("target", 0) is None
+    assert not any(question.asked in front.default() for questions in QUESTIONS.values() for question in questions)
 
 
 def test_the_controller_table_is_that_of_the_logged_steps() -> None:
