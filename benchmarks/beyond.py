@@ -13,7 +13,6 @@ from pipes import pipe_table
 import numpy as np
 
 from decondense.compare import Difference, Study
-from decondense.compare.mediation import FEWEST_SEEDS
 from decondense.compare.statistics import holm_over_arms
 from decondense.formatting import NONE
 from decondense.records import read_rows
@@ -126,7 +125,7 @@ def answers(f: Committed) -> str:
     """One sentence a question."""
     count = sum(len(question.contrasts) for question in QUESTIONS[f.name])
     return "\n".join(f"- {sentence}" for sentence in answered(f)) + (
-        f"\n\nHeld-out loss, {f.seeds_run}, 95 % intervals; p after Holm's correction over these "
+        f"\n\nHeld-out loss, {len(f.study.seeds)} seeds, 95 % intervals; p after Holm's correction over these "
         f"{count} contrasts, which the study names in advance."
     )
 
@@ -149,8 +148,6 @@ def settings(f: Committed) -> str:
 def mediation(f: Committed) -> str:
     """The share of each arm's gain that goes with the cosine."""
     points = sorted({entry.at for entry in f.comparison.mediation})
-    if not points:
-        return f"A share needs {FEWEST_SEEDS} seeds; {f.seeds_run} have finished."
     lines = []
     for arm in f.comparison.treated:
         entries = {entry.at: entry for entry in f.comparison.mediation if entry.arm == arm}
@@ -164,7 +161,7 @@ def mediation(f: Committed) -> str:
                 shares.append(NONE)
             else:
                 low, high = (100 * bound for bound in entry.interval)
-                shares.append(f"{100 * entry.share:.0f} % {interval((low, high), 0)}")
+                shares.append(f"{number(100 * entry.share, 0)} % {interval((low, high), 0)}")
         gain = loss_difference(f, arm)
         lines.append([f.label(arm), shown(cosine, 3), shown(gain, 3), *shares])
     header = ("arm", "Δ mean cosine, end", "Δ held-out loss", *(f"share, cosine at {100 * at:.0f} %" for at in points))

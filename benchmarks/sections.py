@@ -47,7 +47,7 @@ def base(f: Committed) -> str:
     train, source = f.config.train, f.config.corpus.source
     text = "the embedded text" if source == "python_docs" else source
     return (
-        f"{f.seeds_run}, {train.steps} steps of {train.batch_size} x {train.max_seq_length} tokens "
+        f"{len(f.study.seeds)} seeds, {train.steps} steps of {train.batch_size} x {train.max_seq_length} tokens "
         f"({f.tokens / 1e6:.2f} M) of {text}; {machine(f)}; `decondense study {f.name} --scale {f.scale}`, rows: "
         f"`benchmarks/results/studies/{f.name}-{f.scale}.jsonl.gz`"
     )

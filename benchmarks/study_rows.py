@@ -5,7 +5,6 @@ Rows lie in ``results/studies/NAME-SCALE.jsonl.gz``, as ``decondense study NAME 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -73,12 +72,6 @@ class Committed:
         return train.steps * train.batch_size * train.max_seq_length
 
     @property
-    def seeds_run(self) -> str:
-        """How many seeds have run, and of how many where some have not."""
-        ran, planned = len(self.study.seeds), len(self.config.every_seed)
-        return f"{ran} seeds" if ran >= planned else f"{ran} of {planned} planned seeds"
-
-    @property
     def width(self) -> object:
         return self.config.model.overrides["n_embd"]
 
@@ -89,10 +82,6 @@ def committed(name: str, scale: str = "tiny") -> Committed | None:
     if not path.exists():
         return None
     study = Study.from_rows(read_rows(path))
-    # seeds that are planned and have not run are no gaps: rows are committed as runs finish
-    ran = [seed for seed in study.seeds if any(study.cells[arm, seed].status != "missing" for arm in study.arms)]
-    cells = {key: cell for key, cell in study.cells.items() if cell.seed in ran}
-    study = dataclasses.replace(study, seeds=ran, cells=cells)
     return Committed(name, scale, study, compare(study, incomplete="omit"))
 
 

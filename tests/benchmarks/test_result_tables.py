@@ -150,12 +150,8 @@ def test_committed_rows_are_whole_and_of_the_shipped_study(path: Path) -> None:
     for config in {id(row["config"]): row["config"] for row in rows if row["kind"] == "run"}.values():
         ran = StudyConfig.parse(config, where=path.name)
         assert ran.fingerprint() == study.fingerprint()
-    begun = {row["seed"] for row in rows if row["kind"] == "run"}
-    seeds = [seed for seed in ran.every_seed if seed in begun]
-    assert len(seeds) >= 3
-    assert seeds == [*ran.every_seed[: len(seeds)]], "seeds are committed in their order"
     for arm in study.arms:
-        for seed in seeds:
+        for seed in ran.every_seed:
             mine = [row for row in rows if row["arm"] == arm.name and row["seed"] == seed]
             assert terminal_row(mine) is not None, f"{arm.name} seed {seed} has not ended"
     for row in rows:
