@@ -14,10 +14,10 @@ from claims import CLAIMS, judged
 from decondense.compare import VALIDATION, Cell, Difference, NoteKind
 from decondense.compare.results import Sweep
 from decondense.figures import comparison as draw
-from decondense.figures.style import export
 from decondense.formatting import NONE
 from decondense.report import interval, number, probability, words
 from decondense.report.notes import in_words
+from pictures import picture
 from real_tables import real
 from study_rows import (
     Committed,
@@ -538,4 +538,4 @@ def figures(folder: Path) -> None:
     for name, (study, drawn) in FIGURES.items():
         f = committed(study)
         if f is not None:
-            export(drawn(f), folder / name, ("png",), dpi=160)
+            picture(drawn(f), folder / f"{name}.png")

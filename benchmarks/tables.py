@@ -18,7 +18,6 @@ from attach_tables import TABLES as ATTACH_TABLES
 from beyond import TABLES as BEYOND_TABLES
 from decondense.compare import Study, compare
 from decondense.figures.comparison import overview
-from decondense.figures.style import export
 from decondense.records import Row, read_rows
 from decondense.report import sentences
 from front import TABLES as FRONT_TABLES
@@ -28,6 +27,7 @@ from geometry_figure import dose_figure
 from kernel_tables import TABLES as KERNEL_TABLES
 from loss_tables import TABLES as LOSS_TABLES
 from measure_tables import TABLES as MEASURE_TABLES
+from pictures import picture
 from sections import TABLES as RESULT_TABLES
 from sections import figures as result_figures
 from trial_tables import TABLES as TRIAL_TABLES
@@ -106,11 +106,11 @@ def main() -> int:
             if not check:
                 path.write_text(made, encoding="utf-8")
     if not check and (rows := rows_of("demo")):
-        export(overview(Study.from_rows(rows)), ROOT / "docs" / "images" / "demo", ("png",), dpi=200)
+        picture(overview(Study.from_rows(rows)), ROOT / "docs" / "images" / "demo.png", dpi=200)
     if not check:
         (ROOT / "docs" / "images" / "results").mkdir(exist_ok=True)
         result_figures(ROOT / "docs" / "images" / "results")
-        export(dose_figure(), ROOT / "docs" / "images" / "results" / "geometry", ("png",), dpi=160)
+        picture(dose_figure(), ROOT / "docs" / "images" / "results" / "geometry.png")
     for path in stale:
         print(f"{'out of date' if check else 'written'}: {path}")
     return 1 if check and stale else 0
