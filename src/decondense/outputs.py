@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,13 +21,14 @@ def check_output(folder: str | os.PathLike[str], *owned: str, models: bool = Fal
     Args:
         folder: the directory; it need not exist.
         owned: names in it that are appended to, written into or removed, each with all below it.
-        models: models are saved there, which safetensors and torch do only below names in UTF-8.
+        models: models are saved there. safetensors and tokenizers encode the path in UTF-8, so its name must be UTF-8
+            and Python's file system encoding must write it as such.
 
     Raises:
-        OutputError: there is a link, or the name is not UTF-8.
+        OutputError: there is a link, or the name is not UTF-8, or the locale has another encoding.
     """
-    if models and not _utf8(folder):
-        raise OutputError(f"{folder}: models cannot be saved below a name that is not UTF-8; choose another --out.")
+    if models:
+        _check_utf8(os.path.abspath(folder))
     for name in owned:
         for link in _links(Path(folder, name)):
             raise OutputError(
@@ -35,11 +37,20 @@ def check_output(folder: str | os.PathLike[str], *owned: str, models: bool = Fal
             )
 
 
-def _utf8(path: str | os.PathLike[str]) -> bool:
+def _check_utf8(path: str) -> None:
+    name = os.fsencode(path)
     try:
-        return bool(os.fsencode(path).decode())
+        name.decode()
     except UnicodeDecodeError:
-        return False
+        raise OutputError(
+            f"{path}: models cannot be saved below a name that is not UTF-8; choose another --out."
+        ) from None
+    if path.encode("utf-8", "surrogatepass") != name:
+        raise OutputError(
+            f"{path}: models cannot be saved below this name under the locale's encoding "
+            f"({sys.getfilesystemencoding()}). Set PYTHONUTF8=1 or a UTF-8 locale (LC_ALL=C.UTF-8), or choose another "
+            "--out."
+        )
 
 
 def _links(path: Path) -> Iterator[Path]:

@@ -181,3 +181,19 @@ def test_every_encoding_takes_what_is_printed(encoding: str, words: list[str], m
     else:
         assert status == 2
         assert "\\udcff" in text
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_the_c_locales_streams_take_signs_and_names_of_files(encoding: str, monkeypatch: Any) -> None:
+    """Python opens standard output with ``surrogateescape`` there, which alone takes no minus sign."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="surrogateescape") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert main(["compare", str(ROWS)]) == 0
+    out.flush()
+    text = out.buffer.getvalue().decode(encoding)
+    assert re.search(r"[-−]0\.\d", text)
+    assert ("−" in text) == (encoding == "utf-8")
+    assert main(["compare", "no\udcfe\udcff−.jsonl"]) == 2
+    err.flush()
+    assert b"no\xfe\xff" in err.buffer.getvalue(), "the bytes of the name"

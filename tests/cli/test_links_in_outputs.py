@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,18 @@ def test_models_are_not_saved_below_a_name_that_is_not_utf_8(name: bytes, tmp_pa
     check_output(tmp_path / "ü", models=True)
     with pytest.raises(OutputError, match="not UTF-8"):
         check_output(out, models=True)
+
+
+@pytest.mark.parametrize("locale", ["C", "en_US.ISO-8859-1"])
+def test_models_are_not_saved_where_the_locale_writes_the_name_otherwise(locale: str, tmp_path: Path) -> None:
+    """Libraries take paths as UTF-8: under another locale they would write elsewhere, or fail in a worker."""
+    (tmp_path / "ü").mkdir()
+    code = "import sys; from decondense.outputs import check_output; check_output(sys.argv[1], models=True)"
+    for utf8, where, folder in [("1", "ü", "ü"), ("0", "ü", str(tmp_path)), ("0", ".", "ü"), ("0", "ü", "out")]:
+        environment = {"PATH": os.environ["PATH"], "LC_ALL": locale, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": utf8}
+        command = [sys.executable, "-c", code, folder]
+        done = subprocess.run(command, env=environment, cwd=tmp_path / where, capture_output=True, text=True)
+        if utf8 == "1" or folder == str(tmp_path):
+            assert done.returncode == 0, done.stderr
+        else:
+            assert "PYTHONUTF8=1" in done.stderr
