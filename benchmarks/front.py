@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import horizon
 from beyond import answered
 from claims import CLAIMS, judged
 from decondense.compare import Difference
@@ -25,7 +26,7 @@ KINDS = {
 
 def front() -> str:
     """Five sentences, good or bad, each from committed rows."""
-    sentences = [_claims(), _dispersed(), _lead(), _horizon(), _trained()]
+    sentences = [_claims(), _dispersed(), _lead(), horizon.sentence(), _trained()]
     return "\n".join(f"{place}. {sentence}" for place, sentence in enumerate(sentences, start=1))
 
 
@@ -90,24 +91,6 @@ def _tuned_lead() -> Difference:
     return estimate([dispersed[seed] - plain[seed] for seed in both], of=committed("schedule"))
 
 
-def _horizon() -> str:
-    f = committed("horizon")
-    if f is None:
-        return (
-            "**Accelerator or better end point?** Not answered: the study at 20 tokens a parameter (`decondense study "
-            "horizon`, `--text` for another corpus) has not been run."
-        )
-    d = _at_the_horizon()
-    tuned = "at tuned rates and warm-ups"
-    return f"**At 20 tokens a parameter, {tuned}:** held-out loss {shown(d)}, {report_words.outcome(d)}."
-
-
-def _at_the_horizon() -> Difference:
-    f = committed("horizon")
-    assert f is not None
-    return loss_difference(f, f.comparison.treated[0], f.comparison.baseline)
-
-
 def _trained() -> str:
     return f"**Added to a model that is trained already, at the paper's weight 0.1:** {_added()}"
 
@@ -149,11 +132,15 @@ def default() -> str:
             )
         else:
             lines.append("**From scratch, a short run:** no choice of layers is better at equal time.")
-    longer = f"after 2 M tokens the difference is {shown(_tuned_lead())} where the warm-up is long enough"
+    longer = [
+        f"after {f.tokens / 1e6:.1f} M tokens of {horizon.CORPORA[name]} {shown(horizon.end(f))} ({horizon.verdict(f)})"
+        for name, f in horizon.ran().items()
+    ]
     lines.append(
-        f"**From scratch, a longer run:** not known: {longer}; the study at 20 tokens a parameter has not been run."
-        if committed("horizon") is None
-        else f"**From scratch, a longer run:** {longer}; at 20 tokens a parameter {shown(_at_the_horizon())}."
+        f"**From scratch, at 20 tokens a parameter,** each side at its own rate and warm-up: {'; '.join(longer)}."
+        if longer
+        else f"**From scratch, a longer run:** not known: after 2 M tokens the difference is {shown(_tuned_lead())} "
+        "where the warm-up is long enough; the study at 20 tokens a parameter has not been run."
     )
     lines.append(f"**A model that is trained already, weight 0.1:** {_added()}")
     lines += [answered(ran)[place] for name, place in (("target", 1), ("cause", 0)) if (ran := committed(name))]

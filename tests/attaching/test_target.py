@@ -477,6 +477,19 @@ def test_gram_compares_with_the_teachers_state_at_the_same_depth(blocks):
     assert float(handle.last) == pytest.approx(torch.stack(terms).mean().item())
 
 
+@pytest.mark.parametrize("rows", [64, 64 + 1024, 64 + 1025, 4096])
+def test_a_teacher_of_another_tokenizer_is_told_by_its_vocabulary(rows):
+    """Models of one tokenizer pad their embeddings differently; their sizes are near each other all the same."""
+    model = tiny(vocab_size=64)
+    teacher = tiny(vocab_size=rows, seed=1)
+    if rows <= 64 + 1024:
+        with attach(model, form="gram", teacher=teacher):
+            model(input_ids=tokens(), labels=tokens()).loss.backward()
+    else:
+        with pytest.raises(AttachError, match=f"teacher has embeddings of {rows:,} tokens and the model of 64"):
+            attach(model, form="gram", teacher=teacher)
+
+
 def test_teachers_that_are_none():
     model = tiny()
     with pytest.raises(AttachError, match=r"form 'gram' needs a teacher: attach\(model, teacher=...\)"):

@@ -74,8 +74,8 @@ def attach(
             are converted. Call :meth:`DispersionHandle.set_progress` every step. With ``form="profile"`` the weight
             stays, and the loss is the squared difference from the target.
         teacher: For ``form="gram"``: the model whose cosines the layers are to have, of any width and number of blocks
-            and with the same tokenizer, which cannot be checked here. It reads the same token ids in every training
-            forward, in evaluation mode and without gradients.
+            and with the same tokenizer. A vocabulary of another size is refused; another one of that size is not
+            noticed. It reads the same token ids in every training forward, in evaluation mode, without gradients.
         config: All of these settings as one object.
         schedule: How the weight changes over training; then call :meth:`DispersionHandle.set_progress` every step.
         blocks: Dotted path of the list of blocks, where the rule of :func:`decondense.blocks.find_blocks` cannot tell.

@@ -12,8 +12,11 @@ from decondense.attaching.checks import AttachError
 from decondense.blocks import Blocks, find_blocks, find_final_norm
 from decondense.layers import EMBEDDING, FINAL_NORM, Layer
 from decondense.layout import Call, StateReader, hidden_state
+from decondense.limits import vocabulary_size
 from decondense.seeding import undisturbed
 
+_PADDING = 1024
+"""Rows by which models of one tokenizer differ at most: they pad their embeddings to multiples of up to this."""
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -26,6 +29,12 @@ class Teacher:
     def __init__(self, teacher: nn.Module, model: Blocks, layers: Sequence[Layer]) -> None:
         if any(module is model.root for module in teacher.modules()):
             raise AttachError("the teacher is the attached model; give another one.")
+        rows, own = vocabulary_size(teacher), vocabulary_size(model.root)
+        if rows is not None and own is not None and abs(rows - own) > _PADDING:
+            raise AttachError(
+                f"the teacher has embeddings of {rows:,} tokens and the model of {own:,}: they do not share a "
+                "tokenizer, and the teacher would read other text; give a teacher with the model's tokenizer."
+            )
         found = find_blocks(teacher)
         self.model = teacher
         self._reader = StateReader(found)
