@@ -132,13 +132,9 @@ def default() -> str:
             )
         else:
             lines.append("**From scratch, a short run:** no choice of layers is better at equal time.")
-    longer = [
-        f"after {f.tokens / 1e6:.1f} M tokens of {horizon.CORPORA[name]} {shown(horizon.end(f))} ({horizon.verdict(f)})"
-        for name, f in horizon.ran().items()
-    ]
     lines.append(
-        f"**From scratch, at 20 tokens a parameter,** each side at its own rate and warm-up: {'; '.join(longer)}."
-        if longer
+        f"**From scratch, at 20 tokens a parameter:** {horizon.advice()}."
+        if horizon.ran()
         else f"**From scratch, a longer run:** not known: after 2 M tokens the difference is {shown(_tuned_lead())} "
         "where the warm-up is long enough; the study at 20 tokens a parameter has not been run."
     )

@@ -9,18 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pipes import pipe_table
 
-import numpy as np
-
-from decondense.compare import VALIDATION, Cell, Difference, Study
+from decondense.compare import VALIDATION, Cell, Difference
 from decondense.formatting import NONE
-from decondense.records import read_rows
 from decondense.report import interval, number, probability, words
-from sections import losses, machine, trial_cells
-from study_rows import FOLDER, Committed, committed, loss_difference, mean, paired, shown
+from sections import losses, machine, recommendation, trial_cells
+from study_rows import Committed, committed, loss_difference, paired, shown
 
 CORPORA = {"horizon": "documentation", "horizon-english": "English prose"}
 """Study -> what it is trained on."""
-CONTROL = FOLDER.parent / "controls" / "horizon-settings.jsonl.gz"
 HOW = {
     "horizon": "decondense study horizon",
     "horizon-english": "decondense study benchmarks/studies/horizon-english.yaml",
@@ -84,6 +80,32 @@ def verdict(f: Committed) -> str:
     return VERDICTS.get(end(f).outcome, words.outcome(end(f)))
 
 
+ADVICE = {
+    "better": "use it",
+    "worse": "do not use it",
+    "equivalent": "the final loss is no reason to use it",
+    "undecided": "no gain is detected",
+}
+
+
+def advice() -> str:
+    """What follows for pre-training of this length; empty: not run. Corpora that differ are said to."""
+    found = {name: end(f) for name, f in ran().items()}
+    each = "; ".join(
+        f"{CORPORA[name]} {shown(d)}, p {probability(d.p_holm)} ({VERDICTS.get(d.outcome, words.outcome(d))})"
+        for name, d in found.items()
+    )
+    outcomes = {d.outcome for d in found.values()}
+    said = ADVICE.get(outcomes.pop(), "not tested") if len(outcomes) == 1 else "it depends on the text"
+    return f"{said}. Held-out loss less that of cross-entropy, each side at its own rate and warm-up: {each}"
+
+
+def recommended() -> str:
+    """Whether to use it, before what to use."""
+    whether = [f"- **Whether, from scratch at 20 tokens a parameter:** {advice()}."] if ran() else []
+    return "\n".join([*whether, recommendation()])
+
+
 def sentence() -> str:
     """The answer for the head of the page."""
     found = ran()
@@ -134,7 +156,7 @@ def table() -> str:
         train = f.config.train
         parts.append(
             f"{CORPORA[name].capitalize()}:\n\n{losses(f)}\n\n"
-            f"{len(f.study.seeds)} seeds, {train.steps} steps of {train.batch_size} x {train.max_seq_length} tokens "
+            f"{end(f).n} seeds, {train.steps} steps of {train.batch_size} x {train.max_seq_length} tokens "
             f"({f.tokens / 1e6:.2f} M); {machine(f)}; `{HOW[name]}`, rows: "
             f"`benchmarks/results/studies/{name}-tiny.jsonl.gz`."
         )
@@ -182,58 +204,10 @@ def settings() -> str:
     )
 
 
-def control() -> str:
-    """Runs of the full length at other settings: how far another choice would have moved either arm."""
-    f = committed("horizon")
-    if f is None or not CONTROL.exists():
-        return "Not run yet: `decondense study benchmarks/studies/horizon-settings.yaml`."
-    study = Study.from_rows(read_rows(CONTROL))
-    ends: dict[tuple[float, float], dict[str, float]] = {}
-    for cell in study.cells.values():
-        entry = study.arm_config(cell.arm)
-        assert entry is not None
-        assert entry.learning_rate is not None
-        assert entry.warmup is not None
-        if cell.status == "finished":
-            at = ends.setdefault((entry.learning_rate, entry.warmup), {})
-            at[f.comparison.baseline if entry.dispersion is None else f.comparison.treated[0]] = _last(cell)
-    seeds = {seed for _, seed in study.cells}
-    chosen = {}
-    for sweep in f.comparison.trials:
-        trial = sweep.chosen
-        assert trial is not None
-        assert trial.warmup is not None
-        chosen[sweep.arm] = (trial.learning_rate, trial.warmup)
-        own = mean([_last(cell) for cell in f.cells(sweep.arm) if cell.seed in seeds])
-        ends.setdefault(chosen[sweep.arm], {})[sweep.arm] = own
-    arms = (f.comparison.baseline, f.comparison.treated[0])
-    best = {arm: min(values[arm] for values in ends.values() if arm in values) for arm in arms}
-    lines = []
-    for key in sorted(ends):
-        cells = []
-        for arm in arms:
-            value = ends[key].get(arm)
-            text = "" if value is None else number(value)
-            cells.append((f"**{text}**" if value == best[arm] else text) + (" (chosen)" if chosen[arm] == key else ""))
-        lines.append([f"{key[0]:g}", f"{100 * key[1]:.0f} %", *cells])
-    gap = best[arms[1]] - best[arms[0]]
-    header = ("rate", "warm-up", *(f.label(arm) for arm in arms))
-    return pipe_table(header, lines, right=(2, 3)) + (
-        f"\n\nHeld-out loss after {f.config.train.steps} steps, seed {', '.join(map(str, sorted(seeds)))}; the best of "
-        f"each arm is bold. Best less best: {number(gap, 3, sign=True)}; one seed, chosen on the documents that are "
-        "scored, so no interval and no verdict. Rows: `benchmarks/results/controls/horizon-settings.jsonl.gz`."
-    )
-
-
-def _last(cell: Cell) -> float:
-    scores = cell.scores[VALIDATION]
-    return float(np.float64(scores[max(scores)]["value"]))
-
-
 TABLES = {
+    "results-recommendation": recommended,
     "results-length": answer,
     "results-length-losses": table,
     "results-length-points": on_the_way,
     "results-length-settings": settings,
-    "results-length-control": control,
 }

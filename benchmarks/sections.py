@@ -502,7 +502,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "results-warm-up": warm_up,
     "results-base": base_rates,
     "results-end-point": end_point,
-    "results-recommendation": recommendation,
     "results-pretrained": pretrained,
 }
 
@@ -511,7 +510,10 @@ FIGURES: dict[str, tuple[str, Callable[[Committed], Figure]]] = {
     "fig3": ("fig3", lambda f: draw.size_trend(f.comparison)),
     "fig4": ("fig4", lambda f: draw.profiles(f.study, _spread(f))),
     "fig7": ("fig7", lambda f: draw.heat_maps(f.study, f.study.arms, count=4)),
-    "schedule": ("schedule", lambda f: draw.loss_curves(f.study, ("validation", "difference"))),
+    **{
+        name: (name, lambda f: draw.loss_curves(f.study, ("validation", "difference")))
+        for name in ("schedule", "horizon", "horizon-english")
+    },
     "table2": ("table2", lambda f: _forest(f)),
     "rivals": ("rivals", lambda f: _forest(f)),
     "target": ("target", lambda f: _forest(f)),

@@ -24,6 +24,7 @@ from front import TABLES as FRONT_TABLES
 from geometry import TABLES as GEOMETRY_TABLES
 from geometry_field import TABLES as FIELD_TABLES
 from geometry_figure import dose_figure
+from horizon import TABLES as HORIZON_TABLES
 from kernel_tables import TABLES as KERNEL_TABLES
 from loss_tables import TABLES as LOSS_TABLES
 from measure_tables import TABLES as MEASURE_TABLES
@@ -68,6 +69,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **MEASURE_TABLES,
     **FRONT_TABLES,
     **RESULT_TABLES,
+    **HORIZON_TABLES,
     **BEYOND_TABLES,
     **GEOMETRY_TABLES,
     **FIELD_TABLES,
