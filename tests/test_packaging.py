@@ -90,7 +90,7 @@ def test_the_source_distribution_holds_what_it_takes_to_test_and_to_build(sdist:
         if "__pycache__" in name or (Path(name).suffix not in kinds and "." in Path(name).name.lstrip("."))
     )
     assert strange == ["src/decondense/py.typed"]
-    assert sdist.stat().st_size < 6_000_000
+    assert sdist.stat().st_size < 8_000_000, "nearly all of it committed rows, compressed"
 
 
 def test_a_wheel_from_the_source_distribution_is_the_same(wheel: zipfile.ZipFile, sdist: Path, tmp_path: Path) -> None:
