@@ -30,10 +30,10 @@ def complaint(capsys: pytest.CaptureFixture[str], status: int, *arguments: objec
 
 def test_reasons_and_titles_with_brackets_are_shown_as_they_are(tmp_path: Path, capsys) -> None:
     def fail(row: Row) -> Row:
-        if row["kind"] == "run":
+        if row["kind"] == "configuration":
             row["config"]["title"] = "A [/red] title"
-            if row["status"] == "finished":
-                row |= {"status": "failed", "error": "out of [memory] [/foo]" if row["seed"] else None}
+        if row["kind"] == "run" and row["status"] == "finished":
+            row |= {"status": "failed", "error": "out of [memory] [/foo]" if row["seed"] else None}
         return row
 
     said = complaint(capsys, 1, "report", changed(tmp_path, fail), "--out", tmp_path / "report")

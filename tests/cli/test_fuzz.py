@@ -232,6 +232,15 @@ def test_a_key_that_is_given_twice_is_named(tmp_path: Path) -> None:
             read(path)
 
 
-def test_merged_keys_may_be_given_again() -> None:
-    text = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: *b, x: 4}\n"
-    assert parse_yaml(text, "here") == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": {"x": 4, "y": 3}}
+@pytest.mark.parametrize(("first", "second"), [("x", "y"), ("steps", "seed")])
+def test_merged_keys_may_be_given_again(first: str, second: str) -> None:
+    """Also in a mapping that is merged itself."""
+    text = f"a: &a {{{first}: 1, {second}: 2}}\nb: &b {{<<: *a, {second}: 3}}\nc: {{<<: *b, {first}: 4}}\n"
+    assert parse_yaml(text, "here") == {
+        "a": {first: 1, second: 2},
+        "b": {first: 1, second: 3},
+        "c": {first: 4, second: 3},
+    }
+    twice = f"a: {{b: &b {{{first}: 1, {first}: 2}}}}\nc: {{<<: *b, {second}: 3}}\n"
+    with pytest.raises(ConfigError, match="is given twice"):
+        parse_yaml(twice, "here")

@@ -39,15 +39,30 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key, _ in node.value:
-            inside = node.start_mark.index <= key.start_mark.index < node.end_mark.index  # not merged in with <<
-            if isinstance(key, yaml.ScalarNode) and inside:
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} is given twice", key.start_mark
-                    )
-                seen.add(key.value)
+        for key in _own_keys(node):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        # where this mapping is merged into another, PyYAML 6.0.4 takes the first of two values of a key of one letter
+        own = {id(key): key.value for key in _own_keys(node)}
+        values = set(own.values())
+        node.value = [
+            (key, value)
+            for key, value in node.value
+            if id(key) in own or not (isinstance(key, yaml.ScalarNode) and key.value in values)
+        ]
+
+
+def _own_keys(node: yaml.MappingNode) -> list[yaml.ScalarNode]:
+    """The keys that are written in the mapping itself, not merged in with <<."""
+    span = range(node.start_mark.index, node.end_mark.index)
+    return [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.start_mark.index in span]
 
 
 _MOST_NODES = 200_000
