@@ -12,16 +12,12 @@ from pipes import pipe_table
 from decondense.compare import VALIDATION, Cell, Difference
 from decondense.formatting import NONE
 from decondense.report import interval, number, probability, words
-from sections import losses, machine, recommendation, trial_cells
+from sections import base, losses, recommendation, trial_cells
 from study_rows import Committed, committed, loss_difference, paired, shown
 
 CORPORA = {"horizon": "documentation", "horizon-english": "English prose"}
 """Study -> what it is trained on."""
-HOW = {
-    "horizon": "decondense study horizon",
-    "horizon-english": "decondense study benchmarks/studies/horizon-english.yaml",
-}
-NOT_RUN = f"Not run yet: `{HOW['horizon']}`."
+NOT_RUN = "Not run yet: `decondense study horizon`."
 
 
 def ran() -> dict[str, Committed]:
@@ -76,8 +72,8 @@ VERDICTS = {
 }
 
 
-def verdict(f: Committed) -> str:
-    return VERDICTS.get(end(f).outcome, words.outcome(end(f)))
+def verdict(d: Difference) -> str:
+    return VERDICTS.get(d.outcome, words.outcome(d))
 
 
 ADVICE = {
@@ -89,13 +85,12 @@ ADVICE = {
 
 
 def advice() -> str:
-    """What follows for pre-training of this length; empty: not run. Corpora that differ are said to."""
-    found = {name: end(f) for name, f in ran().items()}
+    """What follows for pre-training of this length, where it has been run; corpora that differ are said to."""
+    ends = {name: end(f) for name, f in ran().items()}
     each = "; ".join(
-        f"{CORPORA[name]} {shown(d)}, p {probability(d.p_holm)} ({VERDICTS.get(d.outcome, words.outcome(d))})"
-        for name, d in found.items()
+        f"{CORPORA[name]} {shown(d)}, p {probability(d.p_holm)} ({verdict(d)})" for name, d in ends.items()
     )
-    outcomes = {d.outcome for d in found.values()}
+    outcomes = {d.outcome for d in ends.values()}
     said = ADVICE.get(outcomes.pop(), "not tested") if len(outcomes) == 1 else "it depends on the text"
     return f"{said}. Held-out loss less that of cross-entropy, each side at its own rate and warm-up: {each}"
 
@@ -119,7 +114,7 @@ def sentence() -> str:
         most, d = lead(f), end(f)
         said.append(
             f"on {CORPORA[name]} the lead is {number(most.difference.mean, 3, sign=True)} after "
-            f"{100 * most.after:.0f} % of training and {shown(d)} at the end ({verdict(f)})"
+            f"{100 * most.after:.0f} % of training and {shown(d)} at the end ({verdict(d)})"
         )
     return f"**Accelerator or better end point?** At 20 tokens a parameter, {'; '.join(said)}."
 
@@ -142,7 +137,7 @@ def answer() -> str:
             if trial is not None
         ]
         lines.append(
-            f"- **{CORPORA[name].capitalize()}:** {verdict(f)}. Held-out loss at the end {shown(d)}, p "
+            f"- **{CORPORA[name].capitalize()}:** {verdict(d)}. Held-out loss at the end {shown(d)}, p "
             f"{probability(d.p_holm)}; on the way the lead is at most {shown(most.difference)} (after "
             f"{100 * most.after:.0f} % of training).{timed} {same_loss[0].upper()}{same_loss[1:]}. Settings: "
             f"{'; '.join(takes)}."
@@ -151,15 +146,7 @@ def answer() -> str:
 
 
 def table() -> str:
-    parts = []
-    for name, f in ran().items():
-        train = f.config.train
-        parts.append(
-            f"{CORPORA[name].capitalize()}:\n\n{losses(f)}\n\n"
-            f"{end(f).n} seeds, {train.steps} steps of {train.batch_size} x {train.max_seq_length} tokens "
-            f"({f.tokens / 1e6:.2f} M); {machine(f)}; `{HOW[name]}`, rows: "
-            f"`benchmarks/results/studies/{name}-tiny.jsonl.gz`."
-        )
+    parts = [f"{CORPORA[name].capitalize()}:\n\n{losses(f)}\n\n{base(f)}." for name, f in ran().items()]
     return "\n\n".join(parts) or NOT_RUN
 
 

@@ -43,12 +43,19 @@ def machine(f: Committed) -> str:
     return f"{name}, torch {where['versions']['torch']}"
 
 
+def command(f: Committed) -> str:
+    """What runs the study: by its name if it is a shipped one, else by its file in ``benchmarks/studies/``."""
+    file = f"studies/{f.name}.yaml"
+    shipped = not (Path(__file__).resolve().parent / file).exists()
+    return f"decondense study {f.name} --scale {f.scale}" if shipped else f"decondense study benchmarks/{file}"
+
+
 def base(f: Committed) -> str:
     train, source = f.config.train, f.config.corpus.source
     text = "the embedded text" if source == "python_docs" else source
     return (
         f"{len(f.study.seeds)} seeds, {train.steps} steps of {train.batch_size} x {train.max_seq_length} tokens "
-        f"({f.tokens / 1e6:.2f} M) of {text}; {machine(f)}; `decondense study {f.name} --scale {f.scale}`, rows: "
+        f"({f.tokens / 1e6:.2f} M) of {text}; {machine(f)}; `{command(f)}`, rows: "
         f"`benchmarks/results/studies/{f.name}-{f.scale}.jsonl.gz`"
     )
 
@@ -472,10 +479,7 @@ def pretrained() -> str:
     assert limit is not None
     parts.append(
         f"At most {limit} items a task: a task's own standard error is about "
-        f"{100 * math.sqrt(0.25 / limit):.0f} points. {base(f)}.".replace(
-            "decondense study mid-training-260k --scale tiny",
-            "decondense study benchmarks/studies/mid-training-260k.yaml",
-        )
+        f"{100 * math.sqrt(0.25 / limit):.0f} points. {base(f)}."
     )
     return "\n\n".join(parts)
 

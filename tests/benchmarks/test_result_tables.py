@@ -119,6 +119,17 @@ def test_every_claim_names_a_shipped_study() -> None:
     assert len({(claim.study, claim.published) for claim in CLAIMS}) == len(CLAIMS)
 
 
+def test_the_two_horizon_studies_differ_in_their_text_alone() -> None:
+    first = load_study("horizon", "tiny")
+    second = load_study(ROOT / "benchmarks" / "studies" / "horizon-english.yaml")
+    other = {
+        "name": second.name,
+        "title": second.title,
+        "corpus": first.corpus.model_copy(update={"source": "english.jsonl"}),
+    }
+    assert first.model_copy(update=other) == second
+
+
 def test_the_tables_of_the_page_are_those_of_the_committed_rows() -> None:
     """Each section that the page shows is made by a table of that name, and by no other."""
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
