@@ -21,7 +21,6 @@ from pictures import picture
 from real_tables import real
 from study_rows import (
     Committed,
-    base_sweep,
     blocks,
     committed,
     deep_half,
@@ -29,6 +28,7 @@ from study_rows import (
     loss_difference,
     paired,
     shown,
+    sweep_of,
     warm_up_control,
 )
 
@@ -334,9 +334,9 @@ def warm_up() -> str:
     )
 
 
-def base_rates() -> str:
-    """Learning rate and warm-up of the base, for cross-entropy and for the reference dispersion arm."""
-    tried = base_sweep()
+def sweep_table(control: str) -> str:
+    """Learning rate x warm-up: the loss of every setting that a control tried, the least of each arm in bold."""
+    tried = sweep_of(control)
     rates = sorted({rate for by_rate in tried.values() for rate in by_rate})
     means = {(key, rate): float(np.mean(v)) for key, by_rate in tried.items() for rate, v in by_rate.items()}
     lines = []
@@ -346,9 +346,14 @@ def base_rates() -> str:
         values = [means.get((key, rate)) for rate in rates]
         cells = [NONE if v is None else f"**{number(v)}**" if v == least else number(v) for v in values]
         lines.append([arm, f"{100 * warmup:.0f} %", *cells])
-    seeds = max(len(values) for by_rate in tried.values() for values in by_rate.values())
     header = ("arm", "warm-up", *(f"rate {rate:g}" for rate in rates))
-    return pipe_table(header, lines, right=range(2, len(header))) + (
+    return pipe_table(header, lines, right=range(2, len(header)))
+
+
+def base_rates() -> str:
+    """Learning rate and warm-up of the base, for cross-entropy and for the reference dispersion arm."""
+    seeds = max(len(values) for by_rate in sweep_of("base").values() for values in by_rate.values())
+    return sweep_table("base") + (
         f"\n\nLoss on the tuning documents after 300 steps, mean of {seeds} seeds that no comparison uses; the least "
         "of each arm is bold. Settings without a number were not run. Rows: "
         "`benchmarks/results/controls/base.jsonl.gz`, `decondense study benchmarks/studies/base.yaml`."
@@ -371,11 +376,11 @@ def rates() -> str:
     header = ("arm", *(f"{trial.learning_rate:g}" for trial in f.comparison.trials[0].trials), "the choice is")
     return pipe_table(header, lines) + (
         f"\n\nLoss on the tuning documents after {f.comparison.trials[0].trials[0].steps} steps, seed "
-        f"{f.comparison.trials[0].trials[0].seed}; the chosen rate is bold.{_noted(f, 'scaled-down trials')}"
+        f"{f.comparison.trials[0].trials[0].seed}; the chosen rate is bold.{noted(f, 'scaled-down trials')}"
     )
 
 
-def _noted(f: Committed, kind: NoteKind) -> str:
+def noted(f: Committed, kind: NoteKind) -> str:
     return "".join(f" {in_words(note, f.comparison)}" for note in f.comparison.notes if note.kind == kind)
 
 
@@ -446,48 +451,6 @@ def recommendation() -> str:
     return "\n".join(said) or "Not run yet."
 
 
-def pretrained() -> str:
-    f = committed("mid-training-260k")
-    if f is None:
-        return "Not run yet."
-    parts = [losses(f)]
-    lines = []
-    for mean in f.comparison.means:
-        for arm in f.comparison.arms:
-            values, d = mean.measure.of(arm), mean.measure.difference(arm)
-            if values is None:
-                continue
-            rank = mean.mean_rank.get(arm)
-            lines.append(
-                [
-                    f"{mean.metric}, {len(mean.tasks)} tasks",
-                    f.label(arm),
-                    f"{number(100 * values.mean, 2)}" if mean.metric.startswith("acc") else number(values.mean),
-                    "" if d is None else f"{number(100 * d.mean, 2, sign=True)} {_percent(d)}",
-                    "" if d is None else words.outcome(d),
-                    number(rank, 2),
-                ]
-            )
-    parts.append(
-        pipe_table(
-            ("mean over benchmarks", "arm", "score", "difference, 95 % interval", "in words", "mean rank"), lines
-        )
-    )
-    parts.append("\n".join(f"- {note}." for note in f.comparison.task_notes))
-    parts.append(_noted(f, "hardly decides").strip())
-    limit = f.config.evaluate.limit
-    assert limit is not None
-    parts.append(
-        f"At most {limit} items a task: a task's own standard error is about "
-        f"{100 * math.sqrt(0.25 / limit):.0f} points. {base(f)}."
-    )
-    return "\n\n".join(parts)
-
-
-def _percent(d: Difference) -> str:
-    return interval(None if d.interval is None else (100 * d.interval[0], 100 * d.interval[1]), 2)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "results-overview": overview,
     **{f"results-{name}": sizes(name) for name in ("fig2", "fig3", "figS2")},
@@ -506,14 +469,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "results-warm-up": warm_up,
     "results-base": base_rates,
     "results-end-point": end_point,
-    "results-pretrained": pretrained,
 }
 
 FIGURES: dict[str, tuple[str, Callable[[Committed], Figure]]] = {
     "fig2": ("fig2", lambda f: draw.size_trend(f.comparison)),
     "fig3": ("fig3", lambda f: draw.size_trend(f.comparison)),
     "fig4": ("fig4", lambda f: draw.profiles(f.study, _spread(f))),
-    "fig7": ("fig7", lambda f: draw.heat_maps(f.study, f.study.arms, count=4)),
+    **{name: (name, lambda f: draw.heat_maps(f.study, f.study.arms, count=4)) for name in ("fig7", "fig7-smollm2")},
     **{
         name: (name, lambda f: draw.loss_curves(f.study, ("validation", "difference")))
         for name in ("schedule", "horizon", "horizon-english")

@@ -171,10 +171,10 @@ def shown(d: Difference, digits: int = 3, *, sign: bool = True) -> str:
     return f"{number(d.mean, digits, sign=sign)} {interval(d.interval, digits)}, n = {d.n}"
 
 
-def base_sweep() -> dict[tuple[str, float], dict[float, list[float]]]:
-    """The sweep of the base of the tiny studies: (arm, warm-up) -> rate -> losses of the trials, one a seed."""
+def sweep_of(control: str) -> dict[tuple[str, float], dict[float, list[float]]]:
+    """The trials of a control: (arm, warm-up) -> rate -> losses, one a seed."""
     tried: dict[tuple[str, float], dict[float, list[float]]] = {}
-    for row in read_rows(FOLDER.parent / "controls" / "base.jsonl.gz"):
+    for row in read_rows(FOLDER.parent / "controls" / f"{control}.jsonl.gz"):
         if row["kind"] == "trial" and row["value"] is not None:
             tried.setdefault((row["arm"], row["warmup"]), {}).setdefault(row["learning_rate"], []).append(row["value"])
     return tried

@@ -28,6 +28,7 @@ from horizon import TABLES as HORIZON_TABLES
 from kernel_tables import TABLES as KERNEL_TABLES
 from loss_tables import TABLES as LOSS_TABLES
 from measure_tables import TABLES as MEASURE_TABLES
+from mid_training import TABLES as MID_TRAINING_TABLES
 from pictures import picture
 from sections import TABLES as RESULT_TABLES
 from sections import figures as result_figures
@@ -70,6 +71,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **FRONT_TABLES,
     **RESULT_TABLES,
     **HORIZON_TABLES,
+    **MID_TRAINING_TABLES,
     **BEYOND_TABLES,
     **GEOMETRY_TABLES,
     **FIELD_TABLES,

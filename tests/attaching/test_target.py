@@ -363,7 +363,9 @@ def test_a_reference_gives_its_deep_half():
         ([0.1, 0.2], r"target has 2 values for 6 layers \(block 1, .*, block 6\)"),
         ("SmolLM2-135M", "no reference 'SmolLM2-135M'. Did you mean 'SmolLM2-135M-Instruct Q4_1'"),
         ("GPT2-xl", "target 'GPT2-xl': this reference has no mean cosine .* These have: SmolLM2-135M-Instruct Q4_1"),
-        ("missing/profile.json", "no reference 'missing/profile.json'"),
+        ("missing/profile.json", "no file missing/profile.json; expected profile.json"),
+        ("profile.npz", "no file profile.json; expected profile.json"),
+        ("missing/directory", "no file missing/directory; expected profile.json"),
     ],
 )
 def test_targets_that_are_none(target, message):

@@ -22,12 +22,14 @@ def find_reference(name: str | Path) -> Entry:
     """A shipped reference by name, or the entry or profile in a file or directory.
 
     Raises:
-        EntryError: there is no such reference.
+        EntryError: there is no such reference, or no such file.
     """
     for entry in references():
         if entry.model.lower() == str(name).lower():
             return entry
-    if Path(name).exists():
+    # no reference has a separator or one of these endings in its name; Qwen2.5-0.5B has a "suffix"
+    path = Path(name)
+    if path.exists() or len(path.parts) > 1 or path.suffix in (".json", ".npz"):
         return Entry.read(name)
     names = [entry.model for entry in references()]
     raise EntryError(
