@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from pipes import pipe_table
 
-from decondense.compare import Cell, Difference
+import numpy as np
+
+from decondense.compare import VALIDATION, Cell, Difference, Study
+from decondense.records import read_rows
 from decondense.report import interval, number, words
 from sections import base, losses, noted, sweep_table
-from study_rows import FOLDER, committed, deep_half, mean, paired, shown
+from study_rows import FOLDER, committed, deep_half, last, mean, paired, shown
 
 CONTROLS = FOLDER.parent / "controls"
 
@@ -43,13 +46,98 @@ def _last_at(cell: Cell, step: int) -> float:
 
 
 def settings() -> str:
-    """The settings of the baseline, and what the lower precision of the study does."""
+    """The settings of the baseline, and whether the lower precision of the study changes what it measures."""
     if not (CONTROLS / "smollm2-settings.jsonl.gz").exists():
         return "Not run yet: `decondense study benchmarks/studies/smollm2-settings.yaml`."
-    return sweep_table("smollm2-settings") + (
+    said = sweep_table("smollm2-settings") + (
         "\n\nLoss on the tuning documents after 60 steps, one seed; the least is bold. Rows: "
         "`benchmarks/results/controls/smollm2-settings.jsonl.gz`, `decondense study "
         "benchmarks/studies/smollm2-settings.yaml`."
+    )
+    if not (CONTROLS / "smollm2-fp32.jsonl.gz").exists():
+        return said
+    low, full = (_only_run(name) for name in ("smollm2-settings", "smollm2-fp32"))
+    ends = [(_loss(cell), deep_half(cell), last(cell)) for cell in (low, full)]
+    losses_of, deep, end = ([number(value) for value in values] for values in zip(*ends, strict=True))
+    times = [cell.run["timing"]["train_cpu_s"] for cell in (low, full)]
+    return said + (
+        f" The run at the chosen setting was repeated in float32: held-out loss {losses_of[0]} in bfloat16 and "
+        f"{losses_of[1]} in float32, mean cosine of the last L/2 layers {deep[0]} and {deep[1]}, of the last layer "
+        f"{end[0]} and {end[1]}; training took {times[1] / times[0]:.1f} times the CPU time in float32. Rows: "
+        "`benchmarks/results/controls/smollm2-fp32.jsonl.gz`."
+    )
+
+
+def _only_run(control: str) -> Cell:
+    (cell,) = Study.from_rows(read_rows(CONTROLS / f"{control}.jsonl.gz")).cells.values()
+    return cell
+
+
+def _loss(cell: Cell) -> float:
+    value = cell.final_score(VALIDATION)
+    assert value is not None
+    return value
+
+
+Items = dict[str, dict[str, tuple[float, float]]]
+"""Task -> item -> score and weight."""
+
+
+def task_mean(one: Items, other: Items | None = None) -> tuple[float, float]:
+    """Mean over tasks of the mean over items, of one model or of one less another; its standard error over items."""
+    means, variances = [], []
+    for task, items in one.items():
+        names = sorted(items if other is None else items.keys() & other[task].keys())
+        value = np.array([items[name][0] - (0.0 if other is None else other[task][name][0]) for name in names])
+        weight = np.array([items[name][1] for name in names])
+        share = weight / weight.sum()
+        mean_of_task = float(share @ value)
+        means.append(mean_of_task)
+        variances.append(len(names) / (len(names) - 1) * float(share**2 @ (value - mean_of_task) ** 2))
+    return float(np.mean(means)), math.sqrt(sum(variances)) / len(means)
+
+
+def benchmarks() -> str:
+    """The ten benchmarks at the start and at the end of one seed: accuracy, and bits per byte of the right answers."""
+    path = CONTROLS / "smollm2-tasks.jsonl.gz"
+    if not path.exists():
+        return "Not run yet: `decondense evaluate` on the final checkpoints of one seed."
+    scores: dict[str, dict[str, Items]] = {"acc": {}, "bits": {}}
+    limits = set()
+    for row in read_rows(path):
+        arm = "the start" if row["study"] == "evaluate" else row["arm"]
+        if row["kind"] == "eval_item" and row["metric"] == "acc":
+            scores["acc"].setdefault(arm, {}).setdefault(row["task"], {})[row["item"]] = (row["value"], row["weight"])
+            if row["bits_per_byte"] is not None:
+                bits = (row["bits_per_byte"], row["weight"])
+                scores["bits"].setdefault(arm, {}).setdefault(row["task"], {})[row["item"]] = bits
+        elif row["kind"] == "eval" and row["metric"] == "acc":
+            limits.add(row["limit"])
+    f = committed("fig7-smollm2")
+    assert f is not None
+    lines = []
+    for arm in ("the start", *f.comparison.arms):
+        line = [arm if arm == "the start" else f.label(arm)]
+        for metric, scale, digits in (("acc", 100, 1), ("bits", 1, 3)):
+            by_arm = scores[metric]
+            line.append(number(scale * task_mean(by_arm[arm])[0], digits))
+            for other in ("the start", f.comparison.baseline):
+                if arm in ("the start", other):
+                    line.append("")
+                    continue
+                mean_of, error = task_mean(by_arm[arm], by_arm[other])
+                bounds = (scale * (mean_of - 1.96 * error), scale * (mean_of + 1.96 * error))
+                line.append(f"{number(scale * mean_of, digits, sign=True)} {interval(bounds, digits)}")
+        lines.append(line)
+    header = ("model", "mean acc, %", "less the start's", "less cross-entropy's",
+              "bits per byte of the right answers", "less the start's", "less cross-entropy's")  # fmt: skip
+    tasks = {metric: len(by_arm["the start"]) for metric, by_arm in scores.items()}
+    (limit,) = limits
+    return pipe_table(header, lines, right=range(1, len(header))) + (
+        f"\n\nMean over the ten benchmarks ({tasks['bits']} of them have bits per byte: lower is better) of the "
+        f"start and of the final checkpoints of one seed, at most {limit} items of a task. The 95 % intervals are over "
+        "the items that two models share; how much another seed would differ is not in them. Rows: "
+        "`benchmarks/results/controls/smollm2-tasks.jsonl.gz`."
     )
 
 
@@ -59,17 +147,17 @@ def pretrained() -> str:
         return "Not run yet."
     parts = [losses(f)]
     lines = []
-    for task_mean in f.comparison.means:
+    for entry in f.comparison.means:
         for arm in f.comparison.arms:
-            values, d = task_mean.measure.of(arm), task_mean.measure.difference(arm)
+            values, d = entry.measure.of(arm), entry.measure.difference(arm)
             if values is None:
                 continue
-            rank = task_mean.mean_rank.get(arm)
+            rank = entry.mean_rank.get(arm)
             lines.append(
                 [
-                    f"{task_mean.metric}, {len(task_mean.tasks)} tasks",
+                    f"{entry.metric}, {len(entry.tasks)} tasks",
                     f.label(arm),
-                    f"{number(100 * values.mean, 2)}" if task_mean.metric.startswith("acc") else number(values.mean),
+                    f"{number(100 * values.mean, 2)}" if entry.metric.startswith("acc") else number(values.mean),
                     "" if d is None else f"{number(100 * d.mean, 2, sign=True)} {_percent(d)}",
                     "" if d is None else words.outcome(d),
                     number(rank, 2),
@@ -99,4 +187,5 @@ TABLES = {
     "results-pretrained": pretrained,
     "results-fig7-smollm2": condensed_start,
     "results-fig7-settings": settings,
+    "results-fig7-benchmarks": benchmarks,
 }
