@@ -6,7 +6,7 @@
 Needs one GPU and what ``check`` below names, no network. Parts, each a process with a time limit:
 
 - ``correct``: the tests marked ``gpu``;
-- ``kernels-bf16``, ``kernels-fp32``: the loss against what one writes down first, compiled (once for all shapes) and
+- ``kernels-bf16``, ``kernels-fp32``: the loss against a direct implementation, compiled (once for all shapes) and
   not, the tiled engine and sampled pairs;
 - ``attach``: a training step of a GPT2-124M, 32 x 1024 tokens, bfloat16 autocast, with and without the loss;
 - ``measure``: measuring against the forward pass;

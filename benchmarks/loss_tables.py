@@ -50,7 +50,7 @@ def cpu() -> str:
         )
     head = ["B x T x D", "threads", "variant", "forward + backward, ms", "ratio", "peak memory, MB", "ratio"]
     note = (
-        f"\nfloat32, medians of one run, ratios to `naive` (what one writes down first: normalise, multiply, arccos, "
+        f"\nfloat32, medians of one run, ratios to `naive` (a direct implementation: normalise, multiply, arccos, "
         f"logsumexp, autograd) in the same round; {_machine(rows[-1])}. Rows: `benchmarks/results/losses-cpu.jsonl`.\n"
     )
     return pipe_table(head, body, (1, 3, 4, 5, 6)) + "\n" + note
@@ -69,8 +69,8 @@ def cpu_short() -> str:
     metrics = chosen[-1]["metrics"]
     return (
         "8 sequences of 1024 tokens and 768 features, forward and backward: all pairs take "
-        f"{metrics['ratio_to_naive']:.2f} of the time and {metrics['peak_ratio_to_naive']:.2f} of the memory of what "
-        "one writes down first (normalise, multiply, arccos, logsumexp, autograd). One run; float32, 1 thread, "
+        f"{metrics['ratio_to_naive']:.2f} of the time and {metrics['peak_ratio_to_naive']:.2f} of the memory of "
+        "a direct implementation (normalise, multiply, arccos, logsumexp, autograd). One run; float32, 1 thread, "
         f"{_machine(chosen[-1])}.\n"
     )
 

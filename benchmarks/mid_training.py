@@ -35,8 +35,8 @@ def condensed_start() -> str:
         [
             losses(f),
             geometry,
-            f"Below, the mean cosine of the last L/2 layers over training, and of the last layer after the final norm "
-            f"from the start to the end. Final checkpoints: {base(f)}.",
+            "The second table has the mean cosine of the last L/2 layers over training, and of the last layer, after the "
+            f"final norm, from the start to the end. Final checkpoints: {base(f)}.",
         ]
     )
 
@@ -59,11 +59,11 @@ def settings() -> str:
     low, full = (_only_run(name) for name in ("smollm2-settings", "smollm2-fp32"))
     ends = [(_loss(cell), deep_half(cell), last(cell)) for cell in (low, full)]
     losses_of, deep, end = ([number(value) for value in values] for values in zip(*ends, strict=True))
-    times = [cell.run["timing"]["train_cpu_s"] for cell in (low, full)]
+    times = [cell.run["timing"]["step_cpu_ms"] for cell in (low, full)]
     return said + (
         f" The run at the chosen setting was repeated in float32: held-out loss {losses_of[0]} in bfloat16 and "
         f"{losses_of[1]} in float32, mean cosine of the last L/2 layers {deep[0]} and {deep[1]}, of the last layer "
-        f"{end[0]} and {end[1]}; training took {times[1] / times[0]:.1f} times the CPU time in float32. Rows: "
+        f"{end[0]} and {end[1]}; a step took {times[1] / times[0]:.1f} times the CPU time in float32. Rows: "
         "`benchmarks/results/controls/smollm2-fp32.jsonl.gz`."
     )
 
