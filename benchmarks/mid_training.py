@@ -35,8 +35,8 @@ def condensed_start() -> str:
         [
             losses(f),
             geometry,
-            "The second table has the mean cosine of the last L/2 layers over training, and of the last layer, after the "
-            f"final norm, from the start to the end. Final checkpoints: {base(f)}.",
+            "The second table has the mean cosine of the last L/2 layers over training, and of the last layer, after "
+            f"the final norm, from the start to the end. Final checkpoints: {base(f)}.",
         ]
     )
 
