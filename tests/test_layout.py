@@ -205,7 +205,7 @@ def test_a_probe_that_fails_is_a_refusal_with_the_remedy():
 
     torch.manual_seed(0)
     model, ids = Strict(0).train(), ids_of(5, 5)
-    with pytest.raises(AttachError, match=r"(?s)only for training.*State it: tokens_first"):
+    with pytest.raises(AttachError, match=r"(?s)only for training.*Pass tokens_first"):
         attached_value(model, lambda: model(ids, labels=ids))
 
 
@@ -346,7 +346,7 @@ class Changing(nn.Module):
     [
         (lambda h: nn.functional.pad(h, (0, 0, 0, 2)), "adds 2 positions"),
         (lambda h: h[:, ::2], "drops or merges positions"),
-        (lambda h: h.reshape(2, -1, D), "folds or cuts the batch"),
+        (lambda h: h.reshape(2, -1, D), "reshapes the batch"),
         (lambda h: h.repeat(2, 1, 1), "number of sequences"),
         (lambda h: h.flatten(0, 1), r"shape \(32, 16\)"),
         (lambda h: h[:, None].expand(-1, 3, -1, -1), r"Four dimensions"),

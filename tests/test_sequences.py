@@ -149,7 +149,7 @@ def test_masks_without_padding_and_masks_that_do_not_tell():
     assert real_and_same({"input_ids": IDS, "mask": ~ones}, 3, 7, CPU)[0].all()
     half = torch.zeros(3, 7, dtype=torch.bool)
     half[:, :2] = True
-    with pytest.raises(SequencesError, match="cannot be told"):
+    with pytest.raises(SequencesError, match="cannot be determined"):
         real_and_same({"input_ids": IDS + 1 + torch.arange(7), "mask": half}, 3, 7, CPU)
 
 
@@ -210,7 +210,7 @@ def test_any_name_with_padding_in_it_is_read(name):
 def test_predicted_places_are_not_padding():
     """Padding is at the ends of the rows: a mask of masked tokens marks one id too."""
     ids = torch.tensor([[5, 1, 4, 1, 7, 3, 8], [6, 3, 1, 9, 5, 1, 2]])
-    with pytest.raises(SequencesError, match="cannot be told"):
+    with pytest.raises(SequencesError, match="cannot be determined"):
         real_and_same({"input_ids": ids, "mask": ids == 1}, 2, 7, CPU)
 
 

@@ -1,9 +1,9 @@
 """Find the transformer blocks of a model, and turn ``"deep"`` or ``[0, -1]`` into block numbers.
 
-No list of architecture names: in every decoder and encoder family tried, the blocks are the only *outermost*
-``nn.ModuleList`` below the decoder (lists of experts are nested in a block, so they never match) whose members are more
-than single layers (lists of embeddings, norms and linear layers never match). Where that is not so, the configured
-number of layers decides, or the error names the candidates and the argument that settles it.
+There is no list of architecture names: in every decoder and encoder family that was tried, the blocks are the only
+*outermost* ``nn.ModuleList`` below the decoder (lists of experts are nested in a block, so they never match) whose
+members are more than single layers (lists of embeddings, norms and linear layers never match). Otherwise the configured
+number of layers decides, or the error names the candidates and the argument that selects one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LAYER_COUNT_NAMES = (
 
 
 class BlocksError(ValueError):
-    """The blocks (or the final norm) of a model cannot be told; the message lists the candidates."""
+    """The blocks (or the final norm) of a model cannot be determined; the message lists the candidates."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,15 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> Blocks:
     Args:
         model: Any causal or masked language model; ``torch.compile``, DDP and PEFT wrappers are looked through.
         blocks: Dotted path of the ``nn.ModuleList`` (or ``nn.ModuleDict`` with digit keys) that holds the blocks,
-            relative to the model. Only needed where the rule cannot decide.
+            relative to the model. Only needed if the rule below does not find it.
 
     Raises:
-        BlocksError: no list, or more than one, could be meant; the message lists the candidates.
+        BlocksError: there is no candidate list, or more than one; the message lists the candidates.
 
     The rule: of the decoder (``get_decoder()``), the base model and the model itself, in this order, the first that has
     exactly one outermost list of modules; if each has several, the one with the configured number of layers
     (``num_hidden_layers``, ``n_layer``, ``num_layers``, ... of ``config``, ``args``, ... or of the model). A list of
-    single layers (embeddings, norms, linear layers) is not a candidate; name its path to use it all the same.
+    single layers (embeddings, norms, linear layers) is not a candidate; to use it anyway, give its path.
     """
     root = unwrap(model)
     names = {id(module): name for name, module in root.named_modules()}
@@ -118,7 +118,7 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> Blocks:
     if not seen:
         raise BlocksError(_no_list(core, root))
     listed = ", ".join(f"{path!r} ({len(members)} modules)" for path, members in sorted(seen.items()))
-    known = "" if count is None else f" ({count[0]} = {count[1]} does not decide)"
+    known = "" if count is None else f" ({count[0]} = {count[1]} does not decide between them)"
     raise BlocksError(
         f"{type(core).__name__} has more than one list that could hold the transformer blocks: {listed}{known}. "
         "Name the one that you mean: blocks='dotted.path'."
@@ -129,7 +129,7 @@ def find_final_norm(blocks: Blocks) -> nn.Module:
     """The norm that the last block's output passes before the output head.
 
     Raises:
-        BlocksError: the model has none (post-norm models such as BERT) or several modules could be meant.
+        BlocksError: the model has none (post-norm models such as BERT), or there are several candidates.
     """
     parent = blocks.root.get_submodule(blocks.path.rpartition(".")[0])
     found = [(name, child) for name, child in parent.named_children() if name in _FINAL_NORM_NAMES]
@@ -138,8 +138,8 @@ def find_final_norm(blocks: Blocks) -> nn.Module:
     children = ", ".join(name for name, _ in parent.named_children())
     what = "no final norm" if not found else "more than one module that could be the final norm"
     raise BlocksError(
-        f"{type(parent).__name__} has {what} beside its blocks (it holds: {children}). "
-        "Use the state before the norm: final_norm=False."
+        f"{type(parent).__name__} has {what} beside its blocks (it contains: {children}). Use the state before the "
+        "norm: final_norm=False."
     )
 
 
@@ -239,11 +239,11 @@ def _refuse_containers(path: str, members: list[nn.Module]) -> None:
     serving = [(name, len(found)) for name, found in inner if _is_uniform(found)]
     if serving:
         listed = ", ".join(f"{name!r} ({length} modules)" for name, length in serving)
-        remedy = f"Name one of the lists inside, blocks={serving[0][0]!r}: {listed}."
+        remedy = f"Name one of the inner lists, blocks={serving[0][0]!r}: {listed}."
     else:
         remedy = (
-            "The state after a layer is the output of no module here: wrap the parts of each layer in a module whose "
-            "forward returns the state after the layer."
+            "No module here outputs the state after a layer: wrap the parts of each layer in a module whose forward "
+            "returns that state."
         )
     raise BlocksError(f"{path!r} is a nested list: its members are {kind}, which have no forward to observe. {remedy}")
 
@@ -264,7 +264,7 @@ def _refuse_stages(path: str, members: list[nn.Module], count: tuple[str, int] |
         listed = ", ".join(f"{name!r} ({length} modules)" for name, length in serving)
         raise BlocksError(
             f"{path!r} is a nested list: it has {len(members)} modules where {count[0]} = {count[1]}, and the blocks "
-            f"are in the lists inside. Name one, blocks={serving[0][0]!r}: {listed}; or blocks={path!r} for the outer "
+            f"are in the inner lists. Name one, blocks={serving[0][0]!r}: {listed}; or blocks={path!r} for the outer "
             "modules."
         )
 
@@ -277,7 +277,7 @@ def _is_uniform(members: list[nn.Module]) -> bool:
 
 def _no_list(core: nn.Module, root: nn.Module) -> str:
     """Why there is no candidate, and the path of what may be meant."""
-    what = f"{type(core).__name__} holds no nn.ModuleList of transformer blocks. "
+    what = f"{type(core).__name__} has no nn.ModuleList of transformer blocks. "
     chains = [name for name, found in root.named_modules() if isinstance(found, nn.Sequential)]
     chains = [name for name in chains if _is_uniform(list(root.get_submodule(name).children()))]
     single = [name for name, found in root.named_modules() if _members(found)]
@@ -285,8 +285,8 @@ def _no_list(core: nn.Module, root: nn.Module) -> str:
         return f"{what}Use the nn.Sequential that holds them: blocks={chains[0]!r}."
     if single:
         listed = ", ".join(f"{name!r} ({type(_members(root.get_submodule(name))[0]).__name__})" for name in single)
-        what += f"Its lists hold single layers: {listed}. "
-    return f"{what}Put the blocks into one, or name the one that you mean: blocks='dotted.path'."
+        what += f"Its module lists hold single layers: {listed}. "
+    return f"{what}Put the blocks into an nn.ModuleList, or name the list to use: blocks='dotted.path'."
 
 
 def _by_path(root: nn.Module, path: str) -> list[nn.Module]:
@@ -294,8 +294,8 @@ def _by_path(root: nn.Module, path: str) -> list[nn.Module]:
     if path not in modules:
         lists = [name for name, module in modules.items() if _members(module)]
         raise BlocksError(
-            f"{type(root).__name__} has no module {path!r}.{suggest(path, lists)} "
-            f"Lists of modules in it: {', '.join(lists) or 'none'}."
+            f"{type(root).__name__} has no module {path!r}.{suggest(path, lists)} Its module lists: "
+            f"{', '.join(lists) or 'none'}."
         )
     chosen = modules[path]
     if isinstance(chosen, nn.Sequential):

@@ -1,4 +1,4 @@
-"""What a model directory or a hub id is, told from names and files alone: nothing is loaded and nothing is run.
+"""What a model directory or a hub id is, determined from names and files alone: nothing is loaded and nothing is run.
 
 No torch here: the process that asks for benchmarks checks a model's directory before it starts the one that loads it.
 """
@@ -17,7 +17,7 @@ from decondense.gguf_files import fault, hub_parts, is_gguf, only_gguf
 ADAPTER = "adapter_config.json"
 """The file that makes a directory an adapter of PEFT (LoRA and its relatives)."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-CODE = "it comes with code of its own, which is not run here"
+CODE = "it contains custom code, which is not run here"
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -43,8 +43,8 @@ def locate(source: str | Path, revision: str | None = None) -> tuple[str, str | 
     A directory whose weights are one GGUF file is that file. ``ID:FILE.gguf`` is a file on the hub.
 
     Raises:
-        ModelError: no such directory, no model or adapter in it, weights in pickles only, a file that is not GGUF, no
-            form of a hub id.
+        ModelError: no such directory, no model or adapter in it, weights only as pickles, a file that is not GGUF, or a
+            name that is not a hub id.
     """
     name = str(source)
     path = Path(name).expanduser()
@@ -76,10 +76,10 @@ def locate(source: str | Path, revision: str | None = None) -> tuple[str, str | 
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a directory that holds neither a model nor an adapter, or its weights in pickles only.
+    """Refuse a directory that holds neither a model nor an adapter, or has its weights only as pickles.
 
     Raises:
-        ModelError: as said.
+        ModelError: the directory is refused.
     """
     adapter = (path / ADAPTER).is_file()
     if not adapter and not (path / "config.json").is_file():
@@ -89,21 +89,21 @@ def check_folder(path: Path) -> None:
     whole = [*path.glob("model*.safetensors"), *path.glob("model*.safetensors.index.json")]
     if adapter and whole:
         raise ModelError(
-            f"{path} holds a whole model ({whole[0].name}) and an adapter ({ADAPTER}): which of them is meant cannot "
-            "be told. Move one of them to a directory of its own."
+            f"{path} holds a whole model ({whole[0].name}) and an adapter ({ADAPTER}): it is not clear which one to "
+            "load. Move one of them to its own directory."
         )
     if adapter and not (path / ADAPTER_WEIGHTS).is_file():
         cause, remedy = "", "Copy or download it again."
         if (path / "adapter_model.bin").is_file():
-            cause = " but a pickle (adapter_model.bin), which can run code when it is read and is not loaded"
-            remedy = "Save the adapter again with a current peft."
+            cause = ", only a pickle (adapter_model.bin), which is not loaded because reading it can run code"
+            remedy = "Save the adapter again with a current version of peft."
         raise ModelError(f"the adapter in {path} has no {ADAPTER_WEIGHTS}{cause}. {remedy}")
     pickles = sorted([*path.glob("pytorch_model*.bin"), *path.glob("*.ckpt"), *path.glob("*.pt"), *path.glob("*.pth")])
     pickles = [file for file in pickles if file.name not in _OF_THE_TRAINER and not file.name.startswith("rng_state")]
     if not adapter and not [*path.glob("*.safetensors")] and pickles:
         raise ModelError(
-            f"{path} has its weights as a pickle only ({pickles[0].name}), which can run code when it is read; they "
-            "are not loaded. Save the model again as safetensors (save_pretrained of a current transformers)."
+            f"{path} has its weights only as a pickle ({pickles[0].name}), which is not loaded because reading it can "
+            "run code. Save the model again as safetensors (save_pretrained of a current transformers)."
         )
 
 
@@ -133,27 +133,27 @@ def adapter_of(folder: str | Path) -> Adapter | None:
         raise ModelError(f"{path} cannot be read ({error}).") from error
     base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
     if not isinstance(base, str) or not base:
-        raise ModelError(f"{path} does not name the base model; write it there as base_model_name_or_path.")
+        raise ModelError(f"{path} does not name the base model; add it as base_model_name_or_path.")
     if settings.get("megatron_config") is not None:
-        raise ModelError(f"{path}: megatron_config imports a module by its name; such adapters are not loaded.")
+        raise ModelError(f"{path}: adapters with megatron_config are not loaded, because it imports a module by name.")
     if str(settings.get("peft_type")).upper() == "XLORA":
         raise ModelError(f"{path}: X-LoRA adapters, which load further adapters, are not supported.")
     revision = settings.get("revision")
     for place in (Path(base).expanduser(), folder / base):
         if place.is_dir():
             if (place / ADAPTER).is_file():
-                raise ModelError(f"{path}: its base model {base} is an adapter too; merge that one first.")
+                raise ModelError(f"{path}: its base model {base} is also an adapter; merge that one first.")
             return Adapter(folder, str(place), None)
     if not _HUB_ID.fullmatch(base) or base.startswith("."):
         raise ModelError(
-            f"the adapter in {folder} needs its base model, and there is no directory {base}. Write the right place "
-            f"into {path.name} (base_model_name_or_path): a directory or a hub id."
+            f"the adapter in {folder} needs its base model, and there is no directory {base}. Set "
+            f"base_model_name_or_path in {path.name} to a directory or a hub id."
         )
     return Adapter(folder, base, revision if isinstance(revision, str) else None)
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message that tells something: not a heading that ends in a colon."""
+    """The first informative line of an error's message: not a heading that ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return text.rstrip(".:!")
@@ -165,9 +165,9 @@ def reason_of(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return CODE
     if "ignore_mismatched_sizes" in text:
-        return "the weights have other sizes than its config.json says"
+        return "the shapes of its weights do not match its config.json"
     if isinstance(error, ValueError) and hasattr(error, "lineno"):  # of the json module
-        return f"one of its JSON files is cut off or damaged ({text})"
+        return f"one of its JSON files is truncated or damaged ({text})"
     if "safetensor" in type(error).__name__.lower():
         return f"its weights are damaged ({text}); copy or download them again"
     return text

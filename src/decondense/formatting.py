@@ -1,4 +1,4 @@
-"""Numbers, counts, durations and lists as text: the one place where a value becomes words."""
+"""Formats numbers, counts, durations and lists as text, in one place for the whole package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Interval = tuple[float, float]
 
 
 def number(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
-    """``value`` with a fixed number of digits and a real minus sign; a dash for None, NaN and infinities."""
+    """``value`` with a fixed number of digits and a Unicode minus sign; a dash for None, NaN and infinities."""
     if value is None or not math.isfinite(value):
         return NONE
     text = f"{value:{'+' if sign else ''}.{digits}f}"
@@ -24,7 +24,7 @@ def number(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
 
 
 def fitting(value: float | None, *, sign: bool = False, among: Sequence[float] = ()) -> str:
-    """A number with as many digits as a narrow column has room for; ``among``: numbers that share the digits."""
+    """A number with as many digits as fit a narrow column; ``among``: numbers that use the same digits."""
     largest = max((abs(v) for v in (value, *among) if v is not None and math.isfinite(v)), default=0.0)
     return number(value, 3 if largest < 100 else 1 if largest < 10_000 else 0, sign=sign)
 
@@ -98,7 +98,7 @@ def plural(n: int, noun: str) -> str:
 
 
 def shortened(words: Sequence[str], most: int = 12) -> list[str]:
-    """The words, or where they are more than ``most``, the first and the last three and the number of the others."""
+    """The words; if there are more than ``most``, the first three, the last three and the number of the others."""
     if len(words) <= most:
         return list(words)
     return [*words[:3], f"{len(words) - 6} others", *words[-3:]]

@@ -1,8 +1,8 @@
-r"""The registry of the objectives: what each form is, where it comes from, what its options do. No torch in here.
+r"""The registry of the objectives: what each form is, where it comes from, what its options do. Without torch.
 
 :data:`FORMS` is the only list of them. Configuration, documentation and cost estimates read it; the form itself, its
 definition and its engine, is the file ``losses/forms/<name>.py``. All forms are *minimised*, and spread the hidden
-states of a sequence apart; but for the controls ``centring`` and ``straightness``.
+states of a sequence apart, except the controls ``centring`` and ``straightness``.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class FormInfo:
     kind: Kind
     """``pairs``: a sum over pairs; ``rows``: a statistic of each token against the others; ``features``: no pairs."""
     extremes: str
-    """The value when all tokens are equal, and the least value."""
+    """The value when all tokens are equal, and the minimum."""
     uses: tuple[str, ...] = ()
     """Options of :class:`decondense.config.LossConfig` that change this form."""
     defaults: Mapping[str, float] = field(default_factory=dict)
     """Published values where they differ from this package's defaults (to be passed explicitly)."""
     euclidean: bool = False
-    """True if lengths matter, not directions alone: not scale invariant."""
+    """True if the lengths of the states matter, not only their directions: not scale invariant."""
     diagonal: Literal["no", "yes", "compat"] = "no"
     """Whether the pairs i = j belong to the mean; ``compat``: only with ``compat=``."""
     compat: bool = False
@@ -51,13 +51,13 @@ class FormInfo:
     fused: bool = False
     """True if ``impl="fused"`` covers it."""
     random: bool = False
-    """True if the form itself draws (and therefore needs a generator)."""
+    """True if the form itself draws random numbers (and therefore needs a generator)."""
     teacher: bool = False
     """True if it compares with the states of a teacher (``teacher=``)."""
     ordered: bool = False
-    """True if the order of the tokens matters, so that only tokens of one sequence go together."""
+    """True if the order of the tokens matters, so that only tokens of one sequence can be combined."""
     held: str = ""
-    """What is held constant in the gradient, which is then not that of the value; empty: nothing."""
+    """What is held constant in the gradient, which then differs from the gradient of the value; empty: nothing."""
     cost: Cost = "pairs"
     """Products per token: with its partners (``pairs``), the smaller of n and D (``gram``), one (``mean``), ``slices``.
     """

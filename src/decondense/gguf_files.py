@@ -47,7 +47,7 @@ def architecture(path: Path) -> str:
 
 
 def fault(path: Path) -> str | None:
-    """What is wrong with a GGUF file, as far as its first bytes and its name tell; None: nothing."""
+    """What is wrong with a GGUF file, judged by its first bytes and its name; None: nothing."""
     with path.open("rb") as handle:
         magic = handle.read(4)
     if magic != b"GGUF":
@@ -57,7 +57,7 @@ def fault(path: Path) -> str | None:
         merge = f"llama-gguf-split --merge {path} WHOLE.gguf"
         return f"{path} is one of {int(part[1])} parts; merge them first: {merge}."
     if importlib.util.find_spec("gguf") is None:
-        return f'{path} needs the package gguf: pip install "decondense[gguf]".'
+        return f'{path} needs the gguf package: pip install "decondense[gguf]".'
     return None
 
 
@@ -69,12 +69,12 @@ def remedy(path: Path, error: Exception) -> str:
     if re.search(r"not supported|Cannot rebuild a config|Unknown gguf model_type|does not recognize", str(error)):
         return (
             f"transformers {version('transformers')} does not read the architecture {kind!r} or its tensor types from "
-            f"GGUF ({text[0].rstrip('.')}). Give the model's own directory or hub id (safetensors), or a newer "
-            "transformers."
+            f"GGUF ({text[0].rstrip('.')}). Use the original model's directory or hub id (safetensors), or a newer "
+            "version of transformers."
         )
     return (
-        f"architecture {kind!r}: {text[0].rstrip('.')}. The file seems cut off or damaged: compare its size with the "
-        "original's and copy or download it again."
+        f"architecture {kind!r}: {text[0].rstrip('.')}. The file seems truncated or damaged: compare its size with the "
+        "original, and copy or download it again."
     )
 
 

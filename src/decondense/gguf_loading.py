@@ -1,4 +1,4 @@
-"""What transformers is asked for, so that a GGUF file becomes a plain model."""
+"""The arguments with which transformers loads a GGUF file as a plain model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from decondense.gguf_files import alone, hub_parts, is_gguf
 
 
 def gguf_path(name: str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """The path of a GGUF file; one of the hub's is fetched into its cache. What the hub's client raises is its own."""
+    """The path of a GGUF file; a file on the hub is fetched into its cache. Errors of the hub client are raised
+    unchanged."""
     parts = hub_parts(name)
     if parts is None:
         return Path(name).expanduser()

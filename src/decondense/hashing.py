@@ -1,4 +1,4 @@
-"""Hashes of files, arrays and parameters: how weights, text and data are named everywhere. Each is SHA-256."""
+"""SHA-256 hashes of files, arrays and parameters, which identify weights, text and data everywhere."""
 
 from __future__ import annotations
 

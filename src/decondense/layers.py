@@ -1,4 +1,4 @@
-"""The identity of a hidden state of a model, and the one place where it gets a name for people.
+"""The identity of a hidden state of a model, and the one place that defines its readable name.
 
 The states over which depth is counted are, as in Liu et al. 2026 (arXiv:2602.00217): state 0, the embedding (what
 enters the first block), and the states after block 1 to block L. What follows the blocks (final norm, output of the
@@ -34,11 +34,11 @@ class Layer:
 
     @property
     def label(self) -> str:
-        """For people and rows: ``"embedding"``, ``"block 3"``, ``"final norm"``."""
+        """Readable name, also used in rows: ``"embedding"``, ``"block 3"``, ``"final norm"``."""
         return f"block {self.number}" if self.kind == "block" else self.kind
 
     def key(self, blocks: int = 0) -> str:
-        """For logs, where keys are sorted: ``"block_03"``, ``"final_norm"``. ``blocks``: how many the model has."""
+        """Key for logs, which sort keys: ``"block_03"``, ``"final_norm"``. ``blocks``: the model's number of blocks."""
         width = max(2, len(str(blocks)))
         return f"block_{self.number:0{width}d}" if self.kind == "block" else self.kind.replace(" ", "_")
 
@@ -49,7 +49,7 @@ class Layer:
 
     @property
     def follows_blocks(self) -> bool:
-        """Whether the state is the last block's after what the model does to it before its head."""
+        """Whether the state is the last block's, after everything that the model does to it before the head."""
         return self.kind in ("final norm", "stack output")
 
 
@@ -65,7 +65,7 @@ def block(number: int) -> Layer:
 
 
 def parse(text: str) -> Layer:
-    """The state that a label or a key names, as rows and logs have it.
+    """The state that a label or a key names, as in rows and logs.
 
     Raises:
         ValueError: the text names no state.
@@ -81,5 +81,5 @@ def parse(text: str) -> Layer:
 
 
 def deep_half(states: int) -> int:
-    """How many of the states 0 to L are the deep half: L/2 rounded down, and at least one."""
+    """Number of states in the deep half of the states 0 to L: L/2 rounded down, but at least one."""
     return max(1, (states - 1) // 2)

@@ -1,15 +1,15 @@
-"""Ties the hidden states of a model to its own inputs: which axis holds the tokens, and whose tokens they are.
+"""Matches the hidden states of a model with its inputs: which axis holds the tokens, and which tokens they are.
 
 Most blocks return [batch, tokens, width]; those of ``nn.TransformerEncoder`` with torch's default
-``batch_first=False``, of fairseq and of XLNet return [tokens, batch, width]. Taking one for the other gives another
-loss without any error, so the layout is never assumed. It is, in this order:
+``batch_first=False``, of fairseq and of XLNet return [tokens, batch, width]. Confusing the two gives a wrong loss
+without any error, so the layout is never assumed. It is, in this order:
 
-1. stated by the user (``tokens_first=``);
-2. a fact of the class (torch's own layers);
-3. told by the shapes, where the inputs are [batch, tokens] by convention and there are not as many sequences as tokens;
-4. settled once by a probe: one sequence of the batch is changed, and the states that change with it are its own.
+1. given by the user (``tokens_first=``);
+2. known from the class (torch's own layers);
+3. read from the shapes if the inputs are [batch, tokens] by convention and there are not as many sequences as tokens;
+4. determined once by a probe: one sequence of the batch is changed, and the states that change with it are its own.
 
-States that do not belong to the tokens of the input, one to one, are refused.
+States that do not correspond one to one to the tokens of the input are refused.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Call:
     arguments: dict[str, Any]
     tokens: tuple[str, Tensor] | None
     rows: int = 0
-    """Sequences B, or what the first axis of the tokens has where it is not settled yet."""
+    """Sequences B, or what the first axis of the tokens has where it is not determined yet."""
     positions: int = 0
     """Tokens T of each sequence."""
     tokens_first: bool | None = False
-    """Whether the inputs are [tokens, batch]; None: not settled yet."""
+    """Whether the inputs are [tokens, batch]; None: not determined yet."""
 
 
 class StateReader:
@@ -53,8 +53,8 @@ class StateReader:
 
     Args:
         blocks: The blocks whose states are read.
-        tokens_first: Whether the blocks return [tokens, batch, width]; None: settled as described above.
-        places: Further modules whose outputs are read, by a name for :meth:`states`; their layout is their own.
+        tokens_first: Whether the blocks return [tokens, batch, width]; None: determined as described above.
+        places: Further modules whose outputs are read, by a name for :meth:`states`; each has its own layout.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class StateReader:
         return call
 
     def input_layout(self, module: nn.Module, inputs: Mapping[str, Any]) -> bool:
-        """Whether ``module`` takes its tokens as [tokens, batch], settled by a probe with ``inputs`` unless by name.
+        """Whether ``module`` takes its tokens as [tokens, batch], by its name or else by a probe with ``inputs``.
 
         Raises:
             SequencesError: the probe did not tell.
@@ -128,7 +128,7 @@ class StateReader:
         """A state of the call as [batch, tokens, width].
 
         Raises:
-            SequencesError: the states are not those of the call's tokens; the message says what may be the cause.
+            SequencesError: the states are not those of the call's tokens; the message names the possible cause.
         """
         shape = tuple(state.shape)
         if state.is_nested or type(state).__name__ == "DTensor":
@@ -136,7 +136,7 @@ class StateReader:
                 f"{what} returns a {'nested tensor' if state.is_nested else 'DTensor'}; dispersion needs plain tensors "
                 "[batch, tokens, width] with whole sequences on each rank. Nested tensors come from "
                 "nn.TransformerEncoder(enable_nested_tensor=True); tensor, sequence and context parallelism are not "
-                "supported, use data parallelism (DDP, FSDP2)."
+                "supported; use data parallelism (DDP, FSDP2)."
             )
         if len(shape) == 2 and call.tokens is not None and shape[0] == call.positions and call.rows == 1:
             return state[None]  # torchtitan folds the batch into one row [T, D]
@@ -196,21 +196,20 @@ class StateReader:
 
     def _unsettled(self, call: Call) -> str:
         state_it = (
-            "State it: tokens_first=False for blocks that return [batch, tokens, width], tokens_first=True for "
-            "[tokens, batch, width]."
+            "Pass tokens_first=False for blocks that return [batch, tokens, width], tokens_first=True for [tokens, "
+            "batch, width]."
         )
         if torch.compiler.is_compiling():  # a graph formats no numbers
             return (
-                "which axis of the blocks' states holds the tokens cannot be told inside a compiled graph, because the "
-                "name of the model's input does not say it or the first batch has as many sequences as tokens. "
-                + state_it
-                + " Or call the model once before compiling it."
+                "it cannot be determined inside a compiled graph which axis of the blocks' states holds the tokens, "
+                "because the name of the model's input does not say it or the first batch has as many sequences as "
+                "tokens. " + state_it + " Or call the model once before compiling it."
             )
         name = call.tokens[0] if call.tokens is not None else "the input"
         return (
-            f"which axis of the blocks' states holds the tokens cannot be told from {name!r}, of shape "
-            f"({call.rows}, {call.positions}), and the model was not or could not be probed (sharded parameters; "
-            f"sequences that depend on each other). {state_it} Call its input input_ids if it is [batch, tokens]."
+            f"it cannot be determined from {name!r}, of shape ({call.rows}, {call.positions}), which axis of the "
+            "blocks' states holds the tokens, and the model was not or could not be probed (sharded parameters; "
+            f"sequences that depend on each other). {state_it} Or name its input input_ids if it is [batch, tokens]."
         )
 
     def _mismatch(self, call: Call, shape: tuple[int, ...], what: str, first: bool) -> str:
@@ -224,9 +223,15 @@ class StateReader:
         message = f"{what} has states of shape {shape} for {call.rows} rows of {call.positions} tokens in {name!r}: "
         if shape[:2] == ((call.rows, call.positions) if first else (call.positions, call.rows)):
             axes = "[batch, tokens, width]" if first else "[tokens, batch, width]"
-            return f"{message}they are {axes}, not what was settled or stated. Attach with tokens_first={not first}."
+            return (
+                f"{message}they are {axes}, not the layout that was detected or given. Attach with "
+                f"tokens_first={not first}."
+            )
         cause = why_other_tokens((rows, positions), (call.rows, call.positions), self._root)
-        remedy = "name blocks that see the tokens themselves (blocks='dotted.path'), or give the model inputs it keeps"
+        remedy = (
+            "name blocks that see the tokens themselves (blocks='dotted.path'), or give the model inputs that keep "
+            "their shape"
+        )
         return f"{message}{cause}, so these are not the states of the given tokens. This is not supported" + (
             "." if _prompt_tuning(self._root) else f": {remedy}."
         )
@@ -273,8 +278,8 @@ class StateReader:
             if self._stated is not None:
                 return
             raise SequencesError(
-                f"which axis of the states of {type(module).__name__} holds the tokens was to be settled by a forward "
-                f"pass in evaluation mode, which failed ({type(error).__name__}: {error}). State it: "
+                f"it could not be determined which axis of the states of {type(module).__name__} holds the tokens: the "
+                f"probing forward pass in evaluation mode failed ({type(error).__name__}: {error}). Pass "
                 "tokens_first=False for blocks that return [batch, tokens, width], tokens_first=True for [tokens, "
                 "batch, width]."
             ) from error
@@ -287,8 +292,8 @@ class StateReader:
         for place, axis in own.items():
             if axis is not None and self._layout.setdefault(place, axis == 1) != (axis == 1):
                 raise SequencesError(
-                    f"tokens_first={axis != 1} was stated, but the states of the {place} that depend on one sequence "
-                    f"lie along the other axis. Attach with tokens_first={axis == 1}."
+                    f"tokens_first={axis != 1} was given, but in the states of the {place} the tokens lie along the "
+                    f"other axis. Attach with tokens_first={axis == 1}."
                 )
 
 
@@ -350,7 +355,7 @@ def why_other_tokens(given: tuple[int, int], expected: tuple[int, int], root: nn
     if rows == wanted:
         return "the model drops or merges positions (pooling, patches, image tokens)"
     if rows * positions == wanted * length:
-        return "the model folds or cuts the batch in another way"
+        return "the model reshapes the batch"
     return "the model changes the number of sequences (padding removed, several choices or views)"
 
 
@@ -358,10 +363,10 @@ def why_not_three(dimensions: int) -> str:
     """Why states of another number of dimensions are refused."""
     wanted = "dispersion needs [batch, tokens, width]. "
     if dimensions == 2:
-        return wanted + "One vector for each sequence, or a folded batch whose sequences are not told, has no pairs."
+        return wanted + "A single vector per sequence, or a folded batch without sequence boundaries, has no pairs."
     if dimensions == 4:
         return wanted + (
-            "Four dimensions are image maps, or several residual streams (hyper-connections): a token has no single "
+            "Four dimensions are image maps or several residual streams (hyper-connections), so a token has no single "
             "state. Name other blocks: blocks='dotted.path'."
         )
     return wanted + "Name other blocks: blocks='dotted.path'."

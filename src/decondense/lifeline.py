@@ -38,7 +38,7 @@ class Lifeline:
         return [sys.executable, "-m", "decondense.lifeline", str(self.child_end), module, *arguments]
 
     def close(self) -> None:
-        """Let the children end."""
+        """End the children."""
         for descriptor in (self._own, self.child_end):
             with contextlib.suppress(OSError):
                 os.close(descriptor)
@@ -62,7 +62,7 @@ def hold(descriptor: int) -> None:
 
 
 class HeldFolder:
-    """A directory that this process works in; :meth:`is_there` tells whether it was removed or replaced meanwhile."""
+    """A directory that this process works in; :meth:`is_there` is false once it was removed or replaced."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
@@ -83,7 +83,7 @@ class HeldFolder:
 
 
 def end_without(folder: str | os.PathLike[str]) -> None:
-    """End this process within seconds when ``folder`` is removed or replaced, so that nothing makes it again."""
+    """End this process within seconds when ``folder`` is removed or replaced, so that nothing recreates it."""
     held = HeldFolder(folder)
 
     def look() -> None:
@@ -106,7 +106,7 @@ def _wait(descriptor: int) -> None:
 
 def _end(reason: str) -> None:
     with contextlib.suppress(OSError):
-        os.write(2, f"{reason}; this worker stops where the run can be resumed.\n".encode(errors="replace"))
+        os.write(2, f"{reason}; this worker stops, and the run can be resumed.\n".encode(errors="replace"))
     os._exit(1)
 
 

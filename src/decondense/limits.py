@@ -26,11 +26,11 @@ _POSITION_FIELDS = (
 
 
 def model_positions(model: nn.Module) -> int | None:
-    """Most tokens that a model has positions for; None where there is no limit, or none that it declares.
+    """The largest number of tokens that a model has positions for; None if there is no limit, or it declares none.
 
-    A number in the configuration is the limit of a table, or the length that rotary positions were trained for. It
-    is none where positions enter as a bias that depends on distance alone: T5 and its relatives (whose ``n_positions``
-    of 512 nothing reads), ALiBi (Bloom, some Falcons), DeBERTa without absolute positions.
+    A number in the configuration is the limit of a table, or the length that rotary positions were trained for. There
+    is no limit where positions enter as a bias that depends on distance alone: T5 and its relatives (whose
+    ``n_positions`` of 512 nothing reads), ALiBi (Bloom, some Falcons), DeBERTa without absolute positions.
     """
     config = text_config(model)
     values = [getattr(config, name, None) for name in _POSITION_FIELDS]

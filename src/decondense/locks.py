@@ -1,4 +1,4 @@
-"""Locks of the operating system (flock), which go when their process goes. Standard library only."""
+"""Locks of the operating system (flock), which are released when their process ends. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ def lock(handle: IO[str] | int, path: str | os.PathLike[str], *, wait: bool = Fa
     Args:
         handle: the open file, or its descriptor.
         path: its name, for errors.
-        wait: wait for whoever has the lock.
+        wait: wait until the lock is free.
 
     Raises:
         BlockingIOError: another process has the lock.
-        OSError: there are no locks on this file system.
+        OSError: the file system does not support locks.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise
     except OSError as error:
-        reason = f"{error.strerror}: this file system has no locks (flock); choose a directory on another one"
+        reason = f"{error.strerror}: this file system does not support locks (flock); choose a directory on another one"
         raise OSError(error.errno, reason, os.fspath(path)) from error

@@ -1,12 +1,12 @@
-r"""The registry of the side metrics: what each is, where it comes from, what moves it. No torch in here.
+r"""The registry of the side metrics: what each is, where it comes from, what it is sensitive to. Without torch.
 
 :func:`metric_names` and :func:`find_metric` are the only way to them. A metric is one function (``measuring/metrics``,
 a file for each group) and one :class:`Metric`; other packages add theirs with :func:`register_metric`, or with an entry
 point of the group ``decondense.metrics`` whose name is the metric's and which holds the :class:`Metric`.
 
 Notation of the equations: :math:`Z` [N, D] the states of a set of tokens, rows :math:`z_i`, mean row :math:`\bar z`,
-:math:`X = Z - 1 \bar z^T`; :math:`\sigma_k(\cdot)` singular values, :math:`\lambda_k = \sigma_k^2`, in falling order;
-:math:`H(w) = -\sum_k p_k \ln p_k` with :math:`p = w / \sum w`, and 0 where :math:`\sum w = 0`.
+:math:`X = Z - 1 \bar z^T`; :math:`\sigma_k(\cdot)` singular values, :math:`\lambda_k = \sigma_k^2`, in descending
+order; :math:`H(w) = -\sum_k p_k \ln p_k` with :math:`p = w / \sum w`, and 0 where :math:`\sum w = 0`.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Metric:
     passages (``Corpus``). Scope ``layers``: ``function(clouds)`` of all states of a passage gives [S, S].
     ``"module:function"`` is imported when it is needed."""
     sensitive: str
-    """What moves it: a sink token (one huge norm), a constant vector added to all tokens, scale."""
+    """What it is sensitive to: a sink token (one huge norm), a constant vector added to all tokens, scale."""
     undefined: str = ""
-    """Its values where the definition has none: zero states, equal tokens, width 1."""
+    """Its values where the definition gives none: zero states, equal tokens, width 1."""
     scope: Scope = "passage"
     """``passage``: of each passage, then the mean over passages. ``corpus``: of the tokens of all passages as one set.
     ``layers``: between all pairs of states."""
@@ -53,7 +53,7 @@ class Metric:
     ``moments``: D x D second moments of each layer. ``layers``: an N x N Gram matrix of each layer, and the states of a
     batch are kept. All arithmetic is in float64."""
     parts: tuple[str, ...] = ()
-    """Of a function that gives several values: the values are named ``name_part``."""
+    """For a function that gives several values: they are named ``name_part``."""
     finish: str | Callable[..., Any] | None = None
     """Scope ``layers``: maps the mean of ``function`` over passages [S, S] to the value [S, S]."""
 
@@ -86,10 +86,12 @@ def register_metric(metric: Metric) -> Metric:
     """Add a metric, for :func:`decondense.measure`, the command line and study files.
 
     Raises:
-        ValueError: the name is no identifier, or is taken by another metric.
+        ValueError: the name is not an identifier, or is taken by another metric.
     """
     if not metric.name.isidentifier() or metric.name == "all":
-        raise ValueError(f"the metric name {metric.name!r} is not valid: letters, digits and _ only, and not 'all'.")
+        raise ValueError(
+            f"the metric name {metric.name!r} is not valid: use only letters, digits and _, and not 'all'."
+        )
     taken = {column: other.name for other in _REGISTRY.values() for column in (other.name, *other.columns)}
     for column in (metric.name, *metric.columns):
         if taken.get(column, metric.name) != metric.name or _REGISTRY.get(metric.name, metric) != metric:
@@ -103,7 +105,7 @@ def _plugins() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def metric_names() -> tuple[str, ...]:
-    """Names of all metrics, those of other packages last; nothing is imported for it."""
+    """Names of all metrics, those of other packages last; imports nothing."""
     return (*_REGISTRY, *(name for name in sorted(_plugins()) if name not in _REGISTRY))
 
 
@@ -121,7 +123,9 @@ def find_metric(name: str) -> Metric:
                 raise TypeError(f"it holds {metric!r:.80}, not a Metric named {name!r}")
             register_metric(metric)
         except Exception as error:  # another package's code: whatever it raises is the cause
-            raise ValueError(f"the metric {name!r} of the entry point {point.value!r} fails: {error}.") from error
+            raise ValueError(
+                f"the metric {name!r} of the entry point {point.value!r} cannot be loaded: {error}."
+            ) from error
     return _REGISTRY[name]
 
 

@@ -1,7 +1,7 @@
-"""The one loader: every model that is measured, evaluated, trained on or learnt from is loaded or built here.
+"""The only loader: every model that is measured, evaluated, trained or used as a teacher is loaded or built here.
 
-What it guarantees for all of them: code that comes with a model never runs unless the caller says so, and nobody is
-asked; weights are safetensors, never pickles; a checkpoint that lacks tensors is refused instead of being filled with
+It guarantees for all of them: custom code in a model repository never runs unless the caller allows it, and there is no
+prompt; weights are safetensors, never pickles; a checkpoint that lacks tensors is refused instead of being filled with
 random ones; a directory of adapters is loaded through PEFT on its base model; a GGUF file is dequantised.
 """
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Head = Literal["any", "causal", "text"]
-"""``any``: the head that the checkpoint was saved with, if it has one, and no complaint where it lacks tensors.
+"""``any``: the head that the checkpoint was saved with, if it has one; a head that lacks tensors is accepted.
 ``causal``: a causal language model. ``text``: that, or an encoder-decoder that generates text."""
 
 
@@ -47,13 +47,13 @@ class LoadOptions(TypedDict, total=False):
     device_map: str | Mapping[str, Any] | None
     """As in transformers, for example ``"auto"``: layers that do not fit go to the CPU and to disk."""
     max_memory: Mapping[Any, Any] | None
-    """Memory budget a device, for ``device_map``."""
+    """Memory budget per device, for ``device_map``."""
     offload_folder: str | Path | None
-    """Where layers go that fit in no memory."""
+    """Directory for layers that do not fit in memory."""
     eight_bit: bool
     """8-bit weights (needs ``bitsandbytes``)."""
     merge: bool
-    """Add an adapter's product to the weights of its base, so that the result is a plain model."""
+    """Merge an adapter into the weights of its base, so that the result is a plain model."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -76,12 +76,12 @@ def load_model(
             ``ID@REVISION`` is a revision too. Or a GGUF file, a directory with one, ``ID:FILE.gguf`` on the hub.
         revision: Branch, tag or commit of a hub model.
         tokenizer: Where the tokenizer is, when not with the model (or with the adapter's base).
-        trust_remote_code: Run code that comes with the model and the tokenizer.
+        trust_remote_code: Run custom code that comes with the model and the tokenizer.
         options: See :class:`LoadOptions`.
 
     Raises:
-        ValueError: no such directory, no model in it, an unreachable hub, weights that do not load or are not
-            complete, code that would have to run.
+        ValueError: there is no such directory or no model in it, the hub cannot be reached, the weights do not load or
+            are incomplete, or custom code would have to run.
     """
     name, at = locate(source, revision)
     with _asked_once(name, tokenizer):
@@ -135,9 +135,12 @@ def _load(
         options["offload_folder"] = str(offload_folder)
     if eight_bit:
         if is_gguf(name):
-            raise ModelError(f"{name} is dequantised; leave --8bit out, or give --dtype bfloat16 to save memory.")
+            raise ModelError(
+                f"{name} is a GGUF file, which is dequantised when it is loaded: omit --8bit, or pass --dtype bfloat16 "
+                "to save memory."
+            )
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise ModelError("8-bit weights need bitsandbytes: pip install bitsandbytes, or leave --8bit out.")
+            raise ModelError("8-bit weights need bitsandbytes: pip install bitsandbytes, or omit --8bit.")
         import transformers
 
         quantised: Any = transformers.BitsAndBytesConfig
@@ -188,7 +191,7 @@ def load_config(
 def empty_model(config: Any, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A causal language model with the weights that its configuration draws, on the current default device.
 
-    What a configuration that cannot be built raises is transformers' own.
+    For a configuration that cannot be built, the error of transformers is raised unchanged.
     """
     import transformers
 
@@ -203,7 +206,8 @@ def _whole(name: str, revision: str | None, head: Head, options: dict[str, Any])
     config = load_config(name, revision=revision, trust_remote_code=options["trust_remote_code"])
     if getattr(config, "auto_map", None) and not options["trust_remote_code"]:
         warnings.warn(
-            f"{name} comes with code of its own, which is not run: transformers' own {type(config).__name__} is used.",
+            f"{name} contains custom code, which is not run: the {type(config).__name__} of transformers is used "
+            "instead.",
             stacklevel=2,
         )
     if is_gguf(name):
@@ -231,8 +235,8 @@ def _refuse_kernels(name: str, config: Any) -> None:
             value = getattr(part, key, None)
             if isinstance(value, str) and "/" in value:
                 raise ModelError(
-                    f"the model in {name} cannot be loaded: its config.json asks for kernels from {value}, which is "
-                    f"code that is not run here. Take {key.removesuffix('_internal').lstrip('_')} out of config.json."
+                    f"the model in {name} cannot be loaded: its config.json requests kernels from {value}, and this "
+                    f"code is not run here. Remove {key.removesuffix('_internal').lstrip('_')} from config.json."
                 )
 
 
@@ -271,7 +275,7 @@ def _asked_once(*names: str | Path | None) -> Iterator[None]:
 def check_complete(
     name: str, model: Any, missing: Iterable[str], *, head: bool = False, unexpected: Iterable[str] = ()
 ) -> None:
-    """Refuse weights that lack a part of what is used: transformers draws it at random, with a warning only.
+    """Refuse weights that lack parameters that are used: transformers initialises these randomly and only warns.
 
     Poolers, which come and go between tasks, are never used, and heads are not when states are measured.
 
@@ -293,11 +297,11 @@ def check_complete(
         )
         raise ModelError(
             f"the model in {name} cannot be used: its weights lack {len(lacking):,} of the tensors that its "
-            f"config.json asks for ({_some(lacking)}). They would be random: "
+            f"config.json requires ({_some(lacking)}), which would be initialised randomly. "
             + (
-                f"the names of the weights begin with {wrapper!r}, so save the model inside of torch.compile or DDP."
+                f"The weight names begin with {wrapper!r}: save the model without its torch.compile or DDP wrapper."
                 if wrapper
-                else "give config.json and weights that belong together."
+                else "Use a config.json and weights that belong together."
             )
         )
 
@@ -316,11 +320,11 @@ def why_not(name: str, revision: str | None, error: Exception) -> str:
     if Path(name).is_dir() or "trust_remote_code" in str(error):
         return f"the model in {name} cannot be loaded: {reason}."
     if "safetensors" in str(error):
-        return f"the model {name}{at} cannot be loaded: {reason}. Weights that are pickles are not read."
+        return f"the model {name}{at} cannot be loaded: {reason}. Pickled weights are not loaded."
     return (
         f"no model {name!r}{at}: there is no such directory, and the hub cannot be reached or does not have it "
-        f"({reason}). Without network, give the path of a downloaded model, or fill the cache where there "
-        f"is one (hf download {name}) and set HF_HOME to it."
+        f"({reason}). Without network access, give the path of a downloaded model, or download it on another machine "
+        f"(hf download {name}) and set HF_HOME to that cache."
     )
 
 
@@ -367,10 +371,10 @@ def _adapted(model: PreTrainedModel, adapter: Adapter, merge: bool) -> PreTraine
         raise ModelError(f"the adapter in {folder} cannot be loaded on {adapter.base}: {reason_of(error)}.") from error
     lacking, beyond = sorted(wanted - saved), sorted(name for name in saved - wanted if ".lora_" in name)
     if lacking or beyond:
-        cause = f"it lacks {_some(lacking)}" if lacking else f"there is no place for {_some(beyond)}"
+        cause = f"it lacks {_some(lacking)}" if lacking else f"the base has no module for {_some(beyond)}"
         raise ModelError(
-            f"the adapter in {folder} does not fit its base {adapter.base}: {cause}. Give adapter_config.json, "
-            "adapter weights and base that belong together."
+            f"the adapter in {folder} does not fit its base {adapter.base}: {cause}. Use an adapter_config.json, "
+            "adapter weights and a base model that belong together."
         )
     if merge:
         try:
@@ -414,14 +418,14 @@ def build_model(config: ModelConfig, vocabulary: int, positions: int, end_token:
     """The model that an arm starts from; the caller seeds the global generators first.
 
     Args:
-        config: architecture and overrides, or a pretrained start; with adapters where it says so.
+        config: architecture and overrides, or a pretrained start; with adapters if configured.
         vocabulary: rows of the embedding that the tokenizer needs (:func:`decondense.tokenizers.vocabulary_of`).
         positions: tokens of a training sequence.
         end_token: id of the end-of-text token.
 
     Raises:
         ConfigError: unknown architecture or field, a start that cannot be loaded or lacks tensors, too few positions,
-            or a start whose vocabulary is not the tokenizer's.
+            or a start whose vocabulary does not match the tokenizer.
     """
     if config.pretrained is not None:
         try:
@@ -433,14 +437,14 @@ def build_model(config: ModelConfig, vocabulary: int, positions: int, end_token:
         longest = model_positions(model)
         if longest is not None and longest < positions:
             raise ConfigError(
-                f"model.pretrained {config.pretrained!r} has {longest} positions, less than "
-                f"train.max_seq_length {positions}."
+                f"model.pretrained {config.pretrained!r} has {longest} positions, fewer than train.max_seq_length "
+                f"{positions}. Set train.max_seq_length to {longest} or less."
             )
         rows = vocabulary_size(model)
         if rows is not None and rows < vocabulary:
             raise ConfigError(
-                f"model.pretrained {config.pretrained!r} has a vocabulary of {rows}, the corpus one of "
-                f"{vocabulary}: they do not belong together."
+                f"model.pretrained {config.pretrained!r} has a vocabulary of {rows}, but the corpus needs "
+                f"{vocabulary}. Set corpus.tokenizer to the model's tokenizer."
             )
     else:
         model = _from_scratch(config, vocabulary, positions, end_token)

@@ -1,4 +1,4 @@
-"""Directories that results are written to. Standard library only."""
+"""Checks directories that results are written to. Standard library only."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ class OutputError(ValueError):
 def check_output(folder: str | os.PathLike[str], *owned: str, models: bool = False) -> None:
     """Refuse a directory of results before anything is written.
 
-    It may be a symbolic link itself: the user named it. A link inside would lead writing and removing elsewhere. Files
-    that are replaced in one move need no check: the move replaces a link, not what it leads to.
+    The directory itself may be a symbolic link, because the user named it. A link inside it would redirect writing and
+    removing to another place. Files that are replaced atomically need no check: the rename replaces a link, not its
+    target.
 
     Args:
         folder: the directory; it need not exist.
-        owned: names in it that are appended to, written into or removed, each with all below it.
+        owned: names in it that are appended to, written into or removed, each with everything below it.
         models: models are saved there. safetensors and tokenizers encode the path in UTF-8, so its name must be UTF-8
             and Python's file system encoding must write it as such.
 
     Raises:
-        OutputError: there is a link, or the name is not UTF-8, or the locale has another encoding.
+        OutputError: it contains a link, or its name is not UTF-8, or the locale uses another encoding.
     """
     if models:
         _check_utf8(os.path.abspath(folder))
@@ -43,11 +44,11 @@ def _check_utf8(path: str) -> None:
         name.decode()
     except UnicodeDecodeError:
         raise OutputError(
-            f"{path}: models cannot be saved below a name that is not UTF-8; choose another --out."
+            f"{path}: models cannot be saved in a directory whose name is not UTF-8; choose another --out."
         ) from None
     if path.encode("utf-8", "surrogatepass") != name:
         raise OutputError(
-            f"{path}: models cannot be saved below this name under the locale's encoding "
+            f"{path}: models cannot be saved in a directory of this name with the locale's encoding "
             f"({sys.getfilesystemencoding()}). Set PYTHONUTF8=1 or a UTF-8 locale (LC_ALL=C.UTF-8), or choose another "
             "--out."
         )

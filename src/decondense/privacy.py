@@ -1,10 +1,10 @@
-"""What may be written or printed: no folder of this machine, no credentials.
+"""Removes folders of this machine and credentials from what is written or printed.
 
-Two rules hold for everything that is written into rows and into ``study.yaml``:
+Two rules apply to everything that is written into rows and ``study.yaml``:
 
-- An absolute folder becomes its last part (``/home/me/data/text`` is written ``text``); a relative one stays as given.
-- A URL loses its user, password, query and fragment; an argument whose option is called after a token, key, secret or
-  password loses its value.
+- An absolute folder becomes its last part (``/home/me/data/text`` becomes ``text``); a relative one is unchanged.
+- A URL loses its user, password, query and fragment; the value of an argument whose option names a token, key,
+  secret or password is removed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _URL = re.compile(r"\b(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>[^\s\"'<>]+
 _SECRET_NAME = re.compile(r"(?i)(token|secret|passw|pwd|credential|api[-_]?key|access[-_]?key|signature)")
 _TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|gh[pousr]_[A-Za-z0-9]{8,}|AKIA[A-Z0-9]{12,})\b")
 _TEXT_KEYS = frozenset({"title", "question", "label", "name"})
-"""Keys of a configuration that hold sentences and names, never a folder."""
+"""Configuration keys that hold sentences and names, never a folder."""
 
 
 def without_credentials(text: str) -> str:
@@ -32,12 +32,12 @@ def without_credentials(text: str) -> str:
 
 
 def has_credentials(text: str) -> bool:
-    """Whether a URL in ``text`` carries a user, a password or a query, or ``text`` a known kind of token."""
+    """Whether a URL in ``text`` has a user, a password or a query, or ``text`` contains a known kind of token."""
     return without_credentials(text) != text
 
 
 def without_folder(word: str) -> str:
-    """The last part of an absolute folder (also ``~/...`` and ``file:///...``); anything else as it is."""
+    """The last part of an absolute folder (also ``~/...`` and ``file:///...``); anything else unchanged."""
     path = re.sub(r"^file://", "", word)
     if "\n" in path or not (path.startswith(("/", "~")) or re.match(r"[A-Za-z]:[\\/]", path)):
         return word

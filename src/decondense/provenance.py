@@ -1,4 +1,4 @@
-"""What made a row: versions, commit, machine, command. Rows may be published (:mod:`decondense.privacy`)."""
+"""The origin of a row: versions, commit, machine, command. Rows may be published (:mod:`decondense.privacy`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from decondense.privacy import publishable_words
 _PACKAGES = ("decondense", "torch", "transformers", "accelerate", "tokenizers", "numpy", "scipy")
 
 COMMAND = "DECONDENSE_COMMAND"
-"""Environment variable in which a process that starts workers tells them the command that the user gave."""
+"""Environment variable that passes the user's command from a process to the workers that it starts."""
 
 
 def command_line() -> str | None:
@@ -60,7 +60,7 @@ def _cpu_name() -> str:
 
 
 def provenance(**extra: Any) -> dict[str, Any]:
-    """What made a row: versions, commit, processor, time (UTC). ``extra`` adds, for example, the device."""
+    """The origin of a row: versions, commit, processor, time (UTC). ``extra`` adds, for example, the device."""
     versions = {}
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

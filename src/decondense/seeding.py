@@ -32,7 +32,7 @@ def derive(seed: int, purpose: str, step: int = 0) -> int:
 
 
 def generator(seed: int, purpose: str, step: int = 0, device: str | torch.device = "cpu") -> torch.Generator:
-    """A torch generator of its own for (seed, purpose, step); the global generators are neither read nor moved."""
+    """A separate torch generator for (seed, purpose, step); the global generators are neither read nor advanced."""
     import torch
 
     return torch.Generator(device=device).manual_seed(derive(seed, purpose, step))
@@ -40,7 +40,7 @@ def generator(seed: int, purpose: str, step: int = 0, device: str | torch.device
 
 @contextlib.contextmanager
 def fence() -> Iterator[None]:
-    """Restore the random state of Python, numpy and torch (CPU and every CUDA device) on leaving."""
+    """Restore the random state of Python, numpy and torch (CPU and every CUDA device) on exit."""
     import torch
 
     state = (random.getstate(), np.random.get_state(), torch.get_rng_state())
@@ -58,7 +58,7 @@ def fence() -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside; every module's own mode and the random state afterwards."""
+    """Evaluation mode without gradients in the block; every module's mode and the random state are then restored."""
     import torch
 
     modes = [(module, module.training) for module in model.modules()]
@@ -72,7 +72,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def seed_everything(seed: int, purpose: str) -> None:
-    """Set the global generators of Python, numpy and torch. For the one owner of a process: a training run."""
+    """Seed the global generators of Python, numpy and torch. Only for the owner of a process: a training run."""
     import torch
 
     value = derive(seed, purpose)

@@ -1,8 +1,8 @@
-r"""Which tokens of a batch are real, and which belong to the same document, read off a model's ``forward`` arguments.
+r"""Which tokens of a batch are real, and which belong to the same document, read from a model's ``forward`` arguments.
 
-Two tokens form a pair only if both are real and both stand in the same document. What says so differs between
+Two tokens form a pair only if both are real and both are in the same document. The arguments that say so differ between
 frameworks; the rules here are those of torch, transformers, TRL, Axolotl and LLaMA-Factory. The attached loss,
-:func:`decondense.measure` and the watches read through this module and no other.
+:func:`decondense.measure` and the watches all use this module.
 
 Shapes: B rows, T positions. ``mask_BT`` is True at real tokens; ``segments_BT`` numbers the documents of a packed row.
 """
@@ -56,7 +56,7 @@ _ADDED_AT_LEAST = -1e4
 
 
 class SequencesError(ValueError):
-    """The inputs do not fit the hidden states or contradict each other, so that pairs cannot be told."""
+    """The inputs do not fit the hidden states or contradict each other, so the pairs cannot be determined."""
 
 
 def argument_names(module: nn.Module, inner: nn.Module | None = None) -> tuple[str, ...]:
@@ -75,12 +75,12 @@ def bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
 
 class SequenceReader:
-    """Reads the batches of one model. Remembers what was settled by looking at data, so that it looks only once.
+    """Reads the batches of one model. Remembers what it determined from data, so that it looks only once.
 
     Args:
-        decoder: Read the decoder's inputs of an encoder-decoder.
+        decoder: Read the decoder inputs of an encoder-decoder model.
         padding_id: Id that the model itself takes for padding (``nn.Embedding(padding_idx=...)``); used where no
-            argument tells the real tokens.
+            argument marks the real tokens.
         embeds_segments: The model embeds ``segment_ids``: they are the sentences of a pair, not documents.
     """
 
@@ -89,7 +89,7 @@ class SequenceReader:
         self.padding_id = padding_id
         self.embeds_segments = embeds_segments
         self.looks_once: bool | None = None
-        """Whether integer masks are looked at once only; None: away from the CPU, where a look waits for the device."""
+        """Whether integer masks are inspected only once; None: only off the CPU, where inspecting one synchronizes."""
         self._numbered: bool | None = None  # whether integer masks number documents
         self._overlooked: dict[str, Tensor] = {}  # what was not looked at -> whether it was not as assumed
         self._meaning: dict[str, str] = {}  # "real", "padding" or "pattern", of the masks that do not say it by name
@@ -121,10 +121,10 @@ class SequenceReader:
 
         Real tokens: ``attention_mask`` (1 = real; with documents numbered 1, 2, ... as Axolotl and LLaMA-Factory do; of
         a float mask without a positive number, 0 = real), torch's ``*key_padding_mask`` (True = padding),
-        ``padding_mask``, ``mask`` and the like, whose meaning is settled once by the ids at the masked places (padding
-        is one repeated id at the ends of the rows), ``lengths`` and the like, else the embedding's ``padding_idx``. A
-        ``mask`` of who attends to whom tells nothing if it depends on distance alone, and is refused otherwise where
-        nothing else tells the real tokens or the documents.
+        ``padding_mask``, ``mask`` and the like, whose meaning is determined once from the ids at the masked positions
+        (padding is one repeated id at the ends of the rows), ``lengths`` and the like, else the embedding's
+        ``padding_idx``. An attention pattern passed as ``mask`` is ignored if it depends on distance alone; otherwise
+        it is refused unless another argument marks the real tokens or the documents.
 
         Documents: ``seq_idx``, ``document_ids`` and the like, else ``cu_seq_lens_q``, else lengths that are more than
         the rows, else ``position_ids`` (or ``positions``, ``input_pos``) that start again; of ``[4, B, T]``
@@ -140,7 +140,7 @@ class SequenceReader:
 
         Raises:
             SequencesError: a mask, positions or boundaries that do not fit B rows of T positions, or whose meaning
-                cannot be told.
+                cannot be determined.
         """
         fit = _Fit(rows, positions, device, tokens_first)
         mask, numbered, unread = self._real(arguments, tokens, fit)
@@ -156,14 +156,15 @@ class SequenceReader:
             segments = None
         if unread is not None and mask is None and segments is None and not told:
             raise SequencesError(
-                f"the {unread} is an attention pattern that may hold padding or documents, and no other argument tells "
-                "them. Pass attention_mask (1 = real) or key_padding_mask (True = padding) as well; for packed rows "
-                "document_ids, or position_ids that start again with each document."
+                f"the {unread} is an attention pattern that may hold padding or documents, and no other argument "
+                "identifies them. Pass attention_mask (1 = real) or key_padding_mask (True = padding) as well; for "
+                "packed rows document_ids, or position_ids that start again with each document."
             )
         return mask, segments
 
     def check(self) -> None:
-        """Verify what was assumed without looking; waits for the device. Raises where masks of two kinds were mixed."""
+        """Verify what was assumed without looking; synchronizes with the device. Raises if masks of two kinds were
+        mixed."""
         overlooked, self._overlooked = self._overlooked, {}
         for what, flag in overlooked.items():
             if bool(flag):
@@ -275,13 +276,14 @@ class SequenceReader:
         return True
 
     def _told(self, name: str, mask: Tensor, tokens: tuple[str, Tensor] | None, fit: _Fit) -> str:
-        """What a mask marks that does not tell by its name, "real" or "padding": settled by the first batch."""
+        """What a mask with an ambiguous name marks, "real" or "padding": determined from the first batch."""
         meaning = self._meaning.get(name)
         if meaning is None:
             if torch.compiler.is_compiling():
                 raise SequencesError(
-                    f"whether {name} is True at real tokens or at padding is settled by the first batch, but not in a "
-                    "compiled graph. Pass attention_mask (1 = real), or call the model once before compiling it."
+                    f"whether {name} is True at real tokens or at padding is determined from the first batch, which a "
+                    "compiled graph cannot do. Pass attention_mask (1 = real), or call the model once before "
+                    "compiling it."
                 )
             added = mask.is_floating_point() and bool((mask < 0).any())
             meaning = self._meaning[name] = "padding" if added else _meaning(name, mask != 0, fit.tokens(tokens))
@@ -300,7 +302,7 @@ class SequenceReader:
         for name in () if self.embeds_segments else _EITHER_SEGMENTS:
             if isinstance(arguments.get(name), Tensor):
                 raise SequencesError(
-                    f"{name} are the documents of a packed row in some models and the sentences of a pair in others. "
+                    f"{name} marks the documents of a packed row in some models and the sentences of a pair in others. "
                     "Name the argument document_ids (negative = padding) or token_type_ids."
                 )
         for name in _BOUNDARIES:
@@ -340,7 +342,7 @@ def count_sequences(mask_BT: Tensor | None, segments_BT: Tensor | None, rows: in
 def count_in_batch(batch: Mapping[str, Any], reader: SequenceReader | None = None) -> Tensor | int:
     """Number of sequences with a pair in a collated batch, before any model has seen it.
 
-    ``reader``: that of the model which will see the batch, so that both read it alike.
+    ``reader``: the reader of the model that will see the batch, so that both read it in the same way.
     """
     reader = SequenceReader() if reader is None else reader
     entry = reader.tokens(batch)
@@ -356,7 +358,7 @@ def count_in_batch(batch: Mapping[str, Any], reader: SequenceReader | None = Non
 
 
 def is_batch_first(name: str) -> bool:
-    """Whether an argument of this name is [batch, tokens] by convention; others are settled by the model."""
+    """Whether an argument of this name is [batch, tokens] by convention; for other names the model decides."""
     return name in _SURE_OF_BATCH_FIRST
 
 
@@ -382,7 +384,7 @@ class _Fit:
         if len(lengths) != self.rows or (self.looking_is_free and int(lengths.max()) > self.positions):
             raise SequencesError(
                 f"{name} holds {len(lengths)} lengths, up to {int(lengths.max())}, for {self.rows} rows of "
-                f"{self.positions} tokens, so the real tokens cannot be told."
+                f"{self.positions} tokens, so the real tokens cannot be determined. Pass one length per row."
             )
         return torch.arange(self.positions, device=self.device) < lengths[:, None]
 
@@ -396,8 +398,8 @@ class _Fit:
             mask = mask.transpose(0, 1)
         elif shape != wanted:
             raise SequencesError(
-                f"the {name} has shape {shape} and the hidden states {self.rows} rows of {self.positions} positions, "
-                "so the real tokens cannot be told. Pass the two-dimensional mask of the same tokens."
+                f"the {name} has shape {shape}, but the hidden states have {self.rows} rows of {self.positions} "
+                "positions, so the real tokens cannot be determined. Pass the two-dimensional mask of these tokens."
             )
         return mask.to(self.device)
 
@@ -449,7 +451,7 @@ class _Fit:
 
     def between(self, name: str, boundaries: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.rows != 1:
-            raise SequencesError(f"{name} describes one packed row; the batch has {self.rows}.")
+            raise SequencesError(f"{name} describes one packed row, but the batch has {self.rows} rows.")
         inside: Tensor | None = None
         places = torch.arange(self.positions, device=self.device)
         if self.looking_is_free:
@@ -483,8 +485,8 @@ def _meaning(name: str, mask_BT: Tensor, tokens: Tensor | None) -> str:
         if padding[0] != padding[1]:
             return "padding" if padding[0] else "real"
     raise SequencesError(
-        f"whether {name} is True at real tokens or at padding cannot be told from the batch. Pass attention_mask (1 = "
-        "real) or key_padding_mask (True = padding) instead."
+        f"whether {name} is True at real tokens or at padding cannot be determined from the batch. Pass attention_mask "
+        "(1 = real) or key_padding_mask (True = padding) instead."
     )
 
 

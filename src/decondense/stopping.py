@@ -1,7 +1,7 @@
 """Signals that ask a run to stop: SIGTERM and SIGHUP end it as Ctrl-C does, SIGUSR1 saves a checkpoint first.
 
-SIGTERM is what Slurm, Docker and ``kill`` send, SIGHUP a closed terminal, and SIGUSR1 what a Slurm job asks for with
-``--signal=USR1@120`` to be warned before its time is over. Standard library only.
+Slurm, Docker and ``kill`` send SIGTERM, a closed terminal sends SIGHUP, and a Slurm job gets SIGUSR1 before its time
+limit if it asks for it with ``--signal=USR1@120``. Standard library only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 
 class Stopped(SystemExit):
-    """A signal asked this process to stop. Uncaught, the process ends with the status 128 + signal."""
+    """A signal asked this process to stop. If uncaught, the process exits with status 128 + signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -28,16 +28,16 @@ SAVE_FIRST: int | None = getattr(signal, "SIGUSR1", None)
 
 _warned: list[int] = []
 _ends: set[object] = set()
-"""Handlers of this module with which SIGUSR1 ends the process at once."""
+"""Handlers of this module that stop the process at once on SIGUSR1."""
 
 
 def save_requested() -> bool:
-    """Whether SIGUSR1 has come: the run saves at its next logged step and then raises :class:`Stopped`."""
+    """Whether SIGUSR1 was received: the run saves at its next logged step and then raises :class:`Stopped`."""
     return bool(_warned)
 
 
 def stop_if_requested() -> None:
-    """Raise :class:`Stopped` when SIGUSR1 has come; for work that has no checkpoint to save."""
+    """Raise :class:`Stopped` if SIGUSR1 was received; for work that has no checkpoint to save."""
     if _warned:
         raise Stopped(_warned[0])
 
@@ -48,11 +48,11 @@ def stop_on_signals(
 ) -> Iterator[None]:
     """While the block runs, SIGTERM and SIGHUP raise :class:`Stopped`, and SIGUSR1 sets :func:`save_requested`.
 
-    A signal that the process ignores (``nohup``) stays ignored, and a handler of the caller's own is kept. Blocks may
-    be nested. Outside the main thread, where Python handles no signals, nothing changes.
+    A signal that the process ignores (``nohup``) stays ignored, and a handler set by the caller is kept. Blocks may be
+    nested. Outside the main thread, where Python handles no signals, nothing changes.
 
     Args:
-        at_once: raise on SIGTERM and SIGHUP; False: they keep their default, which ends the process.
+        at_once: raise on SIGTERM and SIGHUP; False: keep their default, which ends the process.
         save_first: False: SIGUSR1 raises too, because there is nothing to save yet.
         forward: called with the number of SIGUSR1, to pass it on to workers.
     """

@@ -1,4 +1,4 @@
-"""One table for every edge: terminal, Markdown, CSV, LaTeX and HTML from the same cells."""
+"""One table for every output: terminal, Markdown, CSV, LaTeX and HTML from the same cells."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Value = float | int | str | None
 Entry = str | tuple[str, Value] | tuple[str, Interval]
-"""What is shown, or what is shown and the value or the two bounds behind it (for CSV)."""
+"""The text that is shown, or that text with the value or the two bounds behind it (for CSV)."""
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -29,7 +29,7 @@ _LATEX = {
 }  # fmt: skip
 
 _TALL = 60
-"""A page shows tables of more rows in a window that scrolls."""
+"""A page shows a table with more rows in a scrolling window."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Table:
     notes: tuple[str, ...] = ()
     """Lines below the table that qualify its numbers."""
     sortable: bool = False
-    """Whether a page may let its readers sort the rows."""
+    """Whether readers of a page may sort the rows."""
 
     def __post_init__(self) -> None:
         assert all(len(row) == len(self.columns) for row in self.rows), self.name
@@ -61,7 +61,7 @@ class Table:
         return [[entry if isinstance(entry, str) else entry[0] for entry in row] for row in self.rows]
 
     def select(self, columns: Sequence[str]) -> Table:
-        """Only the named columns, in the order of ``columns``."""
+        """A table with only the named columns, in the order of ``columns``."""
         places = [self.columns.index(name) for name in columns]
         rows = tuple(tuple(row[i] for i in places) for row in self.rows)
         return replace(self, columns=tuple(columns), rows=rows, words=sum(i < self.words for i in places))
@@ -136,10 +136,9 @@ class Table:
         return "\n".join(lines)
 
     def to_rich(self, *, title: str | None = None, fold: Iterable[int] = ()) -> RichTable:
-        """A table for the terminal; ``fold``: places of the columns whose words may break anywhere.
+        """A table for the terminal; ``fold``: indices of the columns whose words may break anywhere.
 
-        A row whose first cell is empty belongs to the row above it: a rule stands before every other row only where
-        there are such groups.
+        A row whose first cell is empty belongs to the row above it; if there are such groups, a rule separates them.
         """
         from rich import box
         from rich.markup import escape

@@ -1,4 +1,4 @@
-"""The one place that loads a tokenizer, and how large a vocabulary it needs."""
+"""Loads every tokenizer, and tells how large a vocabulary it needs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def _from_gguf(name: str, revision: str | None, local_files_only: bool) -> PreTr
             loaded: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(**there)
         except Exception as error:  # a damaged file shows as whatever the first reader that trips over it raises
             if isinstance(error, KeyError):
-                raise ModelError(f"{name} holds no tokenizer; name the right one: --tokenizer.") from error
+                raise ModelError(
+                    f"{name} holds no tokenizer; give its directory or hub id with --tokenizer."
+                ) from error
             raise ModelError(f"the tokenizer in {name} cannot be loaded: {remedy(path, error)}") from error
     loaded.name_or_path = name
     return loaded
@@ -58,10 +60,10 @@ def load_tokenizer(
     """The tokenizer of a directory or hub model; None when there is none and it is not ``required``.
 
     Raises:
-        ModelError: there is none and it is ``required``; the directory has a tokenizer's files, but they do not load,
-            or only by running code of their own.
+        ModelError: there is none and it is ``required``; or the directory has tokenizer files that do not load, or only
+            load by running custom code.
     """
-    remedy = "Name the directory or the hub id of the right one: --tokenizer."
+    remedy = "Give the directory or hub id of the tokenizer with --tokenizer."
     try:
         loaded = read_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
         # a wrong type in its configuration shows when it is first used
@@ -84,7 +86,7 @@ def load_tokenizer(
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a directory brings a tokenizer of its own; where an adapter's does not, its base's is meant."""
+    """Whether a directory contains a tokenizer; for an adapter without one, that of its base is used."""
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     return any((folder / name).is_file() for name in names)
 

@@ -182,7 +182,7 @@ def test_passages_are_told_apart_by_their_hash() -> None:
     assert relate(entry, entry).same_passages is True
     other = entry.model_copy(update={"text_hash": "b"})
     assert (relate(entry, other).same_text, relate(entry, other).same_passages) == (True, False)
-    assert "other passages" in caution(relate(entry, other), "train.txt")
+    assert "different passages" in caution(relate(entry, other), "train.txt")
     renamed = entry.model_copy(update={"text": "a copy"})
     assert not caution(relate(entry, renamed), "train.txt")
 

@@ -80,7 +80,7 @@ def test_the_last_state_after_the_final_norm_on_request():
     got, last = by_attaching(model, {"input_ids": ids, "labels": ids}, final_norm=True)
     assert last == pytest.approx(value, abs=1e-12)
     assert greatest_difference(got, expected) < 1e-10
-    with pytest.raises(AttachError, match="final_norm=True concerns the last block"):
+    with pytest.raises(AttachError, match="final_norm=True applies to the last block"):
         attach(model, layers=[0], final_norm=True)
 
 
@@ -289,7 +289,7 @@ def test_an_exception_inside_the_context_detaches():
 def test_attaching_twice_is_refused_and_names_the_first():
     model = tiny()
     with attach(model, layers="last"):
-        with pytest.raises(AttachError, match=r"has a dispersion loss already: .*block 3 of 3.*detach\(\)"):
+        with pytest.raises(AttachError, match=r"already has a dispersion loss: .*block 3 of 3.*detach\(\)"):
             attach(model)
         with pytest.raises(AttachError, match="already"):
             attach(torch.compile(model, backend="eager"))
@@ -602,7 +602,7 @@ def test_shared_layers_are_refused():
 
 def test_a_block_that_does_not_run_is_missed():
     model = tiny("opt", layerdrop=1.0)
-    with attach(model), pytest.raises(AttachError, match="no hidden state came from block 1"):
+    with attach(model), pytest.raises(AttachError, match="no hidden state was seen at block 1"):
         model(input_ids=tokens(), labels=tokens())
 
 

@@ -88,7 +88,7 @@ BROKEN = {
     "configuration empty": (lambda folder: (folder / "config.json").write_text("{}"), "model_type"),
     "unknown architecture": (settings(model_type="nope"), "nope"),
     "wrong type": (settings(n_layer="two"), "n_layer"),
-    "wrong width": (settings(n_embd=32), "other sizes than its config.json says"),
+    "wrong width": (settings(n_embd=32), "shapes of its weights do not match its config.json"),
     "wrong heads": (settings(n_head=7), "num_heads"),
     "more layers than weights": (settings(n_layer=4), "weights lack 24 of the tensors"),
     "tokenizer cut": (cut("tokenizer.json", 100), "the tokenizer in damaged cannot be loaded"),

@@ -541,8 +541,8 @@ def test_a_hub_and_then_none(subsets: Path, tmp_path: Path) -> None:
     assert kept["path"] == stream["path"]
     assert (cached["hash"], cached["revision"], cached["path"]) == (stream["hash"], commit, stream["path"])
     assert re.search(
-        r"owner/name:other .*hub cannot be reached .*no local file .*Without network, give the path of a local copy in "
-        r"corpus\.source, or a filled cache \(HF_HOME\)",
+        r"owner/name:other .*hub cannot be reached .*no local file .*Without network access, set corpus\.source to "
+        r"the path of a local copy, or set HF_HOME to a cache",
         neither["error"],
     )
     assert "\n" not in neither["error"]

@@ -164,9 +164,9 @@ def test_passages_are_heads_of_documents_and_too_few_are_said(corpus) -> None:
         assert any(
             np.array_equal(row, corpus.held_out_tokens[begin : begin + 50]) for begin in corpus.held_out_starts[:-1]
         )
-    with pytest.raises(ValueError, match=r"held-out documents have 50 tokens, 1000 are needed"):
+    with pytest.raises(ValueError, match=r"held-out documents have 50 tokens, but 1000 are needed"):
         corpus.passages(1000, 50)
-    with pytest.raises(ValueError, match="less than one sequence of 1000000"):
+    with pytest.raises(ValueError, match="fewer than one sequence of 1000000"):
         corpus.order(0, 1, 1_000_000)
 
 

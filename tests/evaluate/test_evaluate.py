@@ -60,7 +60,7 @@ def test_shots_are_the_papers_or_a_number() -> None:
     assert resolve_shots("gpt2", "hellaswag") is None, "the harness's own number"
     assert [resolve_shots(3, "piqa"), resolve_shots("3", "piqa"), resolve_shots(3, "truthfulqa_mc2")] == [3, 3, 0]
     for wrong in ("gpt-2", -1, "many"):
-        with pytest.raises(EvaluationError, match="neither 'gpt2' nor 'qwen3' nor a number"):
+        with pytest.raises(EvaluationError, match="neither 'gpt2' nor 'qwen3' nor a non-negative number"):
             resolve_shots(wrong, "piqa")
 
 

@@ -34,7 +34,7 @@ def test_an_arm_with_its_own_model_is_a_pair_by_data_order_only() -> None:
     assert found.pairing[0].init_hash == digest("init", 0)
     assert [note.arms for note in found.notes if note.kind == "other start"] == [("dispersion",)]
     # the same rows without a model of their own are refused
-    with pytest.raises(CompareError, match="other initial weights"):
+    with pytest.raises(CompareError, match="different initial weights"):
         compare(study(change=_other_start))
 
 
@@ -86,7 +86,7 @@ def test_an_untrained_arm_must_have_the_baselines_start() -> None:
             changed["init_hash"] = "1" * 16
         return changed
 
-    with pytest.raises(CompareError, match=r"none \(seed 0\) is not paired .* other initial weights"):
+    with pytest.raises(CompareError, match=r"none \(seed 0\) is not paired .* different initial weights"):
         compare(with_arms(study(effects, change=other), NONE))
     assert compare(
         with_arms(study(effects, change=other), {"none": {"untrained": True, "model": {"pretrained": "x/y"}}})

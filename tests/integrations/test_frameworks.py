@@ -464,7 +464,7 @@ def test_lightning_without_an_end_refuses_a_schedule_and_takes_a_constant():
         trainer.fit(Module(), torch.utils.data.DataLoader(Endless(), batch_size=1))
 
     fit(DispersionCallback(weight=0.5))
-    with pytest.raises(AttachError, match="needs an end of training"):
+    with pytest.raises(AttachError, match="needs the length of training"):
         fit(DispersionCallback(weight=0.5, schedule=WeightSchedule(kind="linear")))
 
 

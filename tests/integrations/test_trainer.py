@@ -472,7 +472,7 @@ def test_a_trainer_that_changes_its_batches_is_noticed(tmp_path):
 
     trainer = make_trainer(tmp_path, cls=Cutting, per_device_train_batch_size=4, data=examples([12, 12, 12, 12]))
     attach_trainer(trainer)
-    with pytest.raises(AttachError, match="held 4 sequences and the model saw 1"):
+    with pytest.raises(AttachError, match="held 4 sequences, but the model saw 1"):
         trainer.train()
 
 

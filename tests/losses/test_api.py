@@ -36,7 +36,7 @@ Z = randn(2, 7, 6)
         (lambda: dispersion_loss(Z, impl="chunky"), "impl: .*got 'chunky'.*Did you mean 'chunked'"),
         (lambda: dispersion_loss(Z, pairs="group"), "pairs: .*got 'group'.*Did you mean 'grouped'"),
         (lambda: dispersion_loss(Z, within="word"), "Did you mean 'world'"),
-        (lambda: dispersion_loss(Z, pairs="grouped"), "never from the global generator: pass generator="),
+        (lambda: dispersion_loss(Z, pairs="grouped"), "never uses the global generator: pass generator="),
         (lambda: dispersion_loss(Z, form="sigreg"), "form 'sigreg' draws random numbers"),
         (lambda: dispersion_loss(Z, pairs="grouped", seed=3), r"pass generator=.*DispersionLoss\(seed"),
         (lambda: dispersion_loss(Z, pairs="grouped", group_size=1), "group_size: .*2 .got 1"),
@@ -48,7 +48,7 @@ Z = randn(2, 7, 6)
         ),
         (
             lambda: dispersion_loss(Z, within="batch", segments_BT=torch.ones(2, 7, dtype=torch.long)),
-            "give only one",
+            "pass only one",
         ),
     ],
 )
@@ -143,7 +143,7 @@ def test_autocast_changes_nothing(form: str) -> None:
 def test_a_second_derivative_raises_or_is_right(form: str) -> None:
     z = Z.clone().requires_grad_()
     if form != "koleo":  # whose gradient is plain autograd once the partners are known
-        with pytest.raises(RuntimeError, match=r"differentiated once: .* use impl='reference'"):
+        with pytest.raises(RuntimeError, match=r"differentiated only once: .* use impl='reference'"):
             torch.autograd.grad(dispersion_loss(z, form=form, impl="chunked"), z, create_graph=True)
     if form in ("angular", "l2_repel", "cosine_infonce"):
         smooth = (lambda x: dispersion_loss(x, form=form, impl="reference"),)

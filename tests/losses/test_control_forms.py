@@ -157,7 +157,7 @@ def test_what_is_held_is_named_and_only_there() -> None:
 
 def test_order_is_kept_within_a_sequence_alone() -> None:
     for within in ("batch", "world"):
-        with pytest.raises(ValueError, match=f"follows the tokens of one sequence.*within='{within}'"):
+        with pytest.raises(ValueError, match=f"needs the tokens of one sequence.*not '{within}'"):
             dispersion_loss(randn(2, 5, 4), form="straightness", within=within)
     with pytest.raises(ValueError, match="no pairs to group"):
         dispersion_loss(randn(2, 5, 4), form="straightness", pairs="grouped")

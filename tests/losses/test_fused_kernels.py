@@ -284,7 +284,7 @@ def test_a_check_of_the_device_sees_errors(device: str, dtype: str, monkeypatch:
     found = device_check.check_device(device, (1, 9, 8), (1, 9, 8), 1)
     assert set(found.errors) == set(found.auto) == {dtype}
     assert found.right == (dtype == "float32")
-    assert ("WRONG" if dtype == "bfloat16" else "are right") in device_check.sentences(found)[1]
+    assert ("WRONG" if dtype == "bfloat16" else "are correct") in device_check.sentences(found)[1]
     if dtype == "bfloat16":
         assert found.errors[dtype] == pytest.approx(0.02, rel=0.3)
 

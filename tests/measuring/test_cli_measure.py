@@ -72,7 +72,7 @@ def test_every_record_a_passage(zoo: Path, tmp_path: Path) -> None:
     assert main([*arguments, str(tmp_path / "out")]) == 0
     profile = Profile.load(tmp_path / "out")
     assert profile.lengths.tolist() == [8, 12, 20]
-    assert "one length" in profile.no_averaged
+    assert "equal length" in profile.no_averaged
     assert (tmp_path / "out" / "heatmap.png").is_file()  # of all pairs instead
 
 
@@ -95,7 +95,7 @@ def test_a_tokenizer_from_elsewhere_and_offload(zoo: Path, tmp_path: Path) -> No
         (["{zoo}/text.txt"], "is a file; give the directory"),
         (["{zoo}/nothing"], "no model directory"),
         (["nobody/no-such-model"], "the hub cannot be reached or does not have it"),
-        (["{zoo}/mute"], "comes without a tokenizer; name the right one: --tokenizer"),
+        (["{zoo}/mute"], "comes without a tokenizer; name the right one with --tokenizer"),
         (["{zoo}/mute", "--tokenizer", "{zoo}/empty"], "no tokenizer at"),
         (["{zoo}/small", "--tokens", "65"], "longer than the 64 positions"),
         (["{zoo}/small", "--metrics", "isoscor"], "Did you mean 'isoscore'"),

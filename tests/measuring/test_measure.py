@@ -217,7 +217,7 @@ def test_unequal_lengths_have_no_averaged_histogram(model: GPT2LMHeadModel, ids:
     assert profile.counts("pooled").sum(axis=1).tolist() == [T * T + 25] * 5
     with pytest.raises(ValueError, match=r"5 to 24 tokens.*tokens=5"):
         profile.histogram("averaged")
-    with pytest.raises(MeasureError, match="passages of one length"):
+    with pytest.raises(MeasureError, match="passages of equal length"):
         measure(model, input_ids=[ids[0], ids[1, :5]], histograms=("averaged",))
     assert measure(model, input_ids=[ids[0], ids[1, :5]], tokens=5).histogram("averaged")[0].shape == (4, 128)
 
@@ -286,7 +286,7 @@ def test_bad_input(model: GPT2LMHeadModel, ids: torch.Tensor, tokenizer: PreTrai
     mask = torch.ones_like(ids)
     mask[1, 5] = 0
     for match, arguments in {
-        "without its tokenizer": {"texts": ["w1 w2"]},
+        "texts need a tokenizer": {"texts": ["w1 w2"]},
         "one string": {"tokenizer": tokenizer, "texts": "w1 w2"},
         "no passages": {"tokenizer": tokenizer, "texts": []},
         "passage 1 has 1 token;": {"tokenizer": tokenizer, "texts": ["w1 w2", "w3"]},
@@ -299,7 +299,7 @@ def test_bad_input(model: GPT2LMHeadModel, ids: torch.Tensor, tokenizer: PreTrai
         "not both": {"input_ids": ids, "texts": ["w1 w2"]},
         "must be integers": {"input_ids": ids.float()},
         r"must be \[passages, tokens\]": {"input_ids": ids[0]},
-        "has a hole": {"input_ids": ids, "attention_mask": mask},
+        "has a gap": {"input_ids": ids, "attention_mask": mask},
         "does not fit": {"input_ids": ids, "attention_mask": mask[:2]},
         "Did you mean 'pooled'": {"input_ids": ids, "histograms": ("poled",)},
         "Did you mean 'effective_rank'": {"input_ids": ids, "metrics": ["effectiv_rank"]},

@@ -295,7 +295,7 @@ def test_all_metrics_of_a_model_merged_saved_and_in_tables(tmp_path: Path) -> No
     assert bare.metric("corpus_rankme") == pytest.approx(halves[0].metric("corpus_rankme"))
     with pytest.raises(ValueError, match=r"sums=False.*corpus_effective_rank"):
         bare.merge(halves[1])
-    with pytest.raises(ValueError, match="no value of one passage"):
+    with pytest.raises(ValueError, match="no value per passage"):
         whole.interval("corpus_rankme")
     low, high = whole.interval("cosine_lag_1")
     assert (low <= whole.metric("cosine_lag_1")).all()

@@ -199,10 +199,10 @@ def _change(folder: Path, layout: str, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "match"),
     [
-        ("objects", r"\.npy cannot be read.*not read"),
+        ("objects", r"\.npy cannot be read.*not loaded"),
         ("nan", "NaN or infinite"),
         ("integers", "holds int32"),
-        ("flat", r"three axes"),
+        ("flat", r"three dimensions"),
         ("cut", r"\.npy cannot be read"),
     ],
 )
@@ -223,7 +223,7 @@ def test_states_that_do_not_fit_each_other_are_refused(states: dict[str, Tensor]
     named = {"layers": list(states), "final_norm": True}
     for bad, match in (
         ([one, one[:, :, :-1]], r"layer 'embedding' of passage 1 has states of shape \[24, 15\]; expected \[24, 16\]"),
-        ([one, one[:-1]], "passage 1 has 4 states for 5 layers"),
+        ([one, one[:-1]], "passage 1 has 4 states, but there are 5 layers"),
         ([[*one[:-1], one[-1][:-1]]], "layer 'final norm' of passage 0"),
         ([one[0]], r"expected \[states, tokens, width\]"),
         ([one.long()], r"int64"),
@@ -239,9 +239,9 @@ def test_states_that_do_not_fit_each_other_are_refused(states: dict[str, Tensor]
     with pytest.raises(NotFiniteError, match=r"block 2.*passage 1"):
         measure_states([one, broken], **named)
     for layers, match in (
-        ([0, 2, 1, 3, "final norm"], "not in the order"),
-        ([0, 1, 1, 2, 3], "not in the order"),
-        ([0, 1, 2], "3 layers are named for 5 states"),
+        ([0, 2, 1, 3, "final norm"], "must be in the order"),
+        ([0, 1, 1, 2, 3], "must be in the order"),
+        ([0, 1, 2], "names 3 layers, but each passage has 5 states"),
         ([0, 1, 2, 3, "last"], "not a layer"),
         ([0, 1, 2, 3, -1], "expected 0 for the embedding"),
     ):
@@ -318,7 +318,7 @@ def test_sinks_are_saved_merged_and_printed(tmp_path: Path) -> None:
     assert merged.sinks.positions[:, 0].tolist() == [0, 2, 2]
     assert merged.without_sinks().mean_cosine == pytest.approx([1, 1, 1])
     lines = sink_lines(merged)
-    assert "2 states, block 1 to block 2; in up to 2 of 2 passages; commonest positions: 0." in lines[0]
+    assert "2 states, block 1 to block 2; in up to 2 of 2 passages; most common positions: 0." in lines[0]
     assert sink_lines(measure_states([torch.ones(2, 4, 3)], final_norm=False)) == []
     with pytest.raises(ValueError, match="measure again"):
         replace(merged, sinks=None).without_sinks()

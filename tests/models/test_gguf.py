@@ -146,7 +146,7 @@ def test_a_truncated_file_is_named_with_its_architecture(pair: tuple[Path, Path]
     data = file.read_bytes()
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(ModelError, match=r"cut\.gguf.*'llama'.*cut off or damaged.*download it again"):
+    with pytest.raises(ModelError, match=r"cut\.gguf.*'llama'.*truncated or damaged.*download it again"):
         load_model(cut)
 
 

@@ -63,7 +63,7 @@ def test_code_that_is_not_needed_does_not_run(kind: str, tmp_path: Path) -> None
         model, tokenizer = load_model(folder)
     assert tokenizer is not None
     assert tokenizer("w3 w1")["input_ids"] == [3, 1]
-    told = [item for item in caught if "code of its own, which is not run" in str(item.message)]
+    told = [item for item in caught if "custom code, which is not run" in str(item.message)]
     assert len(told) == (kind == "known architecture")
     warnings.simplefilter("ignore")
     for other in (model, build_model(ModelConfig(pretrained=str(folder)), 64, 16, 0), empty_model(load_config(folder))):
@@ -86,7 +86,7 @@ def test_a_vocabulary_with_code_does_not_run(tmp_path: Path) -> None:
     try:
         assert prepare(corpus, cache=tmp_path / "cache").vocabulary == 64
     except ConfigError as error:
-        assert "code of its own" in str(error)  # noqa: PT017 - either is right, running it is not
+        assert "custom code" in str(error)  # noqa: PT017 - either is right, running it is not
     assert not marker.exists()
 
 
@@ -118,7 +118,7 @@ def test_measure_says_it_in_one_message(tmp_path: Path, capsys: pytest.CaptureFi
     status = main(["measure", str(tmp_path / "hostile"), "--text", str(text), "--out", str(tmp_path / "out")])
     error = capsys.readouterr().err
     assert status == 2
-    assert "code of its own, which is not run here" in " ".join(error.split())
+    assert "custom code, which is not run here" in " ".join(error.split())
     assert "[y/N]" not in error
     assert not (tmp_path / "ran").exists()
 
@@ -165,7 +165,7 @@ def test_evaluate_says_it_in_one_message(tmp_path: Path) -> None:
     os.close(read)
     text = " ".join((done.stdout + done.stderr).split())
     assert done.returncode != 0
-    assert "code of its own, which is not run here" in text
+    assert "custom code, which is not run here" in text
     assert "--trust-remote-code" in text
     assert "[y/N]" not in text
     assert not (tmp_path / "ran").exists()

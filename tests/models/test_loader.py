@@ -185,7 +185,7 @@ def test_an_adapter_that_does_not_fit_is_refused(
     [
         ({"base_model_name_or_path": None}, "does not name the base model"),
         ({"base_model_name_or_path": "/nowhere/at/all"}, "there is no directory /nowhere/at/all"),
-        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "imports a module by its name"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "imports a module by name"),
         ({"peft_type": "XLORA"}, "not supported"),
     ],
 )
@@ -256,7 +256,7 @@ def test_a_start_without_a_limit_takes_any_length_and_one_with_a_limit_does_not(
     transformers.BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
     build_model(ModelConfig(pretrained=str(tmp_path / "bloom")), WORDS, 128, 0)
     save_model(tmp_path / "gpt2")
-    with pytest.raises(ConfigError, match=r"has 64 positions, less than train\.max_seq_length 65"):
+    with pytest.raises(ConfigError, match=r"has 64 positions, fewer than train\.max_seq_length 65"):
         build_model(ModelConfig(pretrained=str(tmp_path / "gpt2")), WORDS, 65, 0)
 
 
@@ -284,7 +284,7 @@ def test_a_vocabulary_reaches_to_its_largest_id(ids: list[int], rows: int, tmp_p
     model(input_ids=torch.tensor([ids]))
     save_model(tmp_path / "small")
     if rows > WORDS:
-        with pytest.raises(ConfigError, match=f"has a vocabulary of 64, the corpus one of {rows}"):
+        with pytest.raises(ConfigError, match=f"has a vocabulary of 64, but the corpus needs {rows}"):
             build_model(ModelConfig(pretrained=str(tmp_path / "small")), vocabulary_of(tokenizer), 16, 0)
 
 

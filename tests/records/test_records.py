@@ -239,7 +239,7 @@ def test_appended_run_rows_name_the_configuration_of_their_file(tmp_path) -> Non
     assert path.read_text().count('"arm-29"') == 1
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[1:]))
-    with pytest.raises(RecordError, match=r"line 1: names the configuration"):
+    with pytest.raises(RecordError, match=r"line 1: refers to the configuration"):
         read_rows(path)
 
 

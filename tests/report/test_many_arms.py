@@ -141,7 +141,7 @@ def test_the_cost_of_the_untrained_is_a_dash_and_never_a_zero(found: Comparison)
     memory = table.columns.index("peak GPU memory (MiB)")
     assert by_arm["cross-entropy"][memory] == "1,024"
     assert by_arm["noisy"][memory : memory + 2] == ["1,280", "1.250 [1.250, 1.250]"]
-    assert "Not trained, so without a cost of training: none." in table.caption
+    assert "Not trained, so there is no cost of training: none." in table.caption
     assert "none" not in {s.arm for s in found.speed}
 
 
@@ -335,7 +335,7 @@ def test_a_page_says_which_arms_start_elsewhere(tmp_path: Path) -> None:
     rows = with_arms(study(change=other, documents=5), {"dispersion": {"model": {"overrides": {"n_layer": 12}}}})
     page = build_report(rows, tmp_path)["report"].read_text()
     assert html.unescape(page).count("Other initial weights than the baseline's by design: dispersion.") == 1
-    assert "dispersion: other initial weights by design, so no pair from the same start." in page
+    assert "dispersion: different initial weights by design, so not paired by the same start." in page
     assert "every arm starts from the same weights" not in page
 
 

@@ -56,7 +56,7 @@ DAMAGE = {
     "a damaged mark": (lambda folder: (folder / "COMPLETE").write_text('{"step": 8'), "COMPLETE is damaged"),
     "another step's mark": (
         lambda folder: shutil.copy(folder.parent / "checkpoint-4" / "COMPLETE", folder),
-        "that of step 4",
+        "belongs to step 4",
     ),
 }
 

@@ -101,7 +101,7 @@ def test_noise_stays_off_tokens_that_are_not_real_and_off_the_cross_entropy() ->
     ("arm", "words"),
     [
         ({"gradient_noise": {}}, "takes its norm from the dispersion loss"),
-        ({"gradient_noise": {}, "dispersion": {"target": 0.1}}, "noise does not follow a target"),
+        ({"gradient_noise": {}, "dispersion": {"target": 0.1}}, "cannot follow dispersion.target"),
         ({"untrained": True, "batch_size": 4}, "untrained; batch_size would"),
     ],
 )
@@ -302,7 +302,7 @@ def test_a_target_is_the_profile_of_a_prepared_model(tmp_path) -> None:
 
 
 def test_prepared_models_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(ConfigError, match="untrained model has no use for dispersion"):
+    with pytest.raises(ConfigError, match="dispersion has no effect on an untrained model"):
         PreparedConfig.parse({"untrained": True, "dispersion": {}}, where="prepared.a")
     with pytest.raises(ConfigError, match="cannot use another model"):
         PreparedConfig.parse({"dispersion": {"target": "prepared:b"}}, where="prepared.a")

@@ -424,7 +424,7 @@ def test_a_start_in_a_directory_is_counted_from_its_config(tmp_path: Path) -> No
     study = StudyConfig.parse(data, where="test")
     (line, _) = estimate.plan_of(study).lines
     assert line.size.total == sum(p.numel() for p in model.parameters())
-    with pytest.raises(ConfigError, match=rf"has {LENGTH} positions, less than train\.max_seq_length 64"):
+    with pytest.raises(ConfigError, match=rf"has {LENGTH} positions, fewer than train\.max_seq_length 64"):
         estimate.plan_of(study.model_copy(update={"train": study.train.model_copy(update={"max_seq_length": 64})}))
 
 
@@ -680,7 +680,7 @@ def test_every_field_of_a_dispersion_loss_reaches_torchtitan() -> None:
 def test_an_arm_with_a_target_is_omitted_with_its_reason() -> None:
     arms = [{"name": "cross-entropy"}, {"name": "held", "dispersion": {"target": 0.1}}]
     lines = launches(StudyConfig.parse({**TITAN, "arms": arms}, where="test"), [], Path("out"))[0].lines
-    assert "# held is omitted: torchtitan has no dispersion.target of the study's" in lines
+    assert "# held is omitted: torchtitan does not support dispersion.target" in lines
     assert not any("dispersion.target" in line for line in lines if not line.startswith("#"))
 
 

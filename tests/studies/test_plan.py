@@ -96,8 +96,8 @@ def test_a_short_trial_has_the_warm_up_steps_of_the_run(steps: int | None, run: 
     [
         ({"learning_rates": [0.1]}, "at least two settings"),
         ({"learning_rates": [0.1, 0.2], "warmups": [1.0]}, "below 1"),
-        ({"learning_rates": [0.1, 0.2], "warmups": [0.1, 0.1]}, "warmups are different"),
-        ({"learning_rates": [0.1, 0.2], "max_grad_norms": [0]}, "max_grad_norms are different positive"),
+        ({"learning_rates": [0.1, 0.2], "warmups": [0.1, 0.1]}, "warmups must be different"),
+        ({"learning_rates": [0.1, 0.2], "max_grad_norms": [0]}, "max_grad_norms must be different positive"),
         ({"learning_rates": [0.1, 0.2], "seeds": [5, 5]}, "different non-negative"),
         ({"learning_rates": [0.1, 0.2], "seeds": [5, 0]}, "one of the study's seeds"),
         ({"learning_rates": [0.1, 0.2], "steps": 3, "warmups": [0.4]}, r"warm-up of 3 steps .*sweep\.steps above 3"),
@@ -244,7 +244,7 @@ def test_a_moved_cache_is_followed_and_a_damaged_file_named(tmp_path, monkeypatc
     monkeypatch.setenv("DECONDENSE_CACHE", str(tmp_path / "one"))
     first = study_corpus(study, out)
     monkeypatch.setenv("DECONDENSE_CACHE", str(tmp_path / "two"))
-    with pytest.raises(ConfigError, match=r"not in the cache .*two"):
+    with pytest.raises(ConfigError, match=r"missing or damaged in the cache .*two"):
         opened_corpus(out)
     (tmp_path / "one").rename(tmp_path / "two")
     assert opened_corpus(out).content_hash == first.content_hash

@@ -446,7 +446,7 @@ def test_a_changed_text_is_noticed(tmp_path) -> None:
     )
     run_study(study, tmp_path / "out", workers=0)
     (text / "new.txt").write_text("something else " * 50)
-    with pytest.raises(ConfigError, match="was begun on the text"):
+    with pytest.raises(ConfigError, match="was started on the text"):
         run_study(study, tmp_path / "out", workers=0)
 
 
@@ -559,7 +559,7 @@ def test_a_start_needs_its_tokenizer_its_positions_and_to_exist(tmp_path, uninte
         small_study(model={"pretrained": start})
     corpus = {**SMALL["corpus"], "tokenizer": start}
     longer = {**small_study().train.model_dump(), "max_seq_length": 64}
-    with pytest.raises(ConfigError, match=r"has 32 positions, less than train\.max_seq_length 64"):
+    with pytest.raises(ConfigError, match=r"has 32 positions, fewer than train\.max_seq_length 64"):
         run_study(small_study(model={"pretrained": start}, corpus=corpus, train=longer), tmp_path / "a", workers=0)
     missing = str(tmp_path / "nobody")
     with pytest.raises(ConfigError, match=r"model\.pretrained .*nobody.*cannot be loaded"):

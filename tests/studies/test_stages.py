@@ -315,13 +315,13 @@ def test_measured_starts_are_measured_with_their_own_tokenizers(staged, tmp_path
     ("changes", "message"),
     [
         ({"sweep": {"learning_rates": [0.1, 0.1]}}, "different positive numbers"),
-        ({"sweep": {"learning_rates": [0.1, 0.2], "seed": 0}}, "settings are chosen on a seed of their own"),
+        ({"sweep": {"learning_rates": [0.1, 0.2], "seed": 0}}, "choose a seed that the study does not use"),
         (
             {"model": {"pretrained": "prepared:bass"}, "prepared": {"base": BASE}},
             r"unknown prepared model 'bass'.*'base'",
         ),
         ({"arms": [{"name": "a", "untrained": True, "learning_rate": 0.1}], "baseline": "a"}, "would have no effect"),
-        ({"measure": {}}, "measures starts and trains nothing, but arm 'cross-entropy'"),
+        ({"measure": {}}, "measures starts and trains nothing, so arm 'cross-entropy'"),
         ({"prepared": {"a/b": BASE}}, "'a/b' is not a valid name"),
         (
             {"arms": [{"name": "x", "model": {"pretrained": "m", "overrides": {"n_layer": 1}}}], "baseline": "x"},

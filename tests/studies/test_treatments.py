@@ -171,7 +171,7 @@ def test_a_teacher_of_another_tokenizer_or_no_teacher_is_refused(tmp_path) -> No
     teacher = str(tmp_path / "teacher" / "cells" / "cross-entropy" / "seed-0" / "final")
     corpus = small_study().corpus.model_dump() | {"vocab_size": 600}
     arms = [{"name": "cross-entropy"}, {"name": "taught", "distillation": {"teacher": teacher}}]
-    with pytest.raises(ConfigError, match=r"another tokenizer than the student \(vocabularies of 512 and 600"):
+    with pytest.raises(ConfigError, match=r"different tokenizer than the student \(vocabularies of 512 and 600"):
         run_study(small_study(arms=arms, corpus=corpus), tmp_path / "other", workers=0)
     arms[1]["distillation"]["teacher"] = str(tmp_path / "nobody")
     with pytest.raises(ConfigError, match=r"nobody.*cannot be loaded"):

@@ -111,7 +111,7 @@ def test_seeds_that_are_added_leave_the_study_what_it_is() -> None:
     [
         ({"most_seeds": 3, "seeds": [0, 1, 2, 3]}, "most_seeds 3 is below the 4 seeds"),
         ({"launch": "torchtitan"}, "run by torchtitan"),
-        ({"arms": [{"name": "cross-entropy"}]}, "needs an arm beside the baseline"),
+        ({"arms": [{"name": "cross-entropy"}]}, "needs an arm besides the baseline"),
         ({"added_seeds": [2]}, "different non-negative"),
         ({"sweep": {"learning_rates": [1e-3, 2e-3], "seed": 8}, "added_seeds": [8]}, "sweep.seed 8"),
     ],

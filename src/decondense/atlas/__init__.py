@@ -1,4 +1,4 @@
-"""What a profile means: a scale, a verdict against what is known of other models, and an atlas of measured models.
+"""What a profile means: a scale, a verdict compared with other models, and an atlas of measured models.
 
 Everything is computed from the readable summary of a profile (``profile.json``), without torch. An :class:`Entry` holds
 one model on one text; the references that the package ships are entries too.

@@ -30,11 +30,13 @@ class Atlas:
             EntryError: there is no such directory, or a file in it is not an entry.
         """
         if not self.folder.is_dir():
-            raise EntryError(f"no atlas at {self.folder}; decondense atlas add PROFILE --atlas {self.folder} makes it.")
+            raise EntryError(
+                f"no atlas at {self.folder}; decondense atlas add PROFILE --atlas {self.folder} creates it."
+            )
         return {path.stem: Entry.read(path) for path in sorted(self.folder.glob("*.json"))}
 
     def add(self, entries: Sequence[Entry], *, replace: bool = False) -> list[Path]:
-        """Write entries as files: each whole, and none when one of them cannot be added.
+        """Write entries as files: each atomically, and none if one of them cannot be added.
 
         Raises:
             EntryError: two entries have one name, or the name is taken and ``replace`` is False.
@@ -47,7 +49,7 @@ class Atlas:
             if twice or (name.lower() in taken and not replace):
                 raise EntryError(
                     f"{self.folder / name}.json {'would be written twice' if twice else 'exists'}: "
-                    f"{entries[place].model!r} on {entries[place].text!r}. Give the model or the text another name "
+                    f"{entries[place].model!r} on {entries[place].text!r}. Give the model or the text a different name "
                     "(--model, --text-name), or replace the entry (--replace)."
                 )
         paths = [self.folder / f"{name}.json" for name in names]
@@ -60,10 +62,10 @@ class Atlas:
         return paths
 
     def find(self, name: str) -> Entry:
-        """An entry by its name or its model's name, where one entry only has that.
+        """An entry by its name, or by its model's name if only one entry has it.
 
         Raises:
-            EntryError: none or several.
+            EntryError: there is none, or there are several.
         """
         entries = self.entries()
         found = [entry for key, entry in entries.items() if name == key] or [

@@ -47,14 +47,14 @@ class Entry(BaseModel):
     parameters: int | None = Field(default=None, gt=0)
     text: Name
     text_hash: Words | None = None
-    """Of the passages; None: the text is known by its name only."""
+    """Hash of the passages; None: the text is known only by its name."""
     passages: int | None = Field(default=None, gt=0)
     tokens: int | None = Field(default=None, gt=1)
-    """Of the longest passage."""
+    """Tokens of the longest passage."""
     final: Literal["after", "before"] = "after"
     """Whether the last state is taken after or before the final norm."""
     mean_cosine: tuple[Cosine, ...] | None = Field(default=None, min_length=2)
-    """Of the states 0 to L."""
+    """Mean cosine of the states 0 to L."""
     deep_half: Cosine | None = None
     """Mean of the last L/2 of them."""
     last: Cosine | None = None
@@ -78,7 +78,7 @@ class Entry(BaseModel):
     ) -> Entry:
         """The entry of :meth:`decondense.measuring.Profile.summary`; what is given replaces what the profile says.
 
-        Folders of this machine are left out of the names.
+        Names do not contain folders of this machine.
         """
         info = summary["info"]
         name = model or info.get("name") or without_folder(str(info.get("model") or "model"))
@@ -116,7 +116,7 @@ class Entry(BaseModel):
             names: ``model``, ``family``, ``text`` or ``source``, to replace what the file says.
 
         Raises:
-            EntryError: the file is neither.
+            EntryError: the file is neither an entry nor a profile.
         """
         document = _document(path)
         if "summary" in document:
@@ -143,7 +143,10 @@ def _summary(document: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     if document.get("format") != 1 or not isinstance(summary, dict) or any(key not in summary for key in needed):
         raise EntryError(f"{path} is not a profile; decondense measure MODEL writes one (profile.json).")
     if summary["final"] == "all":
-        raise EntryError(f"{path} lists every state; save profile.at('after') or profile.at('before').")
+        raise EntryError(
+            f"{path} lists every state, so the last layer is ambiguous; save profile.at('after') or "
+            "profile.at('before')."
+        )
     return summary
 
 
@@ -154,7 +157,9 @@ def _document(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise EntryError(f"no file {file}; expected profile.json, the directory that holds it, or an atlas entry.")
     if file.stat().st_size > _LARGEST:
-        raise EntryError(f"{file} has more than {_LARGEST >> 20} MiB; a profile or an entry is far smaller.")
+        raise EntryError(
+            f"{file} is larger than {_LARGEST >> 20} MiB; a profile or an entry is far smaller. Check the path."
+        )
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""What is known of other models: the shipped table, one line a model."""
+"""What is known about other models: the shipped table, one line per model."""
 
 from __future__ import annotations
 

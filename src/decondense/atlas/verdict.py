@@ -1,8 +1,8 @@
-r"""How condensed a model is, against what is known of others, and where its metrics point apart: ids and numbers.
+r"""How condensed a model is, compared with other models, and where its metrics disagree: ids and numbers.
 
 The scale rests on what a mean cosine is. With unit vectors :math:`\hat z_i` of the N tokens of a passage,
 :math:`\mu = N^{-2}\sum_{ij} c_{ij} = \lVert N^{-1}\sum_i \hat z_i \rVert^2`: the share of the (unit) squared length
-that all tokens have in common, in one direction; :math:`1 - \mu` is what tells them apart. The bounds of
+that all tokens have in common, in one direction; :math:`1 - \mu` is what distinguishes them. The bounds of
 :data:`SCALE` are a fifth, a half and four fifths of it.
 """
 
@@ -25,13 +25,13 @@ Outcome = Literal["more", "alike", "less"]
 Relation = Literal["chosen", "model", "family", "architecture", "size"]
 
 SCALE: tuple[tuple[Level, float], ...] = (("low", 0.2), ("moderate", 0.5), ("high", 0.8), ("severe", math.inf))
-"""Levels of the mean cosine of the deep half, each up to its bound."""
+"""Levels of the mean cosine of the deep half, each with its upper bound."""
 TREND = 0.5
-"""Spearman's rho from which on the cosine rises (or falls) with depth."""
+"""Spearman's rho at or above which the cosine rises with depth (or falls, if negative)."""
 ALIKE = {"deep_half": 0.05, "last": 0.05, "spearman": 0.1, "kendall": 0.1}
-"""Differences up to which two models are alike. Of published plots a correlation can be read to 0.03."""
+"""Differences up to which two models count as alike. A correlation can be read from a published plot to within 0.03."""
 SIZE = 2.0
-"""Factor within which two models are of one size."""
+"""Factor within which two models count as the same size."""
 
 
 def level(cosine: float) -> Level:
@@ -45,7 +45,7 @@ class Comparison:
 
     reference: Entry
     relation: Relation
-    """Why this reference: it was chosen, or is nearest by name, family, architecture or size."""
+    """Why this reference: it was chosen, or is the closest by name, family, architecture or size."""
     same_text: bool
     """Whether the text is the same, by its passages or by its name."""
     same_passages: bool | None
@@ -53,12 +53,12 @@ class Comparison:
     same_tokens: bool | None
     """Whether the passages are equally long; None: not known."""
     values: dict[str, tuple[float, float, Outcome]]
-    """Of each metric that both have: here, there, and what it is here."""
+    """For each metric that both have: the value here, the value of the reference, and the outcome here."""
 
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Two numbers that point apart, by the rule ``id`` of :data:`RULES`."""
+    """Two numbers that disagree, by the rule ``id`` of :data:`RULES`."""
 
     id: str
     first: float
@@ -101,10 +101,11 @@ def judge(summary: Mapping[str, Any], reference: Entry | None = None) -> Verdict
 
     Args:
         summary: :meth:`decondense.measuring.Profile.summary`, or what ``read_summary`` reads.
-        reference: what to compare with; None: the nearest shipped reference, if one is near.
+        reference: what to compare with; None: the closest shipped reference, if one is close enough.
 
     Raises:
-        EntryError: the reference takes the last state elsewhere, so that the numbers are of different states.
+        EntryError: the reference takes the last state on the other side of the final norm, so the numbers are of
+            different states.
     """
     own = Entry.from_summary(summary)
     assert own.mean_cosine is not None
@@ -134,15 +135,16 @@ def judge(summary: Mapping[str, Any], reference: Entry | None = None) -> Verdict
 
 
 def relate(own: Entry, reference: Entry, relation: Relation = "chosen") -> Comparison:
-    """Two entries side by side.
+    """Compare two entries.
 
     Raises:
         EntryError: one has its last state after the final norm, the other before it.
     """
     if reference.final != own.final:
         raise EntryError(
-            f"{reference.model} has its last state {reference.final} the final norm, {own.model} {own.final} it: these "
-            f"are different states. Measure with --final {reference.final}, or choose another reference."
+            f"the last state of {reference.model} is {reference.final} the final norm, that of {own.model} is "
+            f"{own.final} it, so they are different states. Measure with --final {reference.final}, or choose another "
+            "reference."
         )
     values = {}
     for name, alike in ALIKE.items():
@@ -159,10 +161,10 @@ def relate(own: Entry, reference: Entry, relation: Relation = "chosen") -> Compa
 
 
 def nearest(own: Entry) -> Comparison | None:
-    """The shipped reference that is nearest: the model itself, its family, its architecture or its size, in this order.
+    """The closest shipped reference: the model itself, else its family, its architecture or its size, in this order.
 
-    Other architectures and families count within a factor :data:`SIZE` of the parameters only; among equals the one of
-    the same text comes first, then the one of the nearest size.
+    Other architectures and families count only within a factor :data:`SIZE` of the parameters; among equals, the
+    reference on the same text comes first, then the one of the closest size.
     """
     ranked: list[tuple[tuple[Any, ...], Entry, Relation]] = []
     for entry in references():
@@ -197,7 +199,7 @@ def _folded(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.rpartition("/")[2].lower()).strip("-")
 
 
-# ---- metrics that point apart ----------------------------------------------------------------------------------------
+# ---- metrics that disagree ------------------------------------------------------------------------------------------
 
 _Rule = Callable[[Entry, Mapping[str, Any]], tuple[float, float] | None]
 
@@ -254,4 +256,4 @@ RULES: dict[str, _Rule] = {
     "few_pairs": _few_pairs,
     "one_axis": _one_axis,
 }
-"""Each rule gives the two numbers that point apart, or None. The conditions stand in the guide to measuring."""
+"""Each rule gives the two numbers that disagree, or None. The guide to measuring lists the conditions."""

@@ -36,18 +36,18 @@ _APART = {
     "rises_but_low": "Spearman is {0:+} because the cosine rises with depth, but it stays low ({1} in the deep half)",
     "high_without_rise": "the cosine does not rise with depth (Spearman {0:+}), but it is high throughout ({1} in the "
     "deep half)",
-    "last_layer_apart": "the deep half ({0}) and the last layer ({1}) tell different stories",
-    "norm_moves_last": "the final norm takes the last block's cosine from {0} to {1}, so the last layer depends on "
-    "which side of the norm is counted",
+    "last_layer_apart": "the deep half ({0}) and the last layer ({1}) disagree",
+    "norm_moves_last": "the final norm takes the last block's cosine from {0} to {1}, so the value of the last layer "
+    "depends on which side of the norm is used",
     "few_pairs": "the mean over pairs of tokens in the deep half ({0}) is far from their median ({1}): some tokens, "
-    "often the first one, are unlike the others",
-    "one_axis": "the mean cosine is low ({0}), but one axis has {1} of the squared length: tokens lie along it both "
-    "ways",
+    "often the first one, differ from the others",
+    "one_axis": "the mean cosine is low ({0}), but one axis has {1} of the squared length: tokens lie along it in both "
+    "directions",
 }
 
 
 def sentences(verdict: Verdict) -> tuple[str, str, str]:
-    """How condensed; compared with what is known; which metrics point apart."""
+    """Three sentences: how condensed the model is, the comparison with a reference, and which metrics disagree."""
     return _how(verdict), _compared(verdict), _apart(verdict.disagreements)
 
 
@@ -64,7 +64,7 @@ def _how(v: Verdict) -> str:
 
 def _compared(v: Verdict) -> str:
     if v.comparison is None:
-        return "Nothing comparable is known: no reference has this family, or this size within a factor of 2."
+        return "No comparable reference: none is of this family, or of this size within a factor of 2."
     c = v.comparison
     shown = [
         f"{_METRICS[name]} {_value(name, here)} here, {_value(name, there)} there"
@@ -78,7 +78,7 @@ def _compared(v: Verdict) -> str:
         outcomes = list(dict.fromkeys(_OUTCOMES[outcome] for outcome in cosines))
         verdict = outcomes[0] if len(outcomes) == 1 else f"mixed, {listed(outcomes)}"
     else:  # a trend says nothing of the level
-        verdict = f"only the trend can be compared, it is {_STEADY[c.values['spearman'][2]]}"
+        verdict = f"only the trend can be compared; it is {_STEADY[c.values['spearman'][2]]}"
     where = f"{describe(c.reference)} ({_RELATIONS[c.relation]})"
     return f"Compared with {where}: {verdict} ({'; '.join(shown)}).{caution(c, v.text)}"
 
@@ -91,12 +91,12 @@ def describe(entry: Entry) -> str:
 
 
 def caution(c: Comparison, text: str) -> str:
-    """What makes the two measurements incomparable, if anything."""
+    """What limits the comparison of the two measurements, if anything."""
     differs = []
     if not c.same_text:
-        differs.append(f"on another text ({c.reference.text}, here {text})")
+        differs.append(f"on a different text ({c.reference.text}, here {text})")
     elif c.same_passages is False:
-        differs.append(f"on other passages of {c.reference.text}")
+        differs.append(f"on different passages of {c.reference.text}")
     if c.same_tokens is False:
         differs.append(f"on passages of {c.reference.tokens} tokens")
     return f" It was measured {listed(differs)}: a hint, not a test." if differs else ""
@@ -104,9 +104,9 @@ def caution(c: Comparison, text: str) -> str:
 
 def _apart(found: tuple[Disagreement, ...]) -> str:
     if not found:
-        return "The metrics agree: level, trend with depth and last layer do not point apart."
+        return "The metrics agree on level, trend with depth and last layer."
     parts = [_APART[d.id].replace("{0:+}", _signed(d.first)).format(_two(d.first), _two(d.second)) for d in found]
-    return f"Metrics point apart: {'; '.join(parts)}."
+    return f"The metrics disagree: {'; '.join(parts)}."
 
 
 def _two(value: float) -> str:

@@ -66,45 +66,47 @@ def attach(
         model: A causal or masked language model, also inside PEFT, DDP, ``fully_shard`` or ``torch.compile`` wrappers.
         weight: The coefficient lambda; below 0 the loss is raised instead of lowered. Liu et al.: 0.1.
         layers: ``"all"``, ``"deep"`` (second half), ``"shallow"``, ``"last"``, or block numbers from 0.
-        target: Hold each layer's mean cosine at or below this instead of keeping ``weight``, which training then only
-            starts with (:mod:`decondense.attaching.target`). A number; one for each layer; the path of a profile that
-            ``decondense measure`` or :meth:`Profile.save` wrote, its mean cosines interpolated over relative depth; or
-            the name of a shipped reference (:func:`decondense.atlas.references`): its mean cosines, or for
-            ``layers="deep"`` the mean of its deep half. Cosines are of pairs of different tokens; those of profiles
-            are converted. Call :meth:`DispersionHandle.set_progress` every step. With ``form="profile"`` the weight
-            stays, and the loss is the squared difference from the target.
-        teacher: For ``form="gram"``: the model whose cosines the layers are to have, of any width and number of blocks
-            and with the same tokenizer. A vocabulary of another size is refused; another one of that size is not
-            noticed. It reads the same token ids in every training forward, in evaluation mode, without gradients.
+        target: Hold each layer's mean cosine at or below this value; training then starts with ``weight`` and adjusts
+            the weight of each layer (:mod:`decondense.attaching.target`). A number; one for each layer; the path of a
+            profile that ``decondense measure`` or :meth:`Profile.save` wrote, its mean cosines interpolated over
+            relative depth; or the name of a shipped reference (:func:`decondense.atlas.references`): its mean cosines,
+            or for ``layers="deep"`` the mean of its deep half. Cosines are of pairs of different tokens; those of
+            profiles are converted. Call :meth:`DispersionHandle.set_progress` every step. With ``form="profile"`` the
+            weight stays fixed, and the loss is the squared difference from the target.
+        teacher: For ``form="gram"``: the model whose cosines the layers should match. It needs the same tokenizer; its
+            width and number of blocks may differ. A vocabulary of a different size is refused; a different vocabulary
+            of the same size is not detected. It reads the same token ids in every training forward, in evaluation mode,
+            without gradients.
         config: All of these settings as one object.
         schedule: How the weight changes over training; then call :meth:`DispersionHandle.set_progress` every step.
-        blocks: Dotted path of the list of blocks, where the rule of :func:`decondense.blocks.find_blocks` cannot tell.
+        blocks: Dotted path of the list of blocks, where :func:`decondense.blocks.find_blocks` cannot determine it.
         final_norm: Take the last block's state after the model's final norm.
         embedding: Also disperse the input of the first block.
-        gradient_ratio_every: Every so many optimizer steps, log the norm of the gradient of the added term over the
-            norm of the gradient of the model's own loss. Costs two extra backward passes then.
+        gradient_ratio_every: Log the gradient norm of the added term divided by that of the model's own loss, once
+            every this many optimizer steps. Each time costs two extra backward passes.
         tokens_first: Whether the blocks return [tokens, batch, width] instead of [batch, tokens, width]. None: inferred
             from the class of the blocks, the shapes, or a probe (:mod:`decondense.layout`).
         placement: Where the gradient of a layer is added. ``"output"``: in the loss. ``"block"``: at the block, so that
-            the gradients of the layers, each of the size of a state, do not all wait in memory when backward begins;
-            the loss that is returned and the gradients are the same up to rounding (but for random pairs, which are
-            other draws). Inside gradient checkpoints each layer's loss is computed twice. A compiled model gets
+            the gradients of all layers, each as large as a hidden state, are not held in memory together when backward
+            begins. The returned loss and the gradients are the same up to rounding (except with random pairs, whose
+            draws differ). Inside gradient checkpoints each layer's loss is computed twice. A compiled model gets
             ``"output"``.
-        part: What the model holds of the whole one: a stage of a pipeline (placement is ``"block"`` then, nothing is
-            added to what it returns, and :attr:`DispersionHandle.scale` and :attr:`DispersionHandle.sequences` say what
-            its trainer divides by), or a share of the tokens of each state.
+        part: Which part of the whole model this module holds: a pipeline stage (then ``placement`` is ``"block"``,
+            nothing is added to its output, and :attr:`DispersionHandle.scale` and :attr:`DispersionHandle.sequences`
+            say what its trainer divides by), or a share of the tokens of each state.
         **loss: Fields of :class:`decondense.config.LossConfig`: ``form``, ``tau``, ``impl``, ``pairs``, ``seed``, ...
 
     Returns:
         A handle, also a context manager: ``with attach(model) as handle: ...`` detaches at the end.
 
     Raises:
-        AttachError: the gradient would not be exact for this model, or it has a handle already.
+        AttachError: the gradient would not be exact for this model, or the model already has a handle.
 
-    Gradient accumulation and several ranks: the result is the mean over micro-batches and ranks of each one's mean over
-    sequences, exact if all have the same number of sequences. If the trainer divides by the number of tokens of all
-    micro-batches (transformers' ``num_items_in_batch``), the term is scaled by the token share. :func:`attach_trainer`
-    is exact without these conditions: prefer it with a transformers or TRL trainer.
+    With gradient accumulation or several ranks, each micro-batch takes the mean over its own sequences, and the result
+    is the mean over micro-batches and ranks. This is exact if all of them have the same number of sequences. If the
+    trainer divides by the number of tokens of all micro-batches (transformers' ``num_items_in_batch``), the term is
+    scaled by the token share. :func:`attach_trainer` is exact without these conditions: prefer it with a transformers
+    or TRL trainer.
     """
     settings: dict[str, Any] = {
         "weight": weight,
@@ -123,5 +125,5 @@ def attach(
         return DispersionHandle(model, config, teacher, placement, part)
     extra = [*(name for name, value in settings.items() if value != getattr(_DEFAULT, name)), *loss]
     if extra:
-        raise AttachError(f"attach() got config= and also {', '.join(extra)}; put them into the DispersionConfig.")
+        raise AttachError(f"attach() got config= and also {', '.join(extra)}; set them in the DispersionConfig.")
     return DispersionHandle(model, config, teacher, placement, part)

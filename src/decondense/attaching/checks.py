@@ -23,36 +23,43 @@ _INEXACT_IN_PARTS = ("cp", "ulysses")
 
 
 class AttachError(ValueError):
-    """The loss cannot be attached, or would not be exact; the message says what to do instead."""
+    """The loss cannot be attached, or its gradient would not be exact; the message says what to do instead."""
 
 
 def refuse(model: nn.Module, part: Part | None = None) -> None:
     """Refuse the wrappers and models for which the gradient would not be exact."""
     if isinstance(model, nn.DataParallel):
-        raise AttachError("nn.DataParallel is not supported, its replicas have no hooks; use DDP or FSDP2 (torchrun).")
+        raise AttachError("nn.DataParallel is not supported; use DDP or FSDP2 (torchrun).")
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise AttachError(
-            "FSDP1 (FullyShardedDataParallel) was never verified; use FSDP2 (fully_shard, fsdp_version 2)."
+            "FSDP1 (FullyShardedDataParallel) has not been tested; use FSDP2 (fully_shard, fsdp_version 2)."
         )
     core = base_model(unwrap(model))
     if getattr(getattr(core, "config", None), "is_encoder_decoder", False):
         raise AttachError(
-            f"{type(core).__name__} is an encoder-decoder model, whose attention mask is the encoder's; only "
-            "decoder-only and encoder-only models are supported."
+            f"{type(core).__name__} is an encoder-decoder model, and its attention_mask describes the encoder's "
+            "tokens. Only decoder-only and encoder-only models are supported."
         )
     if (getattr(core, "_tp_size", None) or 1) > 1:  # set by from_pretrained(tp_plan=...)
-        raise AttachError("tensor parallelism (tp_plan) was never verified; use data parallelism (DDP, FSDP2).")
+        raise AttachError("tensor parallelism (tp_plan) has not been tested; use data parallelism (DDP, FSDP2).")
     refuse_meshes(model, part)
 
 
 def refuse_settings(config: DispersionConfig, teacher: nn.Module | None, placement: str, part: Part | None) -> None:
     """Refuse choices that do not go together."""
     if config.loss.info.teacher != (teacher is not None):
-        what = "needs a teacher: attach(model, teacher=...)" if teacher is None else "has no use for a teacher"
+        what = (
+            "needs a teacher: attach(model, teacher=...)"
+            if teacher is None
+            else ("does not use a teacher; omit teacher=")
+        )
         raise AttachError(f"form {config.loss.form!r} {what}.")
     one_of("placement", placement, PLACEMENTS)
     if teacher is not None and placement == "block":
-        raise AttachError("placement='block' would keep the teacher's states for a recomputation; omit it.")
+        raise AttachError(
+            "placement='block' does not work with a teacher, whose states it would have to keep for recomputation; "
+            "omit placement."
+        )
     if part is None:
         return
     cut = {
@@ -63,7 +70,7 @@ def refuse_settings(config: DispersionConfig, teacher: nn.Module | None, placeme
     }
     for what, given in cut.items():
         if given:
-            raise AttachError(f"a part of a model cannot have {what}.")
+            raise AttachError(f"part= cannot be combined with {what}.")
 
 
 def refuse_meshes(model: nn.Module, part: Part | None = None) -> None:
@@ -74,10 +81,10 @@ def refuse_meshes(model: nn.Module, part: Part | None = None) -> None:
         for dimension in getattr(mesh, "mesh_dim_names", None) or ():
             if any(name in refused for name in dimension.split("_")) and mesh[dimension].size() > 1:
                 raise AttachError(
-                    f"parameter {where} is distributed over the mesh dimension {dimension!r}, so a rank may not hold "
-                    "whole sequences of whole states. Tensor and pipeline parallelism: say what a rank holds, "
-                    "attach(model, part=Part(...)). Context parallelism is not supported; use data parallelism (DDP, "
-                    "FSDP2, HSDP)."
+                    f"parameter {where} is distributed over the mesh dimension {dimension!r}, so a rank may hold only "
+                    "part of a sequence or of a hidden state. With tensor or pipeline parallelism, declare what each "
+                    "rank holds: attach(model, part=Part(...)). Context parallelism is not supported; use data "
+                    "parallelism (DDP, FSDP2, HSDP)."
                 )
 
 
@@ -91,14 +98,14 @@ def check_graph(trained: Mapping[int, bool], layers: Mapping[int, Layer], source
             continue
         if any(parameter.requires_grad for parameter in sources[key].parameters()):
             raise AttachError(
-                f"the output of {layer} carries no gradient although its parameters are trained. With frozen "
+                f"the output of {layer} does not require a gradient although its parameters are trained. With frozen "
                 "embeddings and reentrant checkpointing call model.enable_input_require_grads(), or use "
                 "use_reentrant=False."
             )
     if not any(trained[key] for key in layers):
         raise AttachError(
-            f"nothing that is trained lies below the layers {', '.join(map(str, layers.values()))}, so their "
-            "dispersion has no gradient. Choose deeper layers."
+            f"there are no trainable parameters below the layers {', '.join(map(str, layers.values()))}, so their "
+            "dispersion loss has no gradient. Choose deeper layers."
         )
 
 

@@ -54,7 +54,7 @@ class Computation:
         refuse_settings(config, teacher, placement, part)
         other = attached(model)
         if other is not None:
-            raise AttachError(f"the model has a dispersion loss already: {other!r}. Call its detach() first.")
+            raise AttachError(f"the model already has a dispersion loss: {other!r}. Call its detach() first.")
         self.config = config
         self.defer = False
         """Store the value for :meth:`take` instead of adding it to the model's loss."""
@@ -108,8 +108,8 @@ class Computation:
             last = self._total - 1
             if chosen[-1] != last:
                 raise AttachError(
-                    f"final_norm=True concerns the last block, block {last + 1}, which is not among the layers: "
-                    f"{', '.join(map(str, layers.values()))}."
+                    f"final_norm=True applies to the last block, block {last + 1}, which is not among the layers: "
+                    f"{', '.join(map(str, layers.values()))}. Add it to layers, or omit final_norm."
                 )
             if last in sources:
                 sources[last], layers[last] = find_final_norm(blocks), FINAL_NORM
@@ -174,9 +174,9 @@ class Computation:
         if self._discarded >= _DISCARDED_BEFORE_ERROR:
             raise AttachError(
                 f"the last {self._discarded} dispersion losses were discarded without a gradient. Either this trainer "
-                "does not use the loss that the model returns (TRL's trainers do not): then use "
-                "attach_trainer(trainer), or handle.defer and handle.take() in a loss of your own. Or the model was "
-                "evaluated in training mode: then use model.eval() or torch.no_grad()."
+                "does not use the loss that the model returns (TRL's trainers do not): use attach_trainer(trainer), "
+                "or handle.defer and handle.take() in a custom loss. Or the model was evaluated in training mode: use "
+                "model.eval() or torch.no_grad()."
             )
         try:
             # may call the model to determine the layout; this hook then runs inside itself, in evaluation mode
@@ -213,8 +213,8 @@ class Computation:
                 return None
             if not in_backward():
                 raise AttachError(
-                    f"{self._states_of[key]} ran outside the forward of the model that the loss is attached to, so the "
-                    "loss would be missed. Attach to the model that is called (after wrapping it with PEFT), or "
+                    f"{self._states_of[key]} ran outside the forward of the model that the loss is attached to, so its "
+                    "loss would be lost. Attach to the model that is called (after wrapping it with PEFT), or call "
                     "detach() first."
                 )
             if not self._at_blocks or self._monitoring:
@@ -224,17 +224,16 @@ class Computation:
         layer = self._states_of[key]
         if not again and (key in forward.kept or key in forward.sums):
             raise AttachError(
-                f"{layer} ran twice in one forward (layers that share their weights?); dispersion needs one state "
-                "per layer."
+                f"{layer} ran twice in one forward (shared weights?); dispersion needs one state per layer."
             )
         state = hidden_state(output)
         if state is None:
             raise AttachError(
-                f"{layer} ({type(module).__name__}) gives a {type(output).__name__} without a tensor of hidden "
-                "states [batch, tokens, width], alone or first."
+                f"{layer} ({type(module).__name__}) returned a {type(output).__name__}; expected hidden states [batch, "
+                "tokens, width], alone or first in a tuple."
             )
         if torch.compiler.is_compiling() and self.part.is_stage:
-            raise AttachError("compiled blocks in a stage of a pipeline were never verified; do not compile them.")
+            raise AttachError("compiled blocks in a pipeline stage have not been tested; do not compile them.")
         # a graph of one block cannot wait for the gradient of the loss of another
         if not self._at_blocks or torch.compiler.is_compiling():
             forward.kept[key] = state
@@ -302,9 +301,9 @@ class Computation:
         own = returned_loss(output)
         if own is None:
             raise AttachError(
-                "the output of the model has no loss to add to (no labels passed? label smoothing or "
-                "compute_loss_func, which take the loss out of the model?). Use attach_trainer(trainer), or "
-                "handle.defer and handle.take()."
+                "the output of the model has no loss to add to. Either no labels were passed, or label smoothing or "
+                "compute_loss_func computes the loss outside the model. Use attach_trainer(trainer), or handle.defer "
+                "and handle.take()."
             )
         place, loss = own
         share = self._share(call)
@@ -323,7 +322,7 @@ class Computation:
         ]
         if missing:
             raise AttachError(
-                f"no hidden state came from {', '.join(missing)}: the block did not run (layer drop, early exit), or "
+                f"no hidden state was seen at {', '.join(missing)}: the block did not run (layer drop, early exit), or "
                 "the loss was attached after the model had been compiled and called (then call torch._dynamo.reset() "
                 "after attaching)."
             )

@@ -1,4 +1,4 @@
-"""How strong the added term is: the norm of its gradient over that of the model's own loss."""
+"""How strong the added term is: the norm of its gradient divided by that of the model's own loss."""
 
 from __future__ import annotations
 

@@ -64,7 +64,8 @@ class DispersionHandle(Computation):
 
     @property
     def layers(self) -> list[int]:
-        """Indices in the whole model of the blocks whose outputs are dispersed; of a stage, those that it has."""
+        """Indices in the whole model of the blocks whose outputs are dispersed; for a pipeline stage, those that it
+        holds."""
         return list(self._layers)
 
     @property
@@ -74,8 +75,8 @@ class DispersionHandle(Computation):
 
     @property
     def weight(self) -> float:
-        """The weight lambda that the next training forward uses, after the schedule; with a target the mean of the
-        layers' weights, for which the device is waited for."""
+        """The weight lambda that the next training forward uses, after the schedule. With a target: the mean of the
+        layers' weights, which synchronizes with the device."""
         return self._weight if self._controller is None else float(self._controller.mean)
 
     def detach(self) -> None:
@@ -110,7 +111,7 @@ class DispersionHandle(Computation):
     def set_progress(self, step: int, total_steps: int | None = None) -> None:
         """Set the step (from 0) of the next forward, and the number of steps, which only a schedule needs.
 
-        Another step than before ends that one (:meth:`end_step`).
+        When the step changes, the previous step is ended (:meth:`end_step`).
         """
         if total_steps is None and not self.config.schedule.is_constant:
             raise AttachError("the weight schedule needs the number of steps: handle.set_progress(step, total_steps).")
@@ -123,10 +124,10 @@ class DispersionHandle(Computation):
         self._set_weight()
 
     def end_step(self) -> None:
-        """With a target: move the weights by what the micro-batches of the step showed, once a step; else nothing.
+        """With a target: adjust the weights from the micro-batches of the step, once per step. Otherwise does nothing.
 
-        Sums one small tensor over the ranks, so every rank must call it. :meth:`set_progress` does when the step
-        changes; call it before :meth:`state_dict` where several ranks train.
+        Sums one small tensor over the ranks, so every rank must call it. It is called by :meth:`set_progress` when the
+        step changes; call it yourself before :meth:`state_dict` where several ranks train.
         """
         if self._controller is not None:
             self._controller.end_step()
@@ -135,7 +136,7 @@ class DispersionHandle(Computation):
     def take(self) -> Tensor | None:
         """With ``defer``: the loss of the last training forward with its graph, to be multiplied by :attr:`weight`.
 
-        None if there was no forward. With a target a layer counts by its weight over the mean weight.
+        None if there was no forward. With a target each layer is scaled by its weight divided by the mean weight.
         """
         taken = self.take_sum_and_count()
         return None if taken is None else taken[0] / taken[1].clamp(min=1)
@@ -146,7 +147,7 @@ class DispersionHandle(Computation):
         return taken
 
     def pop(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """Mean values since the last call, for a log; empty without a training forward since then.
+        """Mean values since the last call, for a log; empty if there was no training forward since then.
 
         ``dispersion`` (mean over layers), ``dispersion_weight``, ``dispersion/block_01`` ..., ``cross_entropy`` (the
         model's own loss without the added term, if it returns one), and with ``gradient_ratio_every`` also
@@ -192,7 +193,7 @@ class DispersionHandle(Computation):
         return {"config": self.config.model_dump(mode="json"), "targets": self.targets, **clock, **weights}
 
     def differences(self, state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Settings of a :meth:`state_dict` that are not this handle's: then and now."""
+        """Settings that differ between a :meth:`state_dict` and this handle, as (saved, current)."""
         # parsed, so that a state of an earlier release has today's keys
         saved = DispersionConfig.parse(dict(state["config"]), where="the saved dispersion state")
         then, now = saved.model_dump(mode="json"), self.config.model_dump(mode="json")
@@ -203,11 +204,11 @@ class DispersionHandle(Computation):
         return {key: (then[key], now[key]) for key in sorted(now) if then[key] != now[key]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from :meth:`state_dict`; a state of other settings is refused."""
-        pairs = ", ".join(f"{key}: {then} then, {now} now" for key, (then, now) in self.differences(state).items())
+        """Resume from :meth:`state_dict`; a state with different settings is refused."""
+        pairs = ", ".join(f"{key}: saved {then}, now {now}" for key, (then, now) in self.differences(state).items())
         if pairs:
             raise AttachError(
-                f"the saved dispersion state was made with other settings ({pairs}); attach with the same."
+                f"the saved dispersion state has different settings ({pairs}); attach with the saved settings."
             )
         if self._controller is not None:
             self._controller.load_state_dict(state["controller"])

@@ -48,8 +48,8 @@ def share_of_step(batch: Mapping[str, Any], micro_batches: int | None, shifts_la
         labels = batch.get("labels")
         if labels is None:
             raise AttachError(
-                "num_items_in_batch came without labels, so the share of this micro-batch is unknown; use "
-                "attach_trainer(trainer)."
+                "the model received num_items_in_batch without labels, so the token share of this micro-batch is "
+                "unknown; use attach_trainer(trainer)."
             )
         if shifts_labels:
             labels = labels[..., 1:]

@@ -1,4 +1,4 @@
-"""What a rank holds of a model that is cut over several: a stage of a pipeline, a part of the tokens of each state."""
+"""What a rank holds of a model that is split over several ranks: a pipeline stage, or part of each state's tokens."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from decondense.layout import Call
 class Part:
     """A part of a model: ``attach(stage, part=Part(first_block=4, blocks=8))``.
 
-    Choices of layers (``"deep"``, Python indices) and the mean over layers are those of the whole model; every stage
-    gets the same ones. A stage without a chosen block adds nothing.
+    ``layers`` (``"deep"``, Python indices) and the mean over layers refer to the whole model; give every stage the same
+    values. A stage without a chosen block adds nothing.
     """
 
     first_block: int = 0
@@ -26,9 +26,9 @@ class Part:
     blocks: int | None = None
     """Number of blocks of the whole model; None: the part has all of them."""
     group: Any = None
-    """The process group of the W ranks that hold 1/W of the tokens of every state each, in order (sequence parallelism:
+    """The process group of the W ranks that each hold 1/W of the tokens of every state, in order (sequence parallelism:
     ``mesh["tp"].get_group()``). The tokens are gathered, and each rank gets the gradient of its own. None: every rank
-    holds whole states, or they are DTensors, which say themselves what a rank holds."""
+    holds whole states, or they are DTensors, whose placements say what each rank holds."""
 
     @property
     def is_stage(self) -> bool:

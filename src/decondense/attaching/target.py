@@ -14,7 +14,7 @@ so it is smoothed, :math:`\bar c_l \leftarrow \bar c_l + B (c_l - \bar c_l)`. Wi
 
 between :data:`LOWEST` and :data:`HIGHEST` times the weight that training starts with. The first term integrates: the
 weight stands still only at the target, and decays to its lower end where the cosine stays below. The second is zero at
-rest; it brakes the weight while the cosine falls, without which the two oscillate.
+rest; it damps the weight while the cosine falls, and without it the two oscillate.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from decondense.attaching.checks import AttachError
 from decondense.losses import sum_and_count
 
 RATE = 0.05
-"""K: the largest change of the logarithm of a weight in a step by the integral."""
+"""K: the largest change of the logarithm of a weight in one step by the integral term."""
 BRAKE = 5.0
 """P: change of the logarithm of a weight per change of the error."""
 SMOOTHING = 0.1
 """B: the share of the newest step in the smoothed cosine."""
 LOWEST = 1e-3
-"""Least weight, as a multiple of the weight that training starts with: the layer is let go."""
+"""Lower bound of a weight, as a multiple of the initial weight: the layer is barely dispersed."""
 HIGHEST = 1e2
-"""Greatest weight, as a multiple of the weight that training starts with: the target is out of reach."""
+"""Upper bound of a weight, as a multiple of the initial weight: reached if the target cannot be met."""
 SMALLEST_SCALE = 0.05
-"""Errors are relative to the target, but never to less than this."""
+"""Errors are divided by the magnitude of the target, or by this value if that is smaller."""
 
 
 class Controller:
@@ -138,11 +138,11 @@ class Controller:
         """Plain numbers.
 
         Raises:
-            AttachError: several ranks, and the step that they are in has not ended.
+            AttachError: there are several ranks, and the current step has not ended.
         """
         if not self.ended and world_size() > 1:
             raise AttachError(
-                "the cosines of this step are not summed over the ranks yet: call handle.end_step() on every rank "
+                "the cosines of this step have not been summed over the ranks: call handle.end_step() on every rank "
                 "after the optimizer step, then save the state."
             )
         numbers = {name: getattr(self, f"{name}_L").tolist() for name in ("targets", "log", "smooth")}
@@ -153,12 +153,12 @@ class Controller:
         """Resume.
 
         Raises:
-            AttachError: the targets were others: a profile that has changed.
+            AttachError: the targets differ, for example because the profile has changed.
         """
         if list(state["targets"]) != self.targets_L.tolist():
             raise AttachError(
-                f"the saved state has the targets {_shown(state['targets'])}, this model {_shown(self.targets_L)}: "
-                "another profile? Attach with the same."
+                f"the saved state has the targets {_shown(state['targets'])}, but this model has "
+                f"{_shown(self.targets_L)}. Attach with the saved targets (has the profile changed?)."
             )
         smooth = [math.nan if value is None else value for value in state["smooth"]]
         for tensor, values in ((self.log_L, state["log"]), (self.smooth_L, smooth), (self._pending, state["pending"])):

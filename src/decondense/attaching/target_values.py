@@ -24,7 +24,7 @@ def resolve_target(target: Target, layers: Sequence[Layer], blocks: int) -> list
         blocks: number of blocks.
 
     Raises:
-        AttachError: another number of layers; no such profile or reference; one that has no value for these layers.
+        AttachError: a wrong number of values; no such profile or reference; one that has no value for these layers.
     """
     if isinstance(target, str):
         return _from_name(target, layers, blocks)
@@ -84,7 +84,7 @@ def _measured(name: str, summary: Mapping[str, Any]) -> dict[Layer, float]:
     skipped = summary["info"].get("skip_tokens")
     if skipped:
         raise AttachError(
-            f"target {name!r} was measured without the first {skipped} tokens of each passage, and training has all of "
+            f"target {name!r} was measured without the first {skipped} tokens of each passage, but training includes "
             "them; measure again without skip_tokens."
         )
     tokens = summary["passage_tokens"]
@@ -96,7 +96,7 @@ def _others(name: str, cosine: float, tokens: int | None) -> float:
     """Without the pairs of a token with itself, which a mean cosine of a profile includes."""
     if tokens is None:
         raise AttachError(
-            f"target {name!r}: the number of tokens of its passages is not known, which its mean cosine depends on; "
+            f"target {name!r}: its mean cosine depends on the number of tokens per passage, which is not recorded; "
             "give numbers, or measure again."
         )
     return (tokens * cosine - 1) / (tokens - 1)
@@ -123,7 +123,7 @@ def _interpolated(
             where = "after" if after else "before"
             raise AttachError(
                 f"target {name!r} has no state at the depth of {layer} {where} the final norm; attach with "
-                f"final_norm={not after}, or choose layers that are less deep."
+                f"final_norm={not after}, or choose shallower layers."
             )
         places = sorted(known)
         found.append(float(np.interp(depth, places, [known[place] for place in places])))

@@ -28,12 +28,12 @@ class Teacher:
 
     def __init__(self, teacher: nn.Module, model: Blocks, layers: Sequence[Layer]) -> None:
         if any(module is model.root for module in teacher.modules()):
-            raise AttachError("the teacher is the attached model; give another one.")
+            raise AttachError("the teacher is the attached model itself; pass a different model.")
         rows, own = vocabulary_size(teacher), vocabulary_size(model.root)
         if rows is not None and own is not None and abs(rows - own) > _PADDING:
             raise AttachError(
-                f"the teacher has embeddings of {rows:,} tokens and the model of {own:,}: they do not share a "
-                "tokenizer, and the teacher would read other text; give a teacher with the model's tokenizer."
+                f"the teacher's embedding has {rows:,} rows and the model's has {own:,}: they do not share a "
+                "tokenizer, so the teacher would read different text. Use a teacher with the model's tokenizer."
             )
         found = find_blocks(teacher)
         self.model = teacher
@@ -54,16 +54,18 @@ class Teacher:
         return self  # a copied model keeps its teacher
 
     def states(self, call: Call) -> list[Tensor]:
-        """One [batch, tokens, width'] a layer, without gradients, in evaluation mode.
+        """One [batch, tokens, width'] per layer, without gradients, in evaluation mode.
 
         Raises:
             AttachError: inside a compiled graph, or a call without token ids.
         """
         if torch.compiler.is_compiling():
-            raise AttachError("a teacher cannot be run inside a compiled graph; compile its model and not this one.")
+            raise AttachError(
+                "a teacher cannot run inside a compiled graph; compile the teacher instead of this model."
+            )
         inputs = {name: call.arguments[name] for name in _INPUTS if call.arguments.get(name) is not None}
         if "input_ids" not in inputs:
-            raise AttachError("a teacher reads the token ids of the call; this call has no input_ids.")
+            raise AttachError("the teacher needs token ids, and this call has no input_ids; pass input_ids.")
         device = inputs["input_ids"].device
         if next(self.model.parameters()).device != device:
             self.model.to(device)

@@ -93,7 +93,7 @@ def _run(words: list[str]) -> int:
 
 
 def _interrupted(arguments: Sequence[str]) -> str:
-    """What is left of an interrupted command."""
+    """What an interrupted command leaves behind."""
     verb = next((word for word in arguments if not word.startswith("-")), "")
     kept = {
         "demo": "rows written so far are valid; the same command resumes from the last checkpoints.",
@@ -116,7 +116,8 @@ def _say(error: Exception) -> str:
                 " Rows written so far are valid: free some space and run the same command again.",
             ),
             **dict.fromkeys(
-                (errno.EEXIST, errno.ENOTDIR), " A file is where a directory is needed: choose another one (--out)."
+                (errno.EEXIST, errno.ENOTDIR),
+                " A file is where a directory is needed: choose another directory with --out.",
             ),
             errno.EACCES: " Choose a directory you may write to (--out, DECONDENSE_CACHE).",
             errno.EROFS: " Choose a directory you may write to (--out, DECONDENSE_CACHE).",

@@ -13,7 +13,7 @@ from decondense.cli import options
 
 app = typer.Typer(help="Collect profiles of many models in one page.", no_args_is_help=True)
 
-Folder = Annotated[Path, typer.Option("--atlas", help="Directory of the atlas: one JSON file a model and text.")]
+Folder = Annotated[Path, typer.Option("--atlas", help="Directory of the atlas: one JSON file per model and text.")]
 Reference = Annotated[
     str | None,
     typer.Option("--reference", help="A shipped reference, a profile or an atlas entry.", metavar="NAME|FILE"),
@@ -26,17 +26,17 @@ def add(
         list[Path], typer.Argument(help="Directories or files of profiles, or atlas entries.", metavar="PROFILE...")
     ],
     atlas: Folder = Path("atlas"),
-    family: Annotated[str, typer.Option("--family", help="Name of the models that differ in size only.")] = "",
-    model: Annotated[str, typer.Option("--model", help="Name of the model, where its directory has another.")] = "",
-    text_name: Annotated[str, typer.Option("--text-name", help="Name of the text, where its file has another.")] = "",
+    family: Annotated[str, typer.Option("--family", help="Name of the family: models that differ only in size.")] = "",
+    model: Annotated[str, typer.Option("--model", help="Name of the model. Default: the profile's.")] = "",
+    text_name: Annotated[str, typer.Option("--text-name", help="Name of the text. Default: the profile's.")] = "",
     source: Annotated[str, typer.Option("--source", help="Where the numbers come from.")] = "",
-    replace: Annotated[bool, typer.Option("--replace", help="Replace entries of the same name.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace entries that have the same name.")] = False,
 ) -> None:
-    """Add profiles to an atlas and make its page anew."""
+    """Add profiles to an atlas and rebuild its page."""
     from decondense.atlas import Atlas, Entry, EntryError
 
     if model and len(profiles) > 1:
-        raise EntryError(f"--model names one profile, and {len(profiles)} are given.")
+        raise EntryError(f"--model names one profile, but {len(profiles)} are given; add them one by one.")
     names = {"model": model, "family": family, "text": text_name, "source": source}
     entries = [Entry.read(path, **names) for path in profiles]
     found = Atlas(atlas)
@@ -47,7 +47,7 @@ def add(
 
 @app.command()
 def show(atlas: Folder = Path("atlas")) -> None:
-    """Print an atlas and make its page anew."""
+    """Print an atlas and rebuild its page."""
     from rich.console import Console
 
     from decondense.atlas import Atlas
@@ -70,7 +70,7 @@ def compare(
     second: Annotated[str, typer.Argument(help="What to compare with.", metavar="B")],
     atlas: Folder = Path("atlas"),
 ) -> None:
-    """Compare two models, and say what keeps them from being compared."""
+    """Compare two models, and say what makes the comparison unreliable."""
     from rich.console import Console
 
     from decondense.atlas import Atlas, EntryError, caution, describe, find_reference, relate
@@ -98,11 +98,11 @@ def card(
         typer.Argument(help="A profile (directory or file), or a model to measure first.", metavar="PROFILE|MODEL"),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Directory of the heat map. Default: that of the profile.")
+        Path | None, typer.Option("--out", help="Directory for the heat map. Default: the directory of the profile.")
     ] = None,
     reference: Reference = None,
 ) -> None:
-    """Print the section of a model card, and write its heat map."""
+    """Print a section for a model card, and write its heat map."""
     from decondense.atlas import find_reference, read_summary
     from decondense.records import atomic_write
     from decondense.report import atlas

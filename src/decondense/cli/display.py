@@ -39,11 +39,11 @@ class _Item:
 
 
 class Display:
-    """Shows how far things are. A context manager.
+    """Shows the progress of several things at once. A context manager.
 
-    On a terminal: a bar per thing under way. Elsewhere: every ``every`` seconds one line per thing, with what is done,
-    the time since it began and an estimate of what is left; also while a single step takes longer than that. On both, a
-    line at the end of each thing that :meth:`finish` is called for.
+    On a terminal, each thing in progress has a bar. Elsewhere, each has one line every ``every`` seconds, with what is
+    done, the elapsed time and an estimate of what is left; also while a single step takes longer than that. In both
+    cases :meth:`finish` prints a line when a thing has ended.
 
     Args:
         console: Where to print.
@@ -90,7 +90,7 @@ class Display:
         self._bars.stop()
 
     def update(self, key: Hashable, name: str, done: int = 0, total: int | None = None, note: str = "") -> None:
-        """Say how far the thing ``key`` is, ``done`` of ``total`` (None: unknown); the first call begins it."""
+        """Update the progress of ``key`` to ``done`` of ``total`` (None: unknown); the first call starts it."""
         with self._lock:
             item = self._items.get(key)
             if item is None:
@@ -101,7 +101,7 @@ class Display:
             self._bars.update(item.bar, completed=done, total=total, note=note)
 
     def drop(self, key: Hashable) -> None:
-        """Forget a thing without a word."""
+        """Remove a thing without printing anything."""
         with self._lock:
             item = self._items.pop(key, None)
             if item is not None and item.bar is not None:
@@ -115,7 +115,7 @@ class Display:
             self._print(f"{name}: {note}" if note else name)
 
     def active(self) -> list[Hashable]:
-        """What is under way."""
+        """The keys of the things in progress."""
         return list(self._items)
 
     def _run(self) -> None:
@@ -162,7 +162,7 @@ class StudyDisplay:
             self._display.update(what, what, done, total)
 
     def cells(self, states: list[CellState]) -> None:
-        """The cells have moved on."""
+        """The states of the cells have changed."""
         seeds = {state.seed for state in states if state.kind == "cell"}
         for seed in sorted(seeds - self._seeds) if self._seeds else ():
             self._display.finish(("seed", seed), f"seed {seed}", "added, because not every arm is decided")
@@ -191,7 +191,7 @@ class EvaluationDisplay:
         self._display = display
 
     def __call__(self, task: str, what: str, done: int, total: int | None) -> None:
-        """The work on ``task`` (``""``: on the model) has come to ``done`` of ``total``."""
+        """``done`` of ``total`` requests of ``task`` (``""``: of loading the model) are complete."""
         name = task or "loading the harness and the model"
         if what in ("done", "kept", "failed"):
             words = {"done": f"{done:,} items", "kept": "kept from before", "failed": "failed"}[what]

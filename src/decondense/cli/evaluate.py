@@ -25,13 +25,13 @@ def evaluate_command(
         ),
     ] = "paper",
     out: Annotated[
-        Path | None, typer.Option("--out", help="Directory of the results. Default: decondense-evaluate-NAME.")
+        Path | None, typer.Option("--out", help="Directory for the results. Default: decondense-evaluate-NAME.")
     ] = None,
     shots: Annotated[
         str | None,
         typer.Option(
             "--shots",
-            help="Examples in the prompt: gpt2 or qwen3 as in the paper, or a number for all tasks. Default: gpt2.",
+            help="Few-shot examples: gpt2 or qwen3 as in the paper, or a number for all tasks. Default: gpt2.",
         ),
     ] = None,
     limit: Annotated[
@@ -42,25 +42,25 @@ def evaluate_command(
         Path | None,
         typer.Option(
             "--data-dir",
-            help="Benchmarks in local files: a folder a task, SPLIT.jsonl or SPLIT.parquet in it.",
+            help="Directory with local benchmark files: one folder per task with SPLIT.jsonl or SPLIT.parquet.",
             rich_help_panel=options.DATA,
         ),
     ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
-            "--batch-size", min=1, help="Requests of a forward pass. Default: 16.", rich_help_panel=options.MODEL
+            "--batch-size", min=1, help="Requests per forward pass. Default: 16.", rich_help_panel=options.MODEL
         ),
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option("--device", help="cpu, cuda, cuda:1. Default: a GPU if any.", rich_help_panel=options.MODEL),
+        typer.Option("--device", help="cpu, cuda, cuda:1. Default: a GPU if available.", rich_help_panel=options.MODEL),
     ] = None,
     dtype: options.Dtype = "auto",
     max_length: Annotated[
         int | None,
         typer.Option(
-            "--max-length", min=2, help="Context in tokens. Default: the model's.", rich_help_panel=options.MODEL
+            "--max-length", min=2, help="Context length in tokens. Default: the model's.", rich_help_panel=options.MODEL
         ),
     ] = None,
     tokenizer: options.Tokenizer = None,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Where = Annotated[
     Path, typer.Argument(help="A study directory, or a file of rows (.jsonl, .jsonl.gz).", metavar="DIR|ROWS")
 ]
-Baseline = Annotated[str | None, typer.Option("--baseline", help="Arm to compare with. Default: the study's.")]
+Baseline = Annotated[str | None, typer.Option("--baseline", help="Arm to compare with. Default: the study's baseline.")]
 
 
 def compare(
@@ -78,10 +78,12 @@ def report(
 def env(
     gpu: Annotated[
         bool,
-        typer.Option("--gpu", help="Run the fused kernels on the GPU, compare with float64, time (about a minute)."),
+        typer.Option(
+            "--gpu", help="Check the fused kernels on the GPU against float64 and time them (about a minute)."
+        ),
     ] = False,
 ) -> None:
-    """Show versions, devices and directories: what to send along with a question."""
+    """Show versions, devices and directories. Include the output when you report a problem."""
     if gpu:
         _check_gpu()
         return
@@ -124,9 +126,9 @@ def present(
     source: Path | None = None,
     json_of: str | None = None,
 ) -> None:
-    """Print the comparison, write the report, and say where everything lies; ``source`` is the file of the rows.
+    """Print the comparison, write the report, and print where the files are; ``source`` is the file of the rows.
 
-    ``json_of``: the verb whose JSON object goes to standard output beside what the console shows.
+    ``json_of``: the verb whose JSON object goes to standard output, in addition to what the console shows.
     """
     from decondense.cli.printed import emit
     from decondense.compare import Study
@@ -162,13 +164,13 @@ def present(
         )
     if failed:
         raise RuntimeError(
-            "some runs failed, and the report says so: "
+            "some runs failed, and the report lists them: "
             + "; ".join(f"{cell.arm} seed {cell.seed}: {cell.run['error'] or 'no reason recorded'}" for cell in failed)
         )
 
 
 def rows_file(where: Path) -> Path:
-    """The file of rows that a study's directory holds, or that was given itself."""
+    """The file of rows in a study's directory, or ``where`` itself if it is a file."""
     if not where.is_dir():
         return where
     plain, packed = where / "rows.jsonl", where / "rows.jsonl.gz"
@@ -177,7 +179,7 @@ def rows_file(where: Path) -> Path:
 
 @contextlib.contextmanager
 def named(where: Path) -> Iterator[None]:
-    """Let what is wrong with rows be told with the file that they come from: a cut file looks like missing runs."""
+    """Name the file of rows in every :class:`CompareError`: a truncated file looks like missing runs."""
     from decondense.compare import CompareError
 
     try:
@@ -187,7 +189,7 @@ def named(where: Path) -> Iterator[None]:
 
 
 def rows_at(where: Path) -> Iterator[Row | ItemRows]:
-    """The rows of a study's directory or of a file of rows, one by one or those of a task's items together.
+    """The rows of a study's directory or of a file of rows, one by one, with the items of a task grouped.
 
     Raises:
         ConfigError: there are none.
@@ -201,7 +203,7 @@ def rows_at(where: Path) -> Iterator[Row | ItemRows]:
     rows = iter_pieces(path)
     first = next(rows, None)
     if first is None:
-        raise ConfigError(f"{path} holds no rows; has any run of the study ended?")
+        raise ConfigError(f"{path} holds no rows; wait until a run of the study has ended.")
     yield first
     yield from rows
 
@@ -217,7 +219,7 @@ def _print_comparison(comparison: Comparison, console: Console) -> None:
     table = terminal_table(comparison)
     console.print(table.to_rich(title=comparison.title))
     for note in table.notes:
-        remedy = "The tables of `decondense report` and of `decondense compare --tables DIR` have all arms."
+        remedy = "The tables of `decondense report` and of `decondense compare --tables DIR` show all arms."
         console.print(f"{note} {remedy}\n", style="bold", highlight=False, markup=False)
     console.print(summary(comparison), highlight=False, markup=False)
     for note in comparison.task_notes:

@@ -25,7 +25,7 @@ def named_models(
     if revisions is not None and checkpoints is None:
         if len(models) != 1:
             raise MeasureError(
-                "--revisions belongs to one hub id: decondense measure --checkpoints ID --revisions A,B,C."
+                "--revisions needs exactly one hub id: decondense measure --checkpoints ID --revisions A,B,C."
             )
         checkpoints, models = models[0], []
     if checkpoints is not None:
@@ -53,7 +53,7 @@ def checkpoints_of(run: str, revisions: str | None) -> list[tuple[str, int | Non
         root = Path(run)
         if not root.is_dir():
             raise MeasureError(
-                f"{run} is not a directory; for the revisions of a hub model name them: --revisions A,B,C."
+                f"{run} is not a directory; to measure revisions of a hub model, name them with --revisions A,B,C."
             )
         folders = checkpoint_folders(root)
         found = [(str(path), step_of(path.name)) for path in folders]
@@ -72,7 +72,7 @@ def step_of(name: str) -> int | None:
 
 
 def memory_budget(entries: list[str]) -> dict[Any, str] | None:
-    """``--max-memory`` as transformers takes it."""
+    """``--max-memory`` in the form that transformers expects."""
     from decondense.measuring.running import MeasureError
 
     budget: dict[Any, str] = {}
@@ -96,7 +96,7 @@ def read_texts(
     seed: int,
     most: int | None,
 ) -> list[str]:
-    """The passages; what the reader warns of is printed."""
+    """The passages; warnings of the reader are printed."""
     from decondense.corpora.columns import TextWarning
     from decondense.corpora.passages import read_each, sample_passages
 
@@ -146,8 +146,7 @@ def check_folder(folder: Path, labels: list[str]) -> None:
             pass
     except OSError as error:
         raise MeasureError(
-            f"{folder} cannot hold the results ({error.strerror or error}); choose a directory that you may write to: "
-            "--out."
+            f"{folder} cannot hold the results ({error.strerror or error}); choose a writable directory with --out."
         ) from error
     finally:
         for path in made:
@@ -170,7 +169,7 @@ def labels_of(sources: list[str]) -> list[str]:
 
     parts = [Path(source).resolve().parts for source in sources]
     if twice := [source for number, source in enumerate(sources) if parts[number] in parts[:number]]:
-        raise MeasureError(f"{twice[0]} is given twice.")
+        raise MeasureError(f"{twice[0]} is given twice; give each model once.")
     labels = [short_name(source) for source in sources]
     if len(set(labels)) < len(labels):
         shared = 0

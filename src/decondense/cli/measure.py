@@ -35,12 +35,12 @@ def measure_command(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Directory of the results. Default: decondense-measure-NAME.")
+        Path | None, typer.Option("--out", help="Directory for the results. Default: decondense-measure-NAME.")
     ] = None,
     family: Annotated[
         str | None,
         typer.Option(
-            "--family", help="The models are a family of this name: also draw it over size.", rich_help_panel=_FIGURE
+            "--family", help="Family name of the models: also plot condensation over size.", rich_help_panel=_FIGURE
         ),
     ] = None,
     pairs: Annotated[
@@ -83,7 +83,7 @@ def measure_command(
     skip_tokens: Annotated[
         int,
         typer.Option(
-            "--skip-tokens", min=0, help="Leave the first N tokens of each passage out.", rich_help_panel=_WHAT
+            "--skip-tokens", min=0, help="Leave out the first N tokens of each passage.", rich_help_panel=_WHAT
         ),
     ] = 0,
     metrics: Annotated[
@@ -97,7 +97,7 @@ def measure_command(
     final: Annotated[
         str,
         typer.Option(
-            "--final", help="The last layer: after (as published) or before the final norm.", rich_help_panel=_WHAT
+            "--final", help="Take the last layer after (as published) or before the final norm.", rich_help_panel=_WHAT
         ),
     ] = "after",
     reference: Annotated[
@@ -114,7 +114,7 @@ def measure_command(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            "--batch-size", min=1, help="Passages of a forward pass. Default: what fits.", rich_help_panel=options.MODEL
+            "--batch-size", min=1, help="Passages per forward pass. Default: what fits.", rich_help_panel=options.MODEL
         ),
     ] = None,
     tokenizer: options.Tokenizer = None,
@@ -134,13 +134,15 @@ def measure_command(
         list[str] | None,
         typer.Option(
             "--max-memory",
-            help="Budget a device for --device-map, e.g. 0=20GiB, cpu=8GiB.",
+            help="Memory budget of a device for --device-map, e.g. 0=20GiB, cpu=8GiB.",
             rich_help_panel=options.MODEL,
         ),
     ] = None,
     offload: Annotated[
         Path | None,
-        typer.Option("--offload", help="Directory for layers that fit in no memory.", rich_help_panel=options.MODEL),
+        typer.Option(
+            "--offload", help="Directory for layers that do not fit in memory.", rich_help_panel=options.MODEL
+        ),
     ] = None,
     eight_bit: Annotated[
         bool, typer.Option("--8bit", help="8-bit weights (needs bitsandbytes).", rich_help_panel=options.MODEL)
@@ -172,7 +174,9 @@ def measure_command(
     look = (bins, heat_map, palette)
     if states is not None:
         if models or checkpoints or text or dataset or logits or each:
-            raise MeasureError("--states measures what is there: leave out models, text and --logits.")
+            raise MeasureError(
+                "--states measures stored hidden states: omit the models, the options for text and --logits."
+            )
         _measure_states(console, states, out, measuring, final, look, reference, as_json)
         return
     names = inputs.named_models(models or [], checkpoints, revisions, pairs)
@@ -234,7 +238,7 @@ def _reference(name: str | None, final: str) -> Entry | None:
     entry = find_reference(name)
     if (other := entry.final) != final:
         raise MeasureError(
-            f"--reference {name} has its last layer {other} the final norm; measure with --final {other} too."
+            f"--reference {name} takes its last layer {other} the final norm; measure with --final {other} too."
         )
     return entry
 
@@ -275,7 +279,7 @@ def _measure(
         model, tokenizer = load_model(source, **loading)
         if tokenizer is None:
             raise MeasureError(
-                f"{source} comes without a tokenizer; name the right one: --tokenizer DIRECTORY_OR_HUB_ID."
+                f"{source} comes without a tokenizer; name the right one with --tokenizer DIRECTORY_OR_HUB_ID."
             )
         if each:
             texts = inputs.long_enough(console, label, texts, tokenizer, measuring["skip_tokens"])

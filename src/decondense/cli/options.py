@@ -24,17 +24,18 @@ OptionalStudyName = Annotated[
 StudyFolder = Annotated[Path | None, typer.Option("--out", help="Directory of the study. Default: decondense-NAME.")]
 Seeds = Annotated[int | None, typer.Option("--seeds", min=1, help="Number of seeds, 0 to N-1. Default: the study's.")]
 Workers = Annotated[
-    int | None, typer.Option("--workers", min=0, help="Runs side by side. Default: one per core; one on a GPU.")
+    int | None,
+    typer.Option("--workers", min=0, help="Runs in parallel. Default: one per GPU; without a GPU, one per core."),
 ]
 Ray = Annotated[
     str | None,
     typer.Option(
         "--ray",
-        help="Run on a Ray cluster: auto (the one of this machine) or HOST:PORT.",
+        help="Run on a Ray cluster: auto (the cluster of this machine) or HOST:PORT.",
         metavar="ADDRESS",
     ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Resume the study that lies in --out, whatever it is.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume the study in --out, even if another study is named.")]
 Retry = Annotated[bool, typer.Option("--retry-failed", help="Start failed runs again instead of reporting them.")]
 Until = Annotated[
     Literal["decided"] | None,
@@ -45,7 +46,8 @@ Margin = Annotated[
     typer.Option("--margin", help="Loss differences up to this count as equal. Default: the study's.", min=1e-9),
 ]
 MostSeeds = Annotated[
-    int | None, typer.Option("--most-seeds", min=3, help="With --until: seeds at most. Default: the study's, 20.")
+    int | None,
+    typer.Option("--most-seeds", min=3, help="With --until: maximum number of seeds. Default: the study's (20)."),
 ]
 Scale = Annotated[str | None, typer.Option("--scale", help="One of the study's scales.")]
 StudyText = Annotated[
@@ -65,10 +67,10 @@ StudyTasks = Annotated[
     typer.Option("--tasks", help="Benchmarks of the final checkpoints, separated by commas.", rich_help_panel=CHANGES),
 ]
 StudyDataDir = Annotated[
-    str | None, typer.Option("--data-dir", help="Benchmarks in local files.", rich_help_panel=CHANGES)
+    str | None, typer.Option("--data-dir", help="Directory with local benchmark files.", rich_help_panel=CHANGES)
 ]
 StudyLimit = Annotated[
-    int | None, typer.Option("--limit", min=1, help="Items of each benchmark at most.", rich_help_panel=CHANGES)
+    int | None, typer.Option("--limit", min=1, help="Maximum number of items per benchmark.", rich_help_panel=CHANGES)
 ]
 Set = Annotated[
     list[str] | None,
@@ -85,7 +87,9 @@ Set = Annotated[
 ID_HELP = "hub id (ID@REVISION for a revision)"
 Tokenizer = Annotated[
     str | None,
-    typer.Option("--tokenizer", help="Where the tokenizer is, if not with the model.", rich_help_panel=MODEL),
+    typer.Option(
+        "--tokenizer", help="Directory or hub id of the tokenizer, if the model has none.", rich_help_panel=MODEL
+    ),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)]
 
@@ -109,7 +113,7 @@ Each = Annotated[
     bool,
     typer.Option(
         "--each",
-        help="Every record of the source is a passage, instead of drawing passages from it.",
+        help="Measure every record of the source as a passage instead of drawing passages from it.",
         rich_help_panel=SOURCE,
     ),
 ]
@@ -120,18 +124,18 @@ Passages = Annotated[
 ]
 Words = Annotated[
     tuple[int, int] | None,
-    typer.Option("--words", help="Fewest and most words of a passage. Default: 1024 1280.", rich_help_panel=SOURCE),
+    typer.Option("--words", help="Minimum and maximum words in a passage. Default: 1024 1280.", rich_help_panel=SOURCE),
 ]
 PassageSeed = Annotated[
     int | None,
-    typer.Option("--seed", min=0, help="Seed of the choice of passages. Default: 0.", rich_help_panel=SOURCE),
+    typer.Option("--seed", min=0, help="Seed for drawing the passages. Default: 0.", rich_help_panel=SOURCE),
 ]
 Tokens = Annotated[
     int | None,
     typer.Option(
         "--tokens",
         min=2,
-        help="Tokens of a passage. Default: 512, or the model's positions.",
+        help="Maximum tokens per passage. Default: 512, or the model's context length if shorter.",
         rich_help_panel=SOURCE,
     ),
 ]

@@ -14,7 +14,7 @@ import typer
 
 SCHEMA_VERSION = 1
 
-_EVERY = {"schema_version": "number of this description", "command": "the verb"}
+_EVERY = {"schema_version": "version of this format", "command": "the verb"}
 _REPORT = {
     "report": "path of report.html, or null",
     "figures": "directory of the figures",
@@ -26,7 +26,7 @@ _REPORT = {
 KEYS: dict[str, dict[str, str]] = {
     "measure": {
         "results": "directory of the files",
-        "models": "one object a model, in the order of the arguments: the keys of `profile.json`'s `summary` and",
+        "models": "one object per model, in the order of the arguments: the keys of `profile.json`'s `summary` and",
         "models[].label": "short name",
         "models[].folder": "directory of its files",
         "models[].step": "training step of a checkpoint, or null",
@@ -34,9 +34,9 @@ KEYS: dict[str, dict[str, str]] = {
         "models[].layers": "names of the L + 1 layers",
         "models[].mean_cosine": "mean cosine of each layer",
         "models[].mean_cosine_interval": "95 % interval of each, over passages",
-        "models[].spearman": "of mean cosine and depth; `kendall` likewise; `_interval`: 95 %",
+        "models[].spearman": "rank correlation of mean cosine with depth; so is `kendall`; `_interval`: 95 % interval",
         "models[].last": "mean of the last 1 to 5 layers' mean cosines, and of the deep `half`",
-        "models[].metrics": "side metrics by name, each layer's value",
+        "models[].metrics": "side metrics by name, one value per layer",
         "models[].sinks": "sink tokens: `rule`, `layers` (passages, tokens, positions), the numbers `_without` them",
         "models[].all_layers": "every measured state: `mean_cosine`, `norm`",
         "models[].info": "what was measured: model, parameters, source, ...",
@@ -44,8 +44,8 @@ KEYS: dict[str, dict[str, str]] = {
     "evaluate": {
         "model": "the model as it was named",
         "results": "directory of the files",
-        "scores": "one object a task and metric: `task`, `metric`, `value`, `stderr`, `n`, `shots`, ...",
-        "notes": "what every table says beside the scores",
+        "scores": "one object per task and metric: `task`, `metric`, `value`, `stderr`, `n`, `shots`, ...",
+        "notes": "notes that qualify the scores, as in every table",
     },
     "compare": {"...": "the fields of `decondense.compare.Comparison`, by name"},
     "report": _REPORT,
@@ -54,23 +54,23 @@ KEYS: dict[str, dict[str, str]] = {
     "study --dry-run": {
         "study": "name",
         "scale": "its scale",
-        "title": "what it asks, in a line",
+        "title": "the question that it answers, in one line",
         "fingerprint": "first 16 digits of the hash of its configuration",
-        "workers": "runs side by side",
+        "workers": "runs in parallel",
         "runs": "number of runs",
         "tokens": "tokens of all runs",
         "flops": "operations of all runs whose model is known",
-        "seconds": "time of the timed runs with the workers side by side",
+        "seconds": "time of the timed runs, with the workers in parallel",
         "disk_bytes": "disk for the trained models and checkpoints: `final`, `checkpoints`",
-        "lines": "one object a line of the printed plan, by its columns",
-        "notes": "what the plan says beside the table",
+        "lines": "one object per line of the printed plan, by column",
+        "notes": "what the plan says in addition to the table",
         "commands": "ways to start it: `title`, `lines`",
     },
 }
 
 
 def emit(command: str, **values: Any) -> None:
-    """Print the one JSON object of a verb; what is not finite becomes null."""
+    """Print the JSON object of a verb; numbers that are not finite become null."""
     head = {"schema_version": SCHEMA_VERSION, "command": command.split()[0]}
     asked = {key for key in KEYS[command] if "[" not in key and key != "..."}
     assert "..." in KEYS[command] or set(values) == asked, (sorted(values), sorted(asked))
@@ -92,7 +92,7 @@ def page() -> str:
         "`--json` prints one JSON object on standard output and nothing else there; tables, progress and notes go to\n"
         "standard error, and the exit status is the same. Keys are stable: within one `schema_version` they may be\n"
         f"added, and are never renamed or given another meaning. This is version {SCHEMA_VERSION}. Numbers that are "
-        "not finite are null.\n`decondense env` prints JSON always.",
+        "not finite are null.\n`decondense env` always prints JSON.",
         "```sh\ndecondense measure path/to/model --json > measured.json\n"
         "decondense study fig2 --dry-run --json | jq .seconds\n```",
         _table("Every object", _EVERY),

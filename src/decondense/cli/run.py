@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """What the command line says about a study."""
+    """The options of the command line that change a study."""
 
     name: str
     scale: str | None = None
@@ -39,7 +39,7 @@ class StudyOptions:
     most_seeds: int | None = None
 
     def study(self) -> StudyConfig:
-        """The study with everything changed that the command line changes; ``--set`` has the last word."""
+        """The study with the changes of the command line; ``--set`` is applied last."""
         from decondense.config import ConfigError, CorpusConfig
         from decondense.studies import load_study
         from decondense.studies.catalogue import assigned, merged
@@ -90,7 +90,7 @@ class StudyOptions:
         return load_study(self.name, self.scale, laid_over=merged(laid_over, assigned(self.assignments)), **replaced)
 
     def words(self) -> list[str]:
-        """The same said again: the arguments of ``decondense study`` from the name on."""
+        """The same options as arguments of ``decondense study``, beginning with the name."""
         words = [self.name]
         for option, value in (
             ("--scale", self.scale),
@@ -126,8 +126,8 @@ def demo(
 ) -> None:
     """Train with and without dispersion loss from the same starts, measure, compare, report.
 
-    Everything runs on this machine, on text that every Python installation has. An interrupted demo goes on where it
-    was when the same command is given again.
+    Everything runs on this machine, on text that every Python installation has. Run the same command again to
+    resume an interrupted demo.
     """
     asked = StudyOptions(
         "demo",
@@ -159,7 +159,7 @@ def study(
         Path | None,
         typer.Option(
             "--pilot",
-            help="With --dry-run: rows of a pilot, whose spread over seeds tells the power.",
+            help="With --dry-run: rows of a pilot, to estimate the power from its spread over seeds.",
             metavar="DIR|ROWS",
         ),
     ] = None,
@@ -192,15 +192,15 @@ def study(
     chosen = asked.study()
     folder = out or Path(f"decondense-{chosen.name}-{scale or chosen.scale}")
     if most_seeds is not None and chosen.until is None:
-        raise typer.BadParameter("it belongs to --until decided, which adds seeds.", param_hint="--most-seeds")
+        raise typer.BadParameter("it needs --until decided, which adds seeds.", param_hint="--most-seeds")
     if pilot is not None and not dry_run:
-        raise typer.BadParameter("it belongs to --dry-run, which runs nothing.", param_hint="--pilot")
+        raise typer.BadParameter("it needs --dry-run.", param_hint="--pilot")
     if as_yaml and not dry_run:
-        raise typer.BadParameter("it belongs to --dry-run, which runs nothing.", param_hint="--yaml")
+        raise typer.BadParameter("it needs --dry-run.", param_hint="--yaml")
     if as_json and (as_yaml or slurm is not None):
-        raise typer.BadParameter("it goes with a study that runs, or with --dry-run alone.", param_hint="--json")
+        raise typer.BadParameter("it cannot be combined with --yaml or --slurm.", param_hint="--json")
     if ray is not None and (workers == 0 or dry_run or slurm is not None):
-        raise typer.BadParameter("it goes with a study that runs, in processes of its own.", param_hint="--ray")
+        raise typer.BadParameter("it cannot be combined with --dry-run, --slurm or --workers 0.", param_hint="--ray")
     if slurm is not None:
         _write_slurm(chosen, asked.words(), folder, slurm)
     if as_yaml:
@@ -214,7 +214,7 @@ def study(
 def _show_plan(
     chosen: StudyConfig, words: list[str], folder: Path, workers: int | None, pilot: Path | None, as_json: bool
 ) -> None:
-    """What ``--dry-run`` prints: what the study is, what it costs, how it is started."""
+    """What ``--dry-run`` prints: what the study is, what it costs and how to start it."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -280,7 +280,7 @@ def _show_power(chosen: StudyConfig, folder: Path, pilot: Path | None, console: 
     lies_there = rows_file(folder) if folder.is_dir() else folder
     where = pilot or (lies_there if lies_there.is_file() else committed_rows(chosen))
     if where is None:
-        console.print("Power: not known; --pilot ROWS takes it from the rows of a pilot or of an earlier study.")
+        console.print("Power: not known; --pilot ROWS estimates it from the rows of a pilot or of an earlier study.")
         return
     try:
         table = power_table(compared(rows_at(where), incomplete="omit"), chosen)
@@ -327,8 +327,8 @@ def _list() -> None:
 
 def train(
     name: options.StudyName,
-    arm: Annotated[str, typer.Option("--arm", help="Which arm of the study.")],
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Which seed of the study.")] = 0,
+    arm: Annotated[str, typer.Option("--arm", help="Arm of the study.")],
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the study.")] = 0,
     scale: options.Scale = None,
     out: options.StudyFolder = None,
     seeds: options.Seeds = None,

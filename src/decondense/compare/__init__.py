@@ -1,10 +1,10 @@
 """Paired comparison of the arms of a study, computed from its rows alone (numpy and scipy, no torch).
 
 What is compared is fixed before anything is looked at: the *final* checkpoint of every run. Within a seed all arms
-start from the same weights and read the same sequences in the same order, which the recorded hashes prove; so the unit
-of evidence is the difference d_s = arm - baseline of seed s, and nothing else about the runs has to be assumed.
+start from the same weights and read the same sequences in the same order, which the recorded hashes prove. The unit of
+evidence is therefore the difference d_s = arm - baseline of seed s; no other assumption about the runs is needed.
 An arm with a model of its own starts from other weights by design: it is paired by the order of the data alone, and a
-note says so. A study that only measures starts trains nothing: there a seed is one choice of passages.
+note says so. A study that only measures starts trains nothing; there, a seed is one choice of passages.
 
 Interval, tests, power and outcomes: :mod:`decondense.compare.statistics`. An interval for seeds that are added until a
 study is decided: :mod:`decondense.compare.sequential`.
@@ -166,10 +166,11 @@ def compare(
         raise CompareError(
             f"study {study.name} cannot be compared",
             faults,
-            "Finish or repeat these runs. The report, and compare(..., incomplete='omit'), compare what is left.",
+            "Finish or repeat these runs, or compare what is left: with compare(..., incomplete='omit'), "
+            "`decondense compare --omit`, or in the report.",
         )
     if not good:
-        raise CompareError(f"study {study.name} has no finished run", faults)
+        raise CompareError(f"study {study.name} has no finished run to compare", faults)
     if margin is None:
         margin = study.config.margin if study.config else MARGIN
     # an arm is compared over the seeds that it shares with the baseline

@@ -1,7 +1,7 @@
 """Time and memory, the difference at equal time, and the tokens and the time to a loss that both arms reach.
 
-Time is counted by the run's median step, without evaluation: the arm's pace is its median ratio to the baseline's over
-seeds. The clock is the wall's where a GPU was used and that of the CPU elsewhere, which other work disturbs less.
+Time is measured by a run's median step, without evaluation; the arm's pace is the median over seeds of its ratio to the
+baseline. It is wall time if a GPU was used, and otherwise CPU time, which other work disturbs less.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ONE_VALUE = "items are scored at the final checkpoint alone"
 
 
 def clock_of(context: Context) -> Clock:
-    """The clock that times are compared by."""
+    """The clock by which times are compared."""
     on_gpu = any(cell.timing("peak_cuda_bytes") for cell in context.cells.values())
     timed = any(cell.timing("step_cpu_ms") for cell in context.cells.values())
     return "wall" if on_gpu or not timed else "cpu"
@@ -62,9 +62,9 @@ def _pairs(context: Context, arm: str) -> list[tuple[int, Cell, Cell]]:
 def loss_at(cell: Cell, share: float) -> float | None:
     """Held-out loss after ``share`` of the run's tokens, linear in their logarithm between evaluated checkpoints.
 
-    A loss that falls ever more slowly lies below such a chord, so a run that is cut short is rated too badly, not too
-    well; a chord over the tokens themselves is further off, and a cubic may err on either side. None where the
-    checkpoints around it lie more than 60 % of training apart.
+    A loss that falls ever more slowly lies below such a chord, so the loss of a run that is cut short is overestimated,
+    not underestimated; a chord over the tokens themselves is less accurate, and a cubic may err on either side. None if
+    the checkpoints around it lie more than 60 % of training apart.
     """
     tokens, loss = cell.curve()
     if share >= 1:
@@ -223,7 +223,7 @@ def tokens_to_reach(
     """Tokens at which a loss curve first is at or below ``target``, and the two points between which that happens.
 
     Linear between the points: a loss that falls steeply first and slowly later is reached earlier than that, so the
-    number errs on the late side. ``(None, None)``: not reached.
+    number is too high rather than too low. ``(None, None)``: not reached.
     """
     for number, value in enumerate(values):
         if value <= target:

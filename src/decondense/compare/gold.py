@@ -1,8 +1,8 @@
-"""How likely the right answers of benchmarks are: a score beside the task's own that decides at a smaller size.
+"""How likely the right answers of benchmarks are: a score besides the task's own that is decisive for smaller models.
 
 The rows of a benchmark's items hold, from the requests that its own score needed, the bits per byte of the right answer
 and its margin over the best wrong one in bits. Here they become two further metrics of the task, over the items for
-which every run has them: continuous where an accuracy near chance is a count of coins.
+which every run has them. They are continuous, while an accuracy near chance is nearly a count of coin tosses.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ DECISION_ACCURACY = {
 }  # fmt: skip
 """Share of the pairs of training sets that models of 150 M parameters rank by the task's accuracy as models of 1 B do:
 0.5 is a coin. Heineman et al. 2025, "Signal and Noise", arXiv:2508.13144; table of github.com/allenai/signal-and-noise.
-It was measured for training sets, so it is a guide for losses, no law."""
+It was measured for training sets, so for losses it is only a guide."""
 LARGEST = 300e6
-"""Models with fewer parameters than that are of the size of the table's."""
+"""The table applies to models with fewer parameters than this."""
 HARDLY = 0.66
-"""A decision accuracy below that flags the task."""
+"""A decision accuracy below this flags the task."""
 
 
 def decision_accuracy(task: str, metric: str, parameters: Iterable[int | None]) -> float | None:

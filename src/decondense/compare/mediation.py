@@ -1,26 +1,26 @@
-r"""Mediation: what share of an arm's gain goes with the cosine.
+r"""Mediation: what share of an arm's gain is associated with the cosine.
 
 For seed s let :math:`y_s` be the paired difference arm - baseline of the final held-out loss, and :math:`x_s` that of
 the mean cosine over the blocks at a point of training. With the line :math:`y_s = c + b x_s + e_s` through the seeds
-the gain splits without a rest, :math:`\bar y = c + b \bar x`: b times the difference in cosine that the treatment
-makes, and c that is left where it makes none (two-condition mediation: Judd, Kenny, McClelland 2001). The share is
+the gain splits exactly, :math:`\bar y = c + b \bar x`: b times the difference in cosine that the treatment
+causes, and c, which remains if it causes none (two-condition mediation: Judd, Kenny, McClelland 2001). The share is
 :math:`\theta = b \bar x / \bar y`.
 
-**Interval.** Given x, :math:`b \bar x` and :math:`\bar y` are independent, so Fieller's theorem has no approximation:
+**Interval.** Given x, :math:`b \bar x` and :math:`\bar y` are independent, so Fieller's theorem is exact:
 :math:`b\bar x - \theta \bar y` is normal around 0 at the true share. Other seeds have other cosines too, which adds the
 last term:
 
 .. math:: (b\bar x - \theta\bar y)^2 \le t^2 \Big[\hat\sigma^2\Big(\frac{\bar x^2}{S_{xx}} + \frac{\theta^2}{n}\Big)
           + (1 - \theta)^2 \frac{b^2 s_x^2}{n}\Big],
 
-a quadratic in :math:`\theta`, with n - 2 degrees of freedom. It is bounded exactly where the gain is told from 0, and
-where it is not there is no share of it. Where seeds were added until a study was decided, t is the multiplier of the
-confidence sequence (:mod:`decondense.compare.sequential`).
+a quadratic in :math:`\theta`, with n - 2 degrees of freedom. It is bounded exactly if the gain is significantly
+different from 0; otherwise there is no share. If seeds were added until a study was decided, t is the multiplier of
+the confidence sequence (:mod:`decondense.compare.sequential`).
 
-**What it says.** The slope comes from how seeds of one arm differ. It is no proof of a cause: what lowers both the
-cosine and the loss of a seed counts as the cosine's, a slope that bends between 0 and :math:`\bar x` is missed, and
-noise in the cosine makes the share too small. A control that moves the cosine and not the loss, or the loss and not the
-cosine, says more.
+**Interpretation.** The slope comes from differences between seeds of one arm. It does not prove a cause: whatever
+lowers both the cosine and the loss of a seed is attributed to the cosine, a slope that changes between 0 and
+:math:`\bar x` is missed, and noise in the cosine makes the share too small. A control that changes the cosine but not
+the loss, or the loss but not the cosine, is stronger evidence.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from decondense.compare.statistics import CONFIDENCE
 from decondense.compare.study import VALIDATION, Cell
 
 POINTS = (0.1, 0.5, 1.0)
-"""Points of training at which the cosine is taken."""
+"""Fractions of training at which the cosine is taken."""
 FEWEST_SEEDS = 5
-"""A line through fewer leaves less than three degrees of freedom."""
+"""A line through fewer seeds has less than three degrees of freedom."""
 
 
 def share_explained(
@@ -53,7 +53,7 @@ def share_explained(
     seeds: Sequence[int] | None = None,
     arms: int | None = None,
 ) -> Mediation:
-    """The share of a gain that goes with the cosine, from paired differences, one of each for a seed.
+    """The share of a gain that is associated with the cosine, from paired differences, one of each per seed.
 
     Args:
         cosines: differences of the mean cosine.
@@ -61,7 +61,7 @@ def share_explained(
         arm: id of the arm.
         at: point of training of the cosines.
         seeds: names of the pairs (default 0, 1, ...).
-        arms: the number of arms of a study whose seeds were added until it was decided; None: seeds that were planned.
+        arms: the number of arms of a study whose seeds were added until it was decided; None: planned seeds.
 
     Raises:
         ValueError: no values, or not the same number of both.
@@ -69,7 +69,7 @@ def share_explained(
     x, y = np.asarray(cosines, float), np.asarray(losses, float)
     n = len(x)
     if not n or len(y) != n:
-        raise ValueError(f"{n} cosines and {len(y)} losses do not pair.")
+        raise ValueError(f"{n} cosines and {len(y)} losses do not pair; give one of each per seed.")
     pairs = tuple(range(n) if seeds is None else seeds)
     mean_x, mean_y = float(x.mean()), float(y.mean())
 
@@ -105,7 +105,7 @@ def share_explained(
 
 
 def mediations(context: Context) -> tuple[Mediation, ...]:
-    """Every trained arm at every point; empty where no arm has seeds enough."""
+    """Every trained arm at every point; empty if no arm has enough seeds."""
     if all(len(context.pairs.get(arm, ())) < FEWEST_SEEDS for arm in context.arms if arm != context.base):
         return ()
     found = []

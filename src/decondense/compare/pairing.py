@@ -1,4 +1,4 @@
-"""Which runs are a pair: what is wrong with single runs, and between the arms of one seed."""
+"""Which runs form a pair: faults of single runs, and faults between the arms of one seed."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def unpaired(cells: Sequence[Cell], baseline: str, study: Study) -> list[Fault]:
             if own_hash is None:
                 # an arm that is not trained reads no data, and a study that only measures has no corpus
                 if not study.measured and (what != "order_hash" or cell.final_step != 0):
-                    faults.append(Fault(cell.id, "no hash", f"has no {what}, so that its pairing cannot be proven"))
+                    faults.append(Fault(cell.id, "no hash", f"has no {what}, so its pairing cannot be verified"))
             elif cell is not reference and base_hash is not None and own_hash != base_hash:
-                text = f"is not paired with {reference.id}: other {title} ({own_hash} against {base_hash})"
+                text = f"is not paired with {reference.id}: different {title} ({own_hash} against {base_hash})"
                 faults.append(Fault(cell.id, "other hash", text))
         if cell is reference:
             continue
@@ -69,7 +69,7 @@ def unpaired(cells: Sequence[Cell], baseline: str, study: Study) -> list[Fault]:
             mine, theirs = cell.final_items(key), reference.final_items(key)
             if mine.names and theirs.names and not mine.same_items(theirs):
                 only = len({*mine.names} ^ {*theirs.names})
-                how = f"{only} items are in one of them only" if only else "the same items have other weights"
+                how = f"{only} items are in only one of them" if only else "the same items have different weights"
                 text = f"was scored on other items of {key[0]} than {reference.id}: {how}"
                 faults.append(Fault(cell.id, "other items", text))
     return sorted(faults, key=str)

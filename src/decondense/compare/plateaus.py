@@ -1,7 +1,7 @@
 """The condensed plateau: how much of its training a run spends above a mean cosine of 0.9, and when it escapes.
 
-While a model sits on it the held-out loss hardly falls, and seeds leave it at different times. A difference measured
-then is one of the time of escape; a plateau that is rare, and in one arm only, is what no interval of a mean covers.
+While a model is on the plateau, its held-out loss hardly falls, and seeds leave it at different times. A difference
+measured then reflects the time of escape. No interval of a mean covers a plateau that is rare and in only one arm.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Quantities of a condensation profile: mean cosines and their trend with depth.
 
-Less condensation is what the dispersion loss is made to cause, but it is not good in itself: no direction is better.
+The dispersion loss is designed to reduce condensation, which is not good in itself: no direction counts as better.
 State 0 of a profile is the embedding, states 1 to L are the blocks.
 """
 

@@ -1,8 +1,8 @@
-"""The one registry of the quantities that every study is compared by.
+"""The registry of the quantities by which every study is compared.
 
-A new quantity is defined in a file of its own (or beside its kin, as in :mod:`decondense.compare.profiles`) and listed
+A new quantity is defined in its own file (or with related ones, as in :mod:`decondense.compare.profiles`) and listed
 here; its tables, tests, figures and JSON follow from :class:`~decondense.compare.quantity.Quantity`. Scores of tasks
-and cosines of single layers depend on the rows, so they are made on the fly.
+and cosines of single layers depend on the rows, so they are created as needed.
 """
 
 from __future__ import annotations

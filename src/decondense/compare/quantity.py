@@ -1,4 +1,4 @@
-"""What a quantity of a checkpoint is: an id for programs, a title for people, and how a run gives its value."""
+"""A quantity of a checkpoint: an id for programs, a title for people, and how to get its value from a run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class Quantity:
     """One number of a run's final checkpoint."""
 
     id: str
-    """Names the quantity between modules and in JSON: ``mean_cosine.blocks``."""
+    """Identifies the quantity in code and JSON: ``mean_cosine.blocks``."""
     title: str
     of: Callable[[Cell], float | None]
-    """The value of a run; None where its rows do not have it."""
+    """The value of a run; None if its rows do not have it."""
     unit: str = ""
     higher_is_better: bool | None = None
     """None: neither direction is better."""
     short: str = ""
-    """Title where a column or an axis is narrow."""
+    """Title for narrow columns and axes."""
     shown: frozenset[Place] = frozenset({"summary"})
     """``summary``: compared with the baseline in every table of results. ``size``: drawn and tested against model size.
     """
@@ -38,7 +38,7 @@ class Quantity:
 LOSS_UNIT = "nats/token"
 _TASK_UNITS = {"loss": LOSS_UNIT, "mean_cosine": "cosine", "bits_per_byte": "bits/byte", "margin_bits": "bits"}
 METRIC_TITLES = {"bits_per_byte": "bits per byte", "margin_bits": "margin in bits"}
-"""Of metrics that are not called by their id."""
+"""Titles of metrics whose title is not their id."""
 
 
 def task_id(key: Key) -> str:

@@ -1,4 +1,4 @@
-"""What a comparison holds: plain values, no text but names and notes."""
+"""The results of a comparison: plain values, with no text except names and notes."""
 
 from __future__ import annotations
 
@@ -71,18 +71,18 @@ class TaskMeasure(Measure):
     scored: tuple[int, ...] = ()
     """Numbers of items that were scored at the final checkpoints: one, unless the runs differ."""
     official: int | None = None
-    """Items that the benchmark has officially; None: no benchmark, or not known."""
+    """Official number of items of the benchmark; None: not a benchmark, or unknown."""
     decision_accuracy: float | None = None
     """How often the task's accuracy decides right at this size (:data:`decondense.compare.gold.DECISION_ACCURACY`)."""
 
     @property
     def gold(self) -> bool:
-        """Whether this is the likelihood of the right answers, beside the task's own score."""
+        """Whether this is the likelihood of the right answers, not the task's own score."""
         return self.metric in GOLD
 
     @property
     def hardly_decides(self) -> bool:
-        """Whether the task's accuracy is known to decide hardly better than a coin at this size."""
+        """Whether the task's accuracy is known to decide hardly better than a coin toss at this size."""
         return self.decision_accuracy is not None and self.decision_accuracy < HARDLY
 
     @property
@@ -155,9 +155,9 @@ class Cost:
     train_wall_s: tuple[float | None, ...]
     peak_rss_bytes: tuple[float | None, ...]
     peak_cuda_bytes: tuple[float | None, ...]
-    """Most GPU memory that was allocated at once; None: not recorded, or no GPU."""
+    """Peak GPU memory that was allocated; None: not recorded, or no GPU."""
     wall_ratio: tuple[float, float, float] | None
-    """Median, least and greatest over seeds of the arm's step time over the baseline's."""
+    """Median, minimum and maximum over seeds of the arm's step time over the baseline's."""
     cpu_ratio: tuple[float, float, float] | None
     cuda_ratio: tuple[float, float, float] | None
     """The same of the GPU memory."""
@@ -169,7 +169,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Selection:
-    """What choosing the best checkpoint on the reported score itself would have shown. Never the result."""
+    """What choosing the best checkpoint by the reported score itself would have shown. Never the result."""
 
     arm: str
     quantity: str
@@ -197,7 +197,7 @@ class TaskMean:
 
 @dataclass(frozen=True)
 class Pairing:
-    """What proves that the arms of a seed are a pair: they share these hashes (None: there is none to share)."""
+    """The hashes that the arms of a seed share, which prove that they are a pair (None: no shared hash)."""
 
     seed: int
     arms: tuple[str, ...]
@@ -205,7 +205,7 @@ class Pairing:
     order_hash: str | None
     corpus_hash: str | None
     other_starts: tuple[str, ...] = ()
-    """Arms with a model of their own: they share the order of the data, not the initial weights."""
+    """Arms with their own model: they share the order of the data, but not the initial weights."""
 
 
 @dataclass(frozen=True)
@@ -246,9 +246,9 @@ class Sweep:
 
     @property
     def edges(self) -> dict[str, Edge]:
-        """The knobs whose chosen value ends the grid, so that a better one may lie outside.
+        """The knobs whose chosen value is at the edge of the grid, so that a better one may lie outside.
 
-        A value that failed bounds the grid too, and below a warm-up of 0 there is nothing.
+        A value that failed bounds the grid too, and a warm-up of 0 is not an edge.
         """
         found: dict[str, Edge] = {}
         for knob in ("learning_rate", "warmup", "max_grad_norm"):
@@ -264,12 +264,12 @@ class Sweep:
 
     @property
     def edge(self) -> Edge | None:
-        """Whether the chosen learning rate ends the grid."""
+        """Whether the chosen learning rate is at the edge of the grid."""
         return self.edges.get("learning_rate")
 
     @property
     def by_rate(self) -> tuple[Trial, ...]:
-        """For each learning rate the trial with the least loss over the other knobs."""
+        """For each learning rate, the trial with the lowest loss over the other knobs."""
         best: dict[float, Trial] = {}
         for trial in self.trials:
             rival = best.get(trial.learning_rate)
@@ -362,7 +362,7 @@ class Plateau:
     share: float
     """Of the steps, linear between evaluated checkpoints."""
     escape: float | None
-    """Step at which it last falls to 0.9; None: it never was above, or still is."""
+    """Step at which it last falls to 0.9; None: it was never above, or still is."""
     between: tuple[float, float] | None
     """The evaluated checkpoints around the escape."""
     stuck: bool
@@ -374,18 +374,18 @@ Undefined = Literal["few seeds", "no gain", "equal cosines", "on a line"]
 
 @dataclass(frozen=True)
 class Mediation:
-    """The share of one arm's gain that goes with the cosine at one point of training."""
+    """The share of one arm's gain that is associated with the cosine at one point of training."""
 
     arm: str
     at: float
-    """Fraction of training at which the cosine is taken; the loss is that of the end."""
+    """Fraction of training at which the cosine is taken; the loss is taken at the end."""
     seeds: tuple[int, ...]
     cosine: float
     """Mean difference arm - baseline of the cosine."""
     gain: float
     """Mean difference arm - baseline of the final held-out loss; below 0 is better."""
     slope: float | None = None
-    """Change of the loss per change of the cosine between seeds."""
+    """Change of the loss per unit change of the cosine between seeds."""
     correlation: float | None = None
     share: float | None = None
     interval: Interval | None = None
@@ -404,7 +404,7 @@ NoteKind = Literal[
 
 @dataclass(frozen=True)
 class Note:
-    """What qualifies a comparison: a kind, the arms that it is about, and its numbers."""
+    """A qualification of a comparison: its kind, the arms that it is about, and its numbers."""
 
     kind: NoteKind
     arms: tuple[str, ...] = ()
@@ -413,7 +413,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that a study says about its arms."""
+    """The results of a study for all of its arms."""
 
     study: str
     fingerprint: str
@@ -440,7 +440,7 @@ class Comparison:
     margin: float
     """Differences of a loss up to this, in nats per token, count as equal in practice."""
     task_notes: tuple[str, ...] = ()
-    """What qualifies the scores of benchmarks; every table that shows them says so."""
+    """Qualifications of the benchmark scores; every table that shows these scores repeats them."""
     measured: bool = False
     """Nothing was trained: the arms are models measured as they are, and a seed is a choice of passages."""
     untrained: tuple[str, ...] = ()
@@ -448,14 +448,14 @@ class Comparison:
     dispersed: tuple[str, ...] = ()
     """Arms that are trained with a dispersion loss."""
     other_starts: tuple[str, ...] = ()
-    """Arms with a model of their own: no pair from the same start, but one by the order of the data."""
+    """Arms with their own model: paired by the order of the data, but not by the same start."""
     condensation_by_arm: tuple[ArmCondensation, ...] = ()
     size: SizeTrend | None = None
     trials: tuple[Sweep, ...] = ()
     plateaus: tuple[Plateau, ...] = ()
     """Of every trained run, condensed or not."""
     mediation: tuple[Mediation, ...] = ()
-    """The share of every arm's gain that goes with the cosine, by point of training; empty below five seeds."""
+    """The share of each arm's gain that is associated with the cosine, by point of training; empty below five seeds."""
     learning_rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """Peak learning rates of each trained arm's runs: one, unless its seeds differ."""
 

@@ -1,20 +1,18 @@
-r"""An interval that stays valid however often it is looked at: the t-mixture confidence sequence.
+r"""An interval that stays valid however often the data are looked at: the t-mixture confidence sequence.
 
-With n differences of mean m and sample standard deviation s, t = m sqrt(n) / s and nu = n - 1, the Bayes
-factor of a mean of
-unknown sign against zero, with a normal prior of variance g on the standardised effect and the right-Haar prior on the
-scale, is
+With n differences of mean m and sample standard deviation s, t = m sqrt(n) / s and nu = n - 1, the Bayes factor of a
+mean of unknown sign against zero, with a normal prior of variance g on the standardised effect and the right-Haar prior
+on the scale, is
 
     log B = -1/2 log(1 + n g) + n/2 [log(1 + t^2 / nu) - log(1 + t^2 / ((1 + n g) nu))]
 
-Under the null B is a nonnegative martingale of mean 1, whatever the scale, so by Ville's inequality it ever
-exceeds 1/alpha
-with probability alpha at most: seeds may be added until it does (Lai 1976; Robbins 1970; Wang and Ramdas 2024,
-arXiv:2310.03722). The interval holds every mean that is not rejected. It covers other seeds on the same items, for
-differences that are about normal; a rare plateau in one arm only breaks it like every other interval of a mean.
+Under the null B is a nonnegative martingale of mean 1, whatever the scale, so by Ville's inequality it ever exceeds
+1/alpha with probability at most alpha: seeds may be added until it does (Lai 1976; Robbins 1970; Wang and Ramdas 2024,
+arXiv:2310.03722). The interval contains every mean that is not rejected. It covers other seeds on the same items, for
+approximately normal differences; a rare plateau in only one arm breaks it, like every other interval of a mean.
 
-Several arms share a baseline, so each has the confidence 1 - 0.05 / arms: with probability 0.95 all true means are in
-all of their intervals at once. A study whose seeds were added by this rule shows these intervals, for every quantity.
+Several arms share a baseline, so each has confidence 1 - 0.05 / arms: with probability 0.95 all true means are in all
+of their intervals at once. A study whose seeds were added by this rule shows these intervals, for every quantity.
 """
 
 from __future__ import annotations
@@ -70,7 +68,7 @@ def confidence_sequence(
     d = np.asarray(differences, float)
     n = len(d)
     if n >= FEWEST_SEEDS and d.std() == 0:
-        raise ValueError(f"the differences do not vary ({d[0]:g} in all {n} seeds), so that nothing can be said.")
+        raise ValueError(f"the differences do not vary ({d[0]:g} in all {n} seeds), so no interval can be computed.")
     factor = multiplier(n, confidence, g)
     if not math.isfinite(factor):
         return -math.inf, math.inf
@@ -79,7 +77,7 @@ def confidence_sequence(
 
 
 def multiplier(n: int, confidence: float = CONFIDENCE, g: float = G) -> float:
-    """Half of the interval after n differences, in standard errors: what Student's t is for a fixed number."""
+    """Half-width of the interval after n differences, in standard errors, like Student's t for a fixed number."""
     if n < FEWEST_SEEDS:
         return math.inf
     # B = 1 / alpha solved for x = t^2 / nu: (1 + x) / (1 + x / k) = root, k = 1 + n g
@@ -97,7 +95,7 @@ def decided(
 ) -> Literal["lower", "higher", "equivalent"] | None:
     """Whether seeds may stop: the sequence excludes 0, or lies within the margin.
 
-    For several arms pass ``alpha`` divided by their number. None: not decided yet.
+    For several arms, pass ``alpha`` divided by their number. None: not decided yet.
     """
     if len(differences) < FEWEST_SEEDS or np.std(differences) == 0:
         return None
@@ -108,7 +106,7 @@ def decided(
 
 
 def anytime(d: Difference, arms: int = 1) -> Difference:
-    """The difference with the interval and p that hold at every look and for ``arms`` contrasts at once.
+    """The difference with the interval and p that are valid at every look and for ``arms`` contrasts at once.
 
     The wider of the sequence and the interval over seeds and items is shown. The sign-flip test and the power are those
     of a fixed number of seeds and are left out; p is the reciprocal of the Bayes factor, times ``arms`` (Bonferroni).
@@ -142,7 +140,7 @@ def anytime(d: Difference, arms: int = 1) -> Difference:
 def open_arms(differences: Sequence[Difference], arms: int) -> tuple[str, ...]:
     """The arms whose contrast with the baseline more seeds may decide.
 
-    Differences that are equal in every seed stay so, and are not waited for.
+    Arms whose differences are equal in every seed are left out: more seeds are not expected to change that.
 
     Args:
         differences: of the held-out loss, with a margin.
@@ -159,9 +157,9 @@ def open_arms(differences: Sequence[Difference], arms: int) -> tuple[str, ...]:
 
 
 def seeds_to_decide(mean: float, sd: float, *, margin: float, arms: int = 1, most: int = 10_000) -> int | None:
-    """The number of seeds at which the sequence decides if mean and standard deviation stay what they are.
+    """The number of seeds at which the sequence decides if mean and standard deviation stay the same.
 
-    None: not with ``most`` seeds.
+    None: not within ``most`` seeds.
     """
     shape = np.array([-1.0, 1.0])
     for n in itertools.takewhile(lambda n: n <= most, itertools.count(FEWEST_SEEDS)):

@@ -1,36 +1,33 @@
 r"""Paired differences: their interval, tests, power and outcome.
 
-**Interval.** Let d_s be the difference arm - baseline of seed s of S, and p_i the weight of item i, summing to
-1. The 95 %
-interval of the mean difference is ``mean +- t(nu) sqrt(v)`` with
+**Interval.** Let d_s be the difference arm - baseline of seed s of S, and p_i the weight of item i; weights sum to one.
+The 95 % interval of the mean difference is ``mean +- t(nu) sqrt(v)`` with
 
     v = v_seeds + max(0, v_items - v_residual)
 
-* ``v_seeds = sd(d)^2 / S`` answers for other seeds *on the same items*; alone it gives Student's interval, nu = S - 1.
-* ``v_items = sum_i p_i^2 (m_i - mean)^2 / c_i``, m_i the mean over seeds of item i and ``c_i = 1 - 2 p_i +
-  sum_j p_j^2``,
-  answers for other items; the division by c_i makes it unbiased for items of equal variance whatever their weights.
-* ``v_residual = sum_i p_i^2 s_i^2 / (c_i S)``, s_i^2 the variance over seeds of item i's difference less d_s:
-  what seeds
-  and items do not explain is in both other terms and counts once (Owen 2007, "The pigeonhole bootstrap").
+* ``v_seeds = sd(d)^2 / S`` accounts for other seeds *on the same items*; alone it gives Student's interval, nu = S - 1.
+* ``v_items = sum_i p_i^2 (m_i - mean)^2 / c_i``, m_i the mean over seeds of item i and
+  ``c_i = 1 - 2 p_i + sum_j p_j^2``, accounts for other items; the division by c_i makes it unbiased for items of equal
+  variance whatever their weights.
+* ``v_residual = sum_i p_i^2 s_i^2 / (c_i S)``, s_i^2 the variance over seeds of item i's difference minus d_s:
+  what seeds and items do not explain is in both other terms but must count once (Owen 2007, "The pigeonhole
+  bootstrap").
 * nu follows Satterthwaite: ``v^2 / sum of (term^2 / degrees of freedom of the term)``, with S - 1 for seeds, n - 1 for
   items and (S-1)(n-1) for the residual, where ``n = 1 / sum_i p_i^2`` is Kish's effective number of items;
   it is never below the least of S - 1 and n - 1.
 
-Student's interval over the seeds alone is shown where it is the wider of the two: a variance of few seeds may come out
-far too small, and the items' part must not lend it degrees of freedom then. Simulated coverage is 94 to 98 % over the
+Student's interval over the seeds alone is shown if it is the wider of the two: a variance estimated from few seeds may
+be far too small, and the items' part must not add degrees of freedom to it. Simulated coverage is 94 to 98 % over the
 conditions of ``tests/compare/test_paired_statistics.py``: unequal weights, heavy tails; seeds, items or their
-interaction dominating. No interval of a mean covers a rare plateau in one arm only.
+interaction dominating. No interval of a mean covers a rare plateau in only one arm.
 
 **Tests.** ``p`` belongs to the interval; ``p_sign_flip`` is the exact two-sided permutation test over all 2^S sign
 patterns, which assumes only that a difference is symmetric under the null, and can never fall below 2^(1-S). Both are
 corrected over arms by Holm's method. One seed, or differences that are equal in every seed, are *not tested*:
-nothing then
-says how much another seed would differ.
+they do not show how much another seed would differ.
 
 **Power.** ``detectable`` is the smallest true difference that this many seeds detect in 80 % of studies;
-``seeds_needed``
-is the number of seeds that would detect a difference as large as the margin.
+``seeds_needed`` is the number of seeds that would detect a difference as large as the margin.
 """
 
 from __future__ import annotations
@@ -68,7 +65,7 @@ def sign_flip_p(differences: Sequence[float] | Array, *, draws: int = 100_000, s
     observed = abs(float(np.sum(differences)))
     n = len(d)
     if n == 0:
-        raise ValueError("no differences to permute.")
+        raise ValueError("no differences to permute; give at least one.")
     if n <= _EXACT_SEEDS:
         # scipy.stats.permutation_test loops over the patterns in Python: seconds instead of milliseconds for 16 seeds
         sums = np.abs(d[0] + _signs(n - 1) @ d[1:])
@@ -241,7 +238,7 @@ class Difference:
     mean: float
     sd: float | None
     interval: Interval | None
-    """The 95 % interval: the wider of the two below; where seeds were added until a study was decided, the confidence
+    """The 95 % interval: the wider of the two below; if seeds were added until a study was decided, the confidence
     sequence (:func:`decondense.compare.sequential.anytime`). None: not tested, or no finite one."""
     interval_kind: Literal["over seeds", "over seeds and items", "over seeds, at every look"] | None
     interval_reason: str
@@ -266,7 +263,7 @@ class Difference:
     detectable: float | None = None
     """The smallest true difference that n seeds detect in 80 % of studies."""
     seeds_needed: int | None = None
-    """Seeds that detect a difference of ``margin`` in 80 % of studies; None: no margin, not tested, or no number."""
+    """Seeds that detect a difference of ``margin`` in 80 % of studies; None: no margin, not tested, or impossible."""
     item_variance: float = 0.0
     """What the items add to the variance of the mean, which more seeds do not reduce."""
 
@@ -289,7 +286,7 @@ class Difference:
 
     @property
     def outcome(self) -> Outcome:
-        """What the pairs say; a detected difference counts however small, even where it lies within the margin."""
+        """The result of the test; a detected difference counts however small, even if it lies within the margin."""
         if not self.tested:
             return "not tested"
         if self.detected:
@@ -325,14 +322,17 @@ def paired_difference(
         seeds: names of the pairs (default 0, 1, ...).
         higher_is_better: direction, None when there is none.
         items: per-item differences, one entry per task (their weighted means average to the differences).
-        no_items: why there are none, for the reason that is shown.
+        no_items: why there are none, shown in ``interval_reason``.
         margin: differences up to this count as equal in practice.
 
     Raises:
         ValueError: no values, or not the same number for both.
     """
     if len(baseline_values) != len(arm_values) or not len(arm_values):
-        raise ValueError(f"{len(baseline_values)} baseline values and {len(arm_values)} arm values do not pair.")
+        raise ValueError(
+            f"{len(baseline_values)} baseline values and {len(arm_values)} arm values do not pair; give one of each "
+            "per seed."
+        )
     base = np.asarray(baseline_values, float)
     treated = np.asarray(arm_values, float)
     d = treated - base

@@ -26,7 +26,7 @@ VALIDATION: Key = ("validation", "loss")
 
 
 class CellId(NamedTuple):
-    """Names one run of a study."""
+    """Identifies one run of a study."""
 
     arm: str
     seed: int
@@ -48,7 +48,7 @@ class Fault:
     cell: CellId
     kind: FaultKind
     text: str
-    """What is wrong, as the rest of a sentence that begins with the name of the cell."""
+    """What is wrong, to be read after the name of the cell."""
 
     def __str__(self) -> str:
         return f"{self.cell} {self.text}"
@@ -87,7 +87,7 @@ class Cell:
 
     @property
     def id(self) -> CellId:
-        """Names the cell."""
+        """The id of the cell."""
         return CellId(self.arm, self.seed)
 
     def recorded(self, name: str) -> Any:
@@ -143,7 +143,7 @@ class Cell:
 
 @dataclass
 class Study:
-    """The rows of one study, sorted into cells. Tolerant: broken cells are described, not refused."""
+    """The rows of one study, sorted into cells. Broken cells are described, not refused."""
 
     name: str
     fingerprint: str
@@ -164,7 +164,7 @@ class Study:
         """Sort rows into cells.
 
         Raises:
-            CompareError: no rows of a run, rows of more than one study, or a configuration that is not valid.
+            CompareError: no rows of a run, rows of more than one study, or an invalid configuration.
         """
         # a row is taken when it comes: a file of rows may be larger than the memory
         studies: Counter[tuple[str, str]] = Counter()
@@ -198,7 +198,7 @@ class Study:
                 cell.conflicts += [f"two different {task} scores of item {name} at step {step}"
                                    for name in found.conflicts]  # fmt: skip
         if not taken:
-            raise CompareError("no rows of a run: give the rows.jsonl that a study or the demo wrote.")
+            raise CompareError("no rows of a run; give the rows.jsonl that a study or the demo wrote.")
         if len(studies) > 1:
             listed = "; ".join(f"{name} [{mark}], {n} rows" for (name, mark), n in sorted(studies.items()))
             raise CompareError(f"rows of {len(studies)} different studies: {listed}. Compare one study at a time.")
@@ -233,7 +233,7 @@ class Study:
         )
 
     def arm_config(self, arm: str) -> ArmConfig | None:
-        """The arm's part of the configuration; None when the rows do not have it."""
+        """The arm's part of the configuration; None if the rows do not have it."""
         return self._arm_configs.get(arm)
 
     @cached_property

@@ -1,7 +1,7 @@
 """Every knob of the project: one frozen, validated class per concern, and the only home of each default.
 
 Public functions read their keyword defaults from these classes; the command line and the study files are parsed into
-them. A configuration is data: it goes to YAML and back unchanged, and :meth:`Config.fingerprint` names it.
+them. A configuration is data: it is unchanged by a round trip through YAML, and :meth:`Config.fingerprint` names it.
 No torch here: the evidence side reads configurations too.
 """
 

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class WeightSchedule(Config):
     """How the weight lambda changes over training: weight(step) = weight * factor(step, total_steps).
 
-    Rise from 0 over the warm-up, then stay (``constant``) or decay (``linear``, ``cosine``) to ``final``, reached at
-    ``until``. Times are fractions of training, or optimizer steps where the ``..._step`` field is given.
+    The factor rises from 0 to 1 during the warm-up, then stays at 1 (``constant``) or decays (``linear``, ``cosine``)
+    to ``final`` at ``until``. Times are fractions of training, or optimizer steps if ``warmup_steps`` or ``until_step``
+    is given.
     """
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
@@ -30,24 +31,27 @@ class WeightSchedule(Config):
     warmup: float = Field(default=0.0, ge=0, le=1)
     """Fraction of training over which the weight rises linearly from 0."""
     until: float = Field(default=1.0, gt=0, le=1)
-    """Fraction of training at which a decay has ended, or after which a constant weight is ``final``."""
+    """Fraction of training at which the decay ends, or at which a constant factor switches to ``final``."""
     final: float = Field(default=0.0, ge=0, le=1)
-    """What remains of the weight after ``until``; 0 switches the loss off, at no further cost."""
+    """Factor after ``until``; 0 switches the loss off, so that it costs nothing from then on."""
     warmup_steps: int | None = Field(default=None, ge=0)
-    """Optimizer steps of warm-up, instead of ``warmup``."""
+    """Number of warm-up steps, instead of ``warmup``."""
     until_step: int | None = Field(default=None, ge=1)
-    """Optimizer step at which the decay has ended or the weight is switched to ``final``, instead of ``until``."""
+    """Optimizer step at which the decay ends or the factor switches to ``final``, instead of ``until``."""
 
     @model_validator(mode="after")
     def _ordered(self) -> WeightSchedule:
         if self.warmup > self.until:
-            raise ValueError(f"warmup {self.warmup} lies after until {self.until}.")
+            raise ValueError(f"warmup {self.warmup} lies after until {self.until}; lower warmup or raise until.")
         for fraction, steps in (("warmup", "warmup_steps"), ("until", "until_step")):
             default = type(self).model_fields[fraction].default
             if getattr(self, steps) is not None and getattr(self, fraction) != default:
-                raise ValueError(f"{fraction} and {steps} say the same thing; give one of them.")
+                raise ValueError(f"{fraction} and {steps} set the same thing; give one of them.")
         if self.warmup_steps is not None and self.until_step is not None and self.warmup_steps > self.until_step:
-            raise ValueError(f"warmup_steps {self.warmup_steps} lies after until_step {self.until_step}.")
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} lies after until_step {self.until_step}; lower warmup_steps or "
+                "raise until_step."
+            )
         return self
 
     @property
@@ -76,7 +80,7 @@ class WeightSchedule(Config):
 class DispersionConfig(Treatment):
     """What :func:`decondense.attach` adds to the training loss: lambda times the mean loss over layers.
 
-    Its cost, which is not that of large products, is estimated and timed by :mod:`decondense.studies.cost`.
+    Its cost is not that of large matrix products; :mod:`decondense.studies.cost` estimates and times it.
     """
 
     title: ClassVar[str] = "dispersion"
@@ -85,13 +89,13 @@ class DispersionConfig(Treatment):
     later: ClassVar[frozenset[str]] = frozenset({"target"})
 
     weight: float = Field(default=0.1, allow_inf_nan=False)
-    """lambda; below 0 the loss is raised instead. With ``target`` the weight that training starts with. Paper: 0.1."""
+    """lambda; a negative weight raises the loss. With ``target``, the weight at the start of training. Paper: 0.1."""
     target: float | tuple[float, ...] | str | None = None
-    """Mean cosine over pairs of different tokens at or below which the weights of the layers are to hold them
-    (:mod:`decondense.attaching.target`): one for all chosen layers, one for each, the path of a profile
-    (``profile.json``, interpolated over relative depth), the name of a shipped reference, or in a study
-    ``prepared:NAME``, the profile of that model on the held-out passages. With the form ``profile``
-    the weight stays, and this is what the loss aims at."""
+    """Target for the mean cosine over pairs of different tokens: the weight of each layer is adapted to keep its mean
+    cosine at or below the target (:mod:`decondense.attaching.target`). One value for all chosen layers, one value per
+    layer, the path of a profile (``profile.json``, interpolated over relative depth), the name of a shipped reference,
+    or, in a study, ``prepared:NAME``, the profile of that model on the held-out passages. With the form ``profile`` the
+    weight is not adapted, and the loss itself aims at the target."""
     layers: Literal["all", "deep", "shallow", "last"] | tuple[int, ...] = "all"
     """Blocks whose outputs are dispersed. Paper: all (tables 2, 5); the deep half does better (table 3)."""
     loss: LossConfig = LossConfig()
@@ -104,9 +108,9 @@ class DispersionConfig(Treatment):
     embedding: bool = False
     """Disperse the input of the first block too. Paper: never."""
     gradient_ratio_every: int | None = Field(default=None, ge=1)
-    """Optimizer steps between two logged ratios of the gradient norms of the two terms; None: never."""
+    """Log the ratio of the gradient norms of the two terms every so many optimizer steps; None: never."""
     tokens_first: bool | None = None
-    """Whether the blocks return [tokens, batch, width]; None: settled by :mod:`decondense.layout`."""
+    """Whether the blocks return [tokens, batch, width]; None: determined by :mod:`decondense.layout`."""
 
     @property
     def prepared_models(self) -> tuple[str, ...]:
@@ -115,7 +119,7 @@ class DispersionConfig(Treatment):
         return () if name is None else (name,)
 
     def located(self, folders: Mapping[str, Path]) -> Self:
-        """The same with the directory of the prepared model, where its profile lies."""
+        """A copy whose target is the directory of the prepared model, which holds its profile."""
         if not self.prepared_models:
             return self
         return self.model_copy(update={"target": str(folders[self.prepared_models[0]])})
@@ -144,18 +148,18 @@ class DispersionConfig(Treatment):
             raise ValueError(f"form {self.loss.form!r} follows a teacher; omit target.")
         numbers = [self.target] if isinstance(self.target, float) else self.target
         if not numbers:
-            raise ValueError("target is empty; give a mean cosine, one for each layer, a profile or a reference.")
+            raise ValueError("target is empty; give one mean cosine, one for each layer, a profile or a reference.")
         for value in () if isinstance(numbers, str) else numbers:
             if not -1 <= value <= 1:  # NaN too
-                raise ValueError(f"target {value} is not a mean cosine, which lies between -1 and 1.")
+                raise ValueError(f"target {value} is not a mean cosine; give one between -1 and 1.")
         if self.loss.form == "profile":  # which has the target in the loss, and keeps its weight
             if self.loss.target_cosine != LossConfig().target_cosine:
-                raise ValueError("target and loss.target_cosine say the same thing; give one of them.")
+                raise ValueError("target and loss.target_cosine set the same thing; give one of them.")
             return self
         if self.weight <= 0:
-            raise ValueError(f"weight {self.weight:g} cannot start a search for a target; give one above 0.")
+            raise ValueError(f"weight {self.weight:g} cannot be adapted to a target; give a weight above 0.")
         if not self.schedule.is_constant:
-            raise ValueError("schedule and target both say what the weight is; give one of them.")
+            raise ValueError("schedule and target both set the weight; give one of them.")
         return self
 
     @field_validator("layers", mode="before")

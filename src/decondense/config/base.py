@@ -35,14 +35,14 @@ def one_of(what: str, name: str, choices: Iterable[str]) -> str:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML as the safe loader reads it, but a key that is given twice is refused: the first would go unnoticed."""
+    """PyYAML's safe loader, except that a key given twice is refused: its first value would be lost silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key in _own_keys(node):
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                    None, None, f"the key {key.value!r} is given twice; remove one of them", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
@@ -98,7 +98,7 @@ def _check_size(node: yaml.Node | None, where: str) -> None:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The data of a YAML text; what cannot be read raises :class:`ConfigError` naming ``where``."""
+    """The data of a YAML text; text that cannot be parsed raises :class:`ConfigError` naming ``where``."""
     try:
         loader = _UniqueKeys(text)
         node = loader.get_single_node()
@@ -111,15 +111,15 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def formerly(old: str, new: str) -> dict[str, Any]:
-    """For ``Field(**formerly("old", "new"))``: a key with another name before; files and rows that have that are read.
+    """For ``Field(**formerly("old", "new"))``: a renamed key; files and rows with the old name can still be read.
 
-    The fingerprint keeps the old name, so that rows written before still belong to their study.
+    The fingerprint keeps the old name, so that existing rows still belong to their study.
     """
     return {"validation_alias": AliasChoices(new, old), "serialization_alias": old}
 
 
 def _omit_later(value: Any, data: Any) -> None:
-    """Take out of ``data``, what ``value`` dumps to, the fields of :attr:`Config.later` that have their default."""
+    """Remove from ``data``, the dump of ``value``, the fields of :attr:`Config.later` that have their default."""
     if isinstance(value, Config):
         for name, field in type(value).model_fields.items():
             inner, key = getattr(value, name), field.serialization_alias or name
@@ -141,10 +141,10 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     not_identity: ClassVar[frozenset[str]] = frozenset()
-    """Fields that the fingerprint leaves out, because they change what is said of the runs and not the runs."""
+    """Fields that the fingerprint leaves out, because they change how the runs are reported, not the runs."""
     later: ClassVar[frozenset[str]] = frozenset()
-    """Fields that an earlier version did not have: the fingerprint leaves them out while they have their default, so
-    that rows written before still belong to their study."""
+    """Fields that earlier versions did not have: the fingerprint leaves them out while they have their default, so
+    that existing rows still belong to their study."""
 
     @model_validator(mode="before")
     @classmethod

@@ -31,9 +31,10 @@ class LossConfig(Config):
     later: ClassVar[frozenset[str]] = frozenset({"target_cosine"})
 
     form: str = "angular"
-    """Which objective; the names are the keys of ``decondense.losses.FORMS``."""
+    """The objective; the names are the keys of ``decondense.losses.FORMS``."""
     tau: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Temperature of the log-mean-exp. To 0: the closest pair alone; to infinity: the mean over pairs. Paper: 1."""
+    """Temperature of the log-mean-exp: towards 0 only the closest pair counts, towards infinity all pairs equally.
+    Paper: 1."""
     delta: float = Field(default=1e-3, ge=0, lt=1)
     """Smoothing of the angle in radians, theta = arccos(c / sqrt(1 + delta^2)); the value changes by at most
     ``delta / (pi tau)``. 0 is the exact angle, whose slope at equal tokens is infinite."""
@@ -49,16 +50,18 @@ class LossConfig(Config):
     subset_size: int = Field(default=256, ge=2)
     """Tokens of the random subset when ``pairs="subset"`` (the authors' 256)."""
     within: Within = "sequence"
-    """Whose tokens are paired: those of one ``sequence``, of the ``batch``, of the batches of all ranks (``world``:
-    every rank must call; the loss is the same on every rank, and averaging gradients over ranks gives its gradient)."""
+    """Which tokens are paired: those of one ``sequence``, of the ``batch``, or of the batches of all ranks (``world``:
+    every rank must call the loss; its value is the same on every rank, and the mean of the ranks' gradients is its
+    gradient)."""
     compat: str | None = None
-    """What a published version of the authors' code computes instead (clamped cosines with a frozen slope, epsilons);
-    the names are the keys of ``decondense.losses.COMPAT``. ``delta`` then has no effect."""
+    """Reproduce a published version of the authors' code instead (clamped cosines with a frozen slope, epsilons); the
+    names are the keys of ``decondense.losses.COMPAT``. ``delta`` then has no effect."""
     gradient: Gradient = "forward"
-    """``forward`` computes the gradient in the forward sweep and keeps it until backward, one tensor like the hidden
-    states; ``recompute`` keeps nothing and sweeps again. In either case nothing of size tokens x tokens."""
+    """``forward`` computes the gradient in the forward pass and keeps it until backward, one tensor of the size of the
+    hidden states; ``recompute`` keeps nothing and computes it in backward. Neither stores anything of size
+    tokens x tokens."""
     margin: float = Field(default=0.5, ge=0, allow_inf_nan=False)
-    """``hinge``: cosines above -margin are pushed."""
+    """``hinge``: cosines above -margin are penalised."""
     norm_weight: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     """``l2_repel``: weight of the mean squared element of the hidden states."""
     variance_weight: float = Field(default=25.0, ge=0, allow_inf_nan=False)
@@ -66,9 +69,9 @@ class LossConfig(Config):
     covariance_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """``vicreg``: weight of the covariance term. VICReg: 1."""
     target_std: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """``vicreg``: standard deviation below which a feature is pushed. VICReg: 1."""
+    """``vicreg``: standard deviation below which a feature is penalised. VICReg: 1."""
     target_cosine: float = Field(default=0.0, ge=-1, le=1, allow_inf_nan=False)
-    """``profile``: the mean cosine that is aimed at, over pairs of different tokens."""
+    """``profile``: target for the mean cosine over pairs of different tokens."""
     slices: int = Field(default=256, ge=1)
     """``sigreg``, ``visreg``: number of random directions."""
     knots: int = Field(default=17, ge=2)
@@ -93,7 +96,8 @@ class LossConfig(Config):
             raise ConfigError(f"form {self.form!r} has no pairs to group; use pairs='all' or 'subset'.")
         if info.ordered and self.within != "sequence":
             raise ConfigError(
-                f"form {self.form!r} follows the tokens of one sequence in order; within={self.within!r} does not."
+                f"form {self.form!r} needs the tokens of one sequence in order; use within='sequence', not "
+                f"{self.within!r}."
             )
         if self.compat is not None and not info.compat:
             known = ", ".join(name for name, other in FORMS.items() if other.compat)
@@ -125,12 +129,12 @@ class LossConfig(Config):
 
     @property
     def diagonal(self) -> bool:
-        """Whether the pairs i = j belong to the mean."""
+        """Whether the mean includes the pairs i = j."""
         return self.info.diagonal == "yes" or (self.info.diagonal == "compat" and self.compat is not None)
 
 
 class CallOptions(TypedDict, total=False):
-    """The keywords of :func:`decondense.dispersion_loss`: the fields of :class:`LossConfig` but ``seed``."""
+    """The keywords of :func:`decondense.dispersion_loss`: the fields of :class:`LossConfig` except ``seed``."""
 
     form: str
     tau: float

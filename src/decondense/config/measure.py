@@ -10,7 +10,7 @@ from decondense.config.base import Config, one_of
 from decondense.metrics import BUILT_IN, metric_names
 
 METRIC_NAMES = BUILT_IN
-"""This package's side metrics; :func:`decondense.metrics.metric_names` knows those of other packages too."""
+"""This package's side metrics; :func:`decondense.metrics.metric_names` also knows those of other packages."""
 
 
 class MeasureConfig(Config):
@@ -21,30 +21,30 @@ class MeasureConfig(Config):
     bins: int = Field(default=128, ge=2, le=2048)
     """Bins of the cosine histogram on [-1, 1], a power of two. Paper: 128."""
     histograms: tuple[Literal["pooled", "averaged"], ...] = ("pooled", "averaged")
-    """``pooled``: all pairs of all passages. ``averaged``: of the matrix averaged over passages, as in the paper."""
+    """``pooled``: all pairs of all passages. ``averaged``: the mean cosine matrix over passages, as in the paper."""
     metrics: tuple[str, ...] = ()
     """Side metrics by name (:func:`decondense.metrics.metric_names`), or ``("all",)``; they cost more than the means.
     """
     logits: bool = False
-    """Measure the logits as one more state. The authors offer it too."""
+    """Measure the logits as one more state, which the authors' code also offers."""
     blocks: str | None = None
     """Dotted path of the list of transformer blocks; None: found by :func:`decondense.blocks.find_blocks`."""
     tokens_first: bool | None = None
-    """Whether the blocks return [tokens, batch, width]; None: told by the shapes. Given, it is checked."""
+    """Whether the blocks return [tokens, batch, width]; None: inferred from the shapes. A given value is checked."""
     dataset: str = "embedded"
     """Source of the passages: ``embedded``, ``wikitext``, ``pubmed_qa``, ``imdb``, ``squad``, or a hub id."""
     passages: int = Field(default=100, ge=1)
     """Number of passages. Paper: 100."""
     passage_words: tuple[int, int] = (1024, 1280)
-    """Fewest and most words of a passage, before truncation to ``tokens``. Paper: 1024 to 1280."""
+    """Minimum and maximum words in a passage, before truncation to ``tokens``. Paper: 1024 to 1280."""
     passage_seed: int = 0
-    """Seed of the choice of passages."""
+    """Seed for drawing the passages."""
     batch_size: int | None = Field(default=None, ge=1)
-    """Passages of one forward pass; None: from the memory that is free. Results do not depend on it."""
+    """Passages per forward pass; None: chosen from the free memory. Results do not depend on it."""
     resamples: int = Field(default=2000, ge=100)
-    """Bootstrap resamples of the passages."""
+    """Number of bootstrap resamples of the passages."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
-    """Coverage of the intervals."""
+    """Confidence level of the intervals."""
 
     @field_validator("bins")
     @classmethod
@@ -63,7 +63,7 @@ class MeasureConfig(Config):
     @classmethod
     def _ordered_words(cls, words: tuple[int, int]) -> tuple[int, int]:
         if not 2 <= words[0] <= words[1]:
-            raise ValueError(f"passage_words are (fewest, most) with 2 <= fewest <= most, got {words}.")
+            raise ValueError(f"passage_words must be (fewest, most) with 2 <= fewest <= most, got {words}.")
         return words
 
 

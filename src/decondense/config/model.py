@@ -22,7 +22,7 @@ class LoraConfig(Config):
     """The adapters' output is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of the modules that get adapters; ``all-linear``: every linear layer but the language model head."""
+    """Names of the modules that get adapters; ``all-linear``: every linear layer except the language model head."""
 
 
 class ModelConfig(Config):
@@ -39,7 +39,7 @@ class ModelConfig(Config):
     """Branch, tag or commit of a hub id."""
     lora: LoraConfig | None = None
     parameters: float | None = Field(default=None, gt=0)
-    """Parameters of a start, for an estimate of the cost without loading it. Nothing else reads it."""
+    """Number of parameters of the start, used only to estimate the cost without loading the model."""
 
     @property
     def prepared(self) -> str | None:
@@ -48,14 +48,14 @@ class ModelConfig(Config):
 
 
 class ArmModelConfig(Config):
-    """What an arm's model has of its own; what is left out is the study's.
+    """Settings of an arm's own model; settings that are left out are the study's.
 
     Runs of such an arm start from other weights than the baseline's, so they are compared by seed and data order only.
     """
 
     architecture: str | None = None
     overrides: Overrides = Field(default_factory=dict)
-    """Laid over the study's overrides, or instead of them when the arm names an architecture."""
+    """Merged into the study's overrides, or used instead of them when the arm names an architecture."""
     pretrained: str | None = Field(default=None, **formerly("start", "pretrained"))
     revision: str | None = None
     lora: LoraConfig | None = None
@@ -83,5 +83,5 @@ class ArmModelConfig(Config):
 
 
 def prepared_name(start: str | None) -> str | None:
-    """NAME of ``prepared:NAME``, None for any other start."""
+    """NAME of ``prepared:NAME``; None for any other start."""
     return start[len(PREPARED) :] if start is not None and start.startswith(PREPARED) else None

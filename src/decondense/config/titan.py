@@ -13,15 +13,15 @@ _D = DispersionConfig()
 
 @dataclass(kw_only=True, slots=True)
 class Dispersion:
-    """Every field of :class:`DispersionConfig`, its :class:`LossConfig` and its :class:`WeightSchedule`, side by side.
+    """Every field of :class:`DispersionConfig`, its :class:`LossConfig` and its :class:`WeightSchedule`, flattened.
 
     One name differs: ``schedule`` is the schedule's ``kind``.
     """
 
     weight: float = _D.weight
-    """lambda; 0 watches the dispersion and adds nothing: the control arm."""
+    """lambda; 0 logs the dispersion loss without adding it: the control arm."""
     target: str | None = None
-    """A mean cosine, several with commas between, a profile or a reference; refused by torchtitan's trainer."""
+    """A mean cosine, several separated by commas, a profile or a reference; refused by torchtitan's trainer."""
     layers: str = "all"
     """all, deep, shallow, last, or block numbers: 0,5,-1."""
     blocks: str | None = _D.blocks
@@ -55,14 +55,14 @@ class Dispersion:
     warmup: float = _D.schedule.warmup
     """Fraction of training over which the weight rises."""
     until: float = _D.schedule.until
-    """Fraction of training at which the weight has come to ``final``."""
+    """Fraction of training at which the weight reaches ``final``."""
     final: float = _D.schedule.final
     warmup_steps: int | None = _D.schedule.warmup_steps
     until_step: int | None = _D.schedule.until_step
 
     @classmethod
     def of(cls, config: DispersionConfig) -> Dispersion:
-        """The section of a configuration; :meth:`config` gives that configuration back."""
+        """The section for a configuration; :meth:`config` is the inverse."""
         values: dict[str, Any] = {flag: getattr(config, name) for name, flag in _OWN.items()}
         values.update({flag: getattr(config.loss, name) for name, flag in _LOSS.items()})
         values.update({flag: getattr(config.schedule, name) for name, flag in _SCHEDULE.items()})
@@ -74,7 +74,7 @@ class Dispersion:
         return cls(**values)
 
     def config(self) -> DispersionConfig:
-        """Validated."""
+        """The section as a validated :class:`DispersionConfig`."""
         numbers = self.layers.replace(",", "").replace("-", "").replace(" ", "")
         layers: Any = [int(part) for part in self.layers.split(",")] if numbers.isdigit() else self.layers
         settings: dict[str, Any] = {name: getattr(self, flag) for name, flag in _OWN.items()}
@@ -86,7 +86,7 @@ class Dispersion:
         )
 
     def words(self) -> list[str]:
-        """The arguments of a command line that give this section: what differs from the defaults, and the weight."""
+        """The command-line arguments for this section: values that differ from the defaults, weight and layers."""
         found = []
         for item in fields(self):
             value = getattr(self, item.name)
@@ -101,7 +101,7 @@ class Dispersion:
 
 
 def _numbers(text: str | None) -> Any:
-    """What a word of the command line says: a number, several with commas between, or a name."""
+    """Parse a command-line value: a number, several separated by commas, or a name."""
     try:
         numbers = [float(part) for part in (text or "").split(",")]
     except ValueError:

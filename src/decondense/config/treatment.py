@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class RunCost(Protocol):
-    """A training run as far as its cost goes: what :meth:`Treatment.extra_flops` may ask."""
+    """The properties of a training run that :meth:`Treatment.extra_flops` may use."""
 
     @property
     def steps(self) -> int:
@@ -22,10 +22,10 @@ class RunCost(Protocol):
 
     @property
     def tokens(self) -> int:
-        """Tokens of the run: steps x sequences of a batch x tokens of a sequence."""
+        """Tokens of the run: steps x sequences per batch x tokens per sequence."""
 
     def forward(self, model: ModelConfig | None = None) -> float:
-        """Operations of one forward pass over the run's tokens; None: of the model that is trained."""
+        """Operations of a forward pass over the run's tokens; ``None`` is the model that is trained."""
 
 
 class Treatment(Config):
@@ -36,9 +36,9 @@ class Treatment(Config):
     """
 
     title: ClassVar[str]
-    """What tables and figures call it."""
+    """Its name in tables and figures."""
     torchtitan: ClassVar[bool] = False
-    """Whether :mod:`decondense.training.titan` applies it too."""
+    """Whether :mod:`decondense.training.titan` can apply it."""
 
     @property
     def prepared_models(self) -> tuple[str, ...]:
@@ -46,7 +46,7 @@ class Treatment(Config):
         return ()
 
     def located(self, folders: Mapping[str, Path]) -> Self:
-        """The same with the directories of prepared models in the place of their names."""
+        """A copy that names the directories of prepared models instead of ``prepared:NAME``."""
         return self
 
     def extra_flops(self, run: RunCost) -> float:

@@ -1,4 +1,4 @@
-"""Which column of a record is the text: one rule for local files, data sets of the hub, measuring and studies."""
+"""Which column of a record is the text: one rule for local files, hub data sets, measuring and studies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TextWarning(UserWarning):
 def choose_column(kinds: Mapping[str, str], field: str | None, where: object) -> str:
     """The column that holds the text.
 
-    It is the named one; else ``text``; else the only column of strings whose name is not that of an identifier, an
+    The named column; else ``text``; else the only column of strings whose name does not suggest an identifier, an
     address or a date (``id``, ``doc_id``, ``uuid``, ``url``, ``timestamp`` ...).
 
     Args:
@@ -60,7 +60,10 @@ def choose_column(kinds: Mapping[str, str], field: str | None, where: object) ->
         return candidates[0]
     if not candidates:
         beside = f" Identifiers, addresses and dates ({', '.join(strings)}) are not text." if strings else ""
-        raise PassageError(f"{where} has no field of strings; it has: {names}.{beside} Name the text: --field, field=.")
+        raise PassageError(
+            f"{where} has no field of strings; it has: {names}.{beside} Name the field that holds the text (--field, "
+            "field=)."
+        )
     raise PassageError(
         f"{where} has several fields of strings; name the one that holds the text (--field, field=, "
         f"corpus.text_field): {', '.join(candidates)}."

@@ -97,7 +97,7 @@ def find_text(path: Path, *, subset: str | None = None, split: str = "train") ->
     Args:
         path: a file or a directory.
         subset: configuration of a data set whose README.md declares several.
-        split: ``train`` is also what has no split in its name.
+        split: ``train`` includes files without a split in their names.
 
     Raises:
         PassageError: there is no such subset or split, or no file that can be read.
@@ -112,7 +112,7 @@ def find_text(path: Path, *, subset: str | None = None, split: str = "train") ->
     if "configs" in _card(path):
         return _declared(path, subset, split)
     if subset is not None:
-        raise PassageError(f"{path} has no subset {subset!r}; its README.md declares none.")
+        raise PassageError(f"{path} has no subset {subset!r}, because its README.md declares none; omit subset.")
     if not re.fullmatch(r"[\w.-]+", split):
         return None  # a slice: train[:10%]
     return _by_name(path, split)

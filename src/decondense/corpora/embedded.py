@@ -28,7 +28,7 @@ from typing import Literal
 from decondense.records import atomic_write
 
 Progress = Callable[[str, int, int], None]
-"""Called as progress(what, done, total); an unknown total is one more than ``done``."""
+"""Called as progress(what, done, total); if the total is unknown, it is one more than ``done``."""
 
 # Direct and indirect dependencies, in the order of their documents; fixed, so that other packages have no influence.
 PACKAGES = (
@@ -37,7 +37,7 @@ PACKAGES = (
 )  # fmt: skip
 Extent = Literal["standard_library", "scientific", "all"]
 EXTENTS: dict[str, tuple[str, ...]] = {"standard_library": (), "scientific": PACKAGES[:3], "all": PACKAGES}
-"""Packages that are read besides the standard library."""
+"""Packages that are read in addition to the standard library."""
 MINIMUM_DOCSTRING = 60
 """Characters; shorter ones are labels rather than prose."""
 MINIMUM_DOCUMENT = 400
@@ -95,8 +95,8 @@ def python_docs(
     collected = list(_collect(packages, progress))
     if not collected:
         raise ValueError(
-            "this Python installation carries no readable source files, so it has no documentation to read; "
-            "give a text file or directory instead (corpus.source: PATH, or --text PATH)."
+            "this Python installation contains no readable source files, so it has no documentation to read; give a "
+            "text file or directory instead (corpus.source: PATH, or --text PATH)."
         )
     lines = [json.dumps({"name": item.name, "text": item.text}, ensure_ascii=False) for item in collected]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()

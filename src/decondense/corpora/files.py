@@ -131,7 +131,7 @@ def decoded(raw: Any, name: object, *, newline: str | None = None) -> io.TextIOW
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (head.count(0) > len(head) // 4 and head.isascii()):
         refused = "it is UTF-16 or UTF-32. Convert it: iconv -f UTF-16 -t UTF-8."
     elif 0 in head:
-        refused = "it is a binary file (it holds zero bytes)."
+        refused = "it is a binary file (it contains NUL bytes)."
     if refused:
         buffered.detach()  # whoever opened it closes it
         raise PassageError(f"{name} cannot be read as UTF-8: {refused}")
@@ -225,7 +225,7 @@ def _table(lines: Iterator[str], path: Path, delimiter: str) -> Iterator[tuple[i
                 if row and len(row) != len(names):
                     raise PassageError(
                         f"{path}, line {rows.line_num}: {len(row)} values for {len(names)} columns "
-                        f"({', '.join(names)}); a text with {delimiter!r} or a line end in it needs quotes."
+                        f"({', '.join(names)}); quote values that contain {delimiter!r} or a line break."
                     )
                 if row:
                     yield rows.line_num, dict(zip(names, row, strict=True))
@@ -235,7 +235,7 @@ def _table(lines: Iterator[str], path: Path, delimiter: str) -> Iterator[tuple[i
 
 def _check_unique(names: list[str], path: Path) -> None:
     if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise PassageError(f"{path}: the column {repeated!r} is there twice.")
+        raise PassageError(f"{path}: the column {repeated!r} appears twice; rename one of them.")
 
 
 @contextmanager
@@ -302,7 +302,8 @@ def _column_of_records(path: Path, records: Iterator[tuple[int, Any]], field: st
         if kind not in (TEXT, NULL):
             place = "the record" if value is record else f"field {column!r}"
             raise PassageError(
-                f"{path}, record {number}: {place} holds {kind}, not text; name the text: --field, field=."
+                f"{path}, record {number}: {place} holds {kind}, not text; name the field that holds the text "
+                "(--field, field=)."
             )
         yield value if kind == TEXT else ""
 
@@ -315,8 +316,8 @@ def _refuse_nested(head: list[tuple[int, Any]], field: str | None, path: Path) -
     for name, value in record.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             raise PassageError(
-                f"{path} is one JSON object, and its records are in its field {name!r}; expected an array of "
-                f"records, or one record a line. Convert it: jq -c '.{name}[]'."
+                f"{path} is one JSON object with its records in the field {name!r}; expected an array of records, or "
+                f"one record per line. Convert it: jq -c '.{name}[]'."
             )
 
 

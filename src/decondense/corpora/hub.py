@@ -1,4 +1,4 @@
-"""Data sets of the hub and in its format: named by revision, opened, and read row by row.
+"""Data sets on the hub or in its format: identified by revision, opened, and read row by row.
 
 A data set is a hub id ``OWNER/NAME``, a local directory that :func:`datasets.load_dataset` reads, or one that
 ``save_to_disk`` wrote. It is either loaded as a whole (memory-mapped) or streamed; both give the same rows in the same
@@ -83,7 +83,7 @@ class HubRows:
     column: str
     revision: str
     count: int | None
-    """Rows of the split; None: a stream that does not say."""
+    """Rows of the split; None: a stream of unknown length."""
     label: str
 
     def __iter__(self) -> Iterator[str]:
@@ -186,8 +186,8 @@ def _fingerprint(data: Any) -> str:
 def commit_of(name: str, kind: Literal["dataset", "model"]) -> tuple[str | None, str | None]:
     """The current commit of a data set or model on the hub, or None and the reason why it cannot be determined.
 
-    Without network the libraries retry five times over half a minute. This function sends one request, in a thread,
-    because no time limit holds for a name server that does not answer.
+    Without network access, the libraries retry five times over half a minute. This function sends one request, in a
+    thread, because no time limit holds for a name server that does not answer.
 
     Raises:
         PassageError: the hub answers that it has no such data set or model.
@@ -210,13 +210,13 @@ def commit_of(name: str, kind: Literal["dataset", "model"]) -> tuple[str | None,
     thread.start()
     thread.join(TIMEOUT + 1)
     if not answer:
-        return None, f"no answer in {TIMEOUT:.0f} seconds"
+        return None, f"no answer within {TIMEOUT:.0f} seconds"
     (commit,) = answer
     if isinstance(commit, RepositoryNotFoundError):
         noun = "data set" if kind == "dataset" else "model"
         raise PassageError(
-            f"the hub has no {noun} {name!r} that you may read, and there is no local file or directory of this "
-            "name; check the spelling, or log in with a token for it (HF_TOKEN)."
+            f"the hub has no {noun} {name!r} that you may read, and there is no local file or directory of this name; "
+            "check the spelling, or log in with a token that has access (HF_TOKEN)."
         )
     return (None, first_line(commit)) if isinstance(commit, Exception) else (commit, None)
 
@@ -263,7 +263,7 @@ def _explained(source: HubSource, error: Exception, more: dict[str, str]) -> str
     import datasets
 
     if "trust_remote_code" in str(error):  # asking for its subsets would ask whether its code may run
-        return f"the data set {source.label} cannot be loaded: it comes with code of its own, which is not run here."
+        return f"the data set {source.label} cannot be loaded: it contains custom code, which is not run here."
     try:
         subsets = datasets.get_dataset_config_names(source.name, **more)
         if source.subset is None and len(subsets) > 1 and "default" not in subsets and "onfig" in str(error):
@@ -287,7 +287,9 @@ def _from_disk(source: HubSource) -> Any:
     import datasets
 
     if source.subset is not None:
-        raise PassageError(f"{source.name} was written by save_to_disk and has no subset {source.subset!r}.")
+        raise PassageError(
+            f"{source.name} was written by save_to_disk and has no subset {source.subset!r}; omit subset."
+        )
     try:
         data = datasets.load_from_disk(source.name)
     except Exception as error:
@@ -299,9 +301,7 @@ def _from_disk(source: HubSource) -> Any:
         return data[source.split]
     # a single split; "train" is the default
     if source.split not in ("train", str(data.split)):
-        raise PassageError(
-            f"{source.name} has no split {source.split!r}: it is a single split without a name; omit it."
-        )
+        raise PassageError(f"{source.name} has no split {source.split!r}: it is a single unnamed split; omit split.")
     return data
 
 

@@ -1,4 +1,4 @@
-r"""Documents to token sequences: the split, the tokenizer and the order are each identified by a hash.
+r"""From documents to token sequences: the split, the tokenizer and the order are each identified by a hash.
 
 A corpus is prepared once into a cache directory (tokenizer, memory-mapped tokens, document boundaries, a manifest with
 the hash of each) and then read by every run. The hash of a document's text decides whether it is held out, so adding
@@ -47,7 +47,8 @@ _TOKENIZER_TEXT = 12_000_000
 _BATCH = 256
 """Documents that are tokenised at once."""
 _BATCH_CHARACTERS = 2_000_000
-"""Characters that are tokenised at once, except for a longer document: each takes a few hundred bytes meanwhile."""
+"""Characters that are tokenised at once, except for a longer document: each takes a few hundred bytes during this
+time."""
 _STALE = 60.0
 """Seconds after which a staging folder without a lock is removed: its process was killed."""
 _RECIPE = 2  # raise when the code below would prepare other tokens from the same documents
@@ -109,8 +110,8 @@ class PackedCorpus:
         available = self.sequences(length)
         if available < 1:
             raise ValueError(
-                f"the training text holds {len(self.train_tokens)} tokens, less than one sequence of {length}; "
-                "give more text or a smaller train.max_seq_length."
+                f"the training text holds {len(self.train_tokens)} tokens, fewer than one sequence of {length}; give "
+                "more text or a smaller train.max_seq_length."
             )
         epochs = range(-(-count // available))
         generators = (np.random.default_rng(derive(seed, "data order", epoch)) for epoch in epochs)
@@ -137,7 +138,7 @@ class PackedCorpus:
     ) -> list[tuple[str, IntArray]]:
         """(identity, token ids) of held-out documents in their fixed order, up to ``most_tokens`` in total.
 
-        The last document is cut where the budget ends, so that every run scores the same tokens; every one is cut
+        The last document is cut where the budget ends, so that every run scores the same tokens; every document is cut
         after ``of_one`` tokens. ``tuning`` takes documents from the end, and none that ``validation`` takes.
 
         Raises:
@@ -159,23 +160,23 @@ class PackedCorpus:
                 break
         if not documents and part == "tuning":
             raise ValueError(
-                f"validation takes all {len(names) + len(scored)} held-out documents, so that none is left to choose "
-                "a learning rate on: give more text, a larger corpus.held_out or fewer evaluate.validation_tokens."
+                f"validation takes all {len(names) + len(scored)} held-out documents, so none is left to choose a "
+                "learning rate on: give more text, a larger corpus.held_out or fewer evaluate.validation_tokens."
             )
         return documents
 
     def passages(self, count: int, tokens: int) -> IntArray:
-        """The first ``tokens`` tokens of the first ``count`` held-out documents that have as many: [count, tokens].
+        """The first ``tokens`` tokens of the first ``count`` held-out documents that are long enough: [count, tokens].
 
         Raises:
-            ValueError: fewer documents have as many tokens.
+            ValueError: fewer than ``count`` documents are long enough.
         """
         starts = self.held_out_starts
         long_enough = starts[:-1][np.diff(starts) >= tokens].tolist()
         if len(long_enough) < count:
             raise ValueError(
-                f"only {len(long_enough)} held-out documents have {tokens} tokens, {count} are needed; "
-                "give more text, fewer evaluate.passages or shorter evaluate.passage_tokens."
+                f"only {len(long_enough)} held-out documents have {tokens} tokens, but {count} are needed; give more "
+                "text, fewer evaluate.passages or shorter evaluate.passage_tokens."
             )
         return np.stack([np.asarray(self.held_out_tokens[begin : begin + tokens]) for begin in long_enough[:count]])
 
@@ -252,13 +253,16 @@ def _load_tokenizer(name: str) -> Any:
     except Exception as error:  # loading a tokenizer raises half a dozen types
         reason = f"the hub cannot be reached ({unreachable})" if unreachable else reason_of(error)
         raise ConfigError(
-            f"corpus.tokenizer {name!r} cannot be loaded: {reason.rstrip('.')}. Without network, give a directory that "
-            "holds it, or a filled cache (HF_HOME)."
+            f"corpus.tokenizer {name!r} cannot be loaded: {reason.rstrip('.')}. Without network access, give a local "
+            "directory, or set HF_HOME to a cache that contains it."
         ) from error
     if not tokenizer.is_fast:
-        raise ConfigError(f"corpus.tokenizer {name!r} has no tokenizer.json; a fast tokenizer is needed.")
+        raise ConfigError(f"corpus.tokenizer {name!r} has no tokenizer.json; use a fast tokenizer.")
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"corpus.tokenizer {name!r} has no end-of-text token to put between documents.")
+        raise ConfigError(
+            f"corpus.tokenizer {name!r} has no end-of-text token to separate documents; use a tokenizer with an "
+            "eos_token."
+        )
     return tokenizer
 
 
@@ -322,7 +326,7 @@ def _build(
         if error.filename is not None:
             raise
         # a full disk does not say which one it is; numpy says "requested and written" without a number
-        reason = error.strerror or f"could not be written ({error}), the disk may be full"
+        reason = error.strerror or f"could not be written ({error}); the disk may be full"
         raise OSError(error.errno or errno.ENOSPC, reason, str(path)) from error
     finally:
         os.close(handle)
@@ -342,8 +346,8 @@ def _install(folder: Path, path: Path) -> None:
             return
         shutil.rmtree(path, ignore_errors=True)
     raise ConfigError(
-        f"{path} is damaged, or cannot be read, and cannot be replaced (another user's?). Remove it, or set "
-        "DECONDENSE_CACHE to a directory of your own."
+        f"{path} is damaged or unreadable, and cannot be replaced (does it belong to another user?). Remove it, or set "
+        "DECONDENSE_CACHE to your own directory."
     )
 
 

@@ -1,9 +1,9 @@
 """Passages of text to measure on: hub data sets, local files, standard input, lists, or the embedded corpus.
 
-The published protocol (Liu et al. 2026, arXiv:2602.00217): 100 passages of 1024 to 1280 words, each grown from a
-random row of the data set by the rows that follow, then truncated to 512 tokens. Passage r draws its first row from a
-generator of its own, ``numpy.random.default_rng(seed + r)``, among the first 95 % of the rows: passage r is the same
-whatever the number of passages.
+The published protocol (Liu et al. 2026, arXiv:2602.00217): 100 passages of 1024 to 1280 words, each starting at a
+random row of the data set and extended by the rows that follow, then truncated to 512 tokens. Passage r draws its first
+row from its own generator, ``numpy.random.default_rng(seed + r)``, among the first 95 % of the rows: passage r does not
+depend on the number of passages.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ def sample_passages(
             (``PATH:CONFIGURATION`` where it has several) or written by ``save_to_disk``;
             ``"-"`` for standard input; or the rows themselves.
         count: Number of passages.
-        words: Least and greatest number of words of a passage.
+        words: Minimum and maximum number of words of a passage.
         seed: Passage r is drawn with ``seed + r``.
         split: Split of a data set.
-        field: Column that holds the text; None: the published one, else the rule of
+        field: Column that holds the text; None: the published field, else the rule of
             :func:`~decondense.corpora.columns.choose_column`.
 
     Returns:
@@ -100,7 +100,7 @@ def sample_passages(
     if count < 1:
         raise PassageError(f"the number of passages must be at least 1, got {count}.")
     if not 2 <= low <= high:
-        raise PassageError(f"words are (fewest, most) with 2 <= fewest <= most, got {words}.")
+        raise PassageError(f"words must be (fewest, most) with 2 <= fewest <= most, got {words}.")
     rows = read_rows(source, split=split, field=field)
     if not len(rows):
         raise PassageError(f"{_named(source)} holds no text.")
@@ -120,8 +120,8 @@ def _grow(rows: Sequence[str], rng: np.random.Generator, low: int, high: int, so
             break
     else:
         raise PassageError(
-            f"{_named(source)} has {total} words, a passage needs at least {low}. Give more text, or shorter passages "
-            f"(words=({max(2, total // 2)}, {max(2, total)}), --words)."
+            f"{_named(source)} has {total} words, but a passage needs at least {low}. Give more text, or use shorter "
+            f"passages (words=({max(2, total // 2)}, {max(2, total)}), --words)."
         )
     text = "".join(parts)
     if total > high:
@@ -134,7 +134,7 @@ def read_rows(source: str | Path | Sequence[str], *, split: str = "train", field
     if not isinstance(source, (str, Path)):
         rows = list(source)
         if any(not isinstance(row, str) for row in rows):
-            raise PassageError("a list of texts must hold strings only.")
+            raise PassageError("a list of texts must contain only strings.")
         return rows
     name = str(source)
     if name == EMBEDDED:
@@ -213,7 +213,9 @@ def _standard_input() -> list[str]:
     try:
         return paragraphs(sys.stdin if raw is None else decoded(io.BytesIO(raw.read()), "standard input"))
     except UnicodeDecodeError as error:
-        raise PassageError(f"standard input cannot be read as UTF-8 text ({error}).") from error
+        raise PassageError(
+            f"standard input cannot be read as UTF-8 text ({error}). Convert it, for example: iconv -f LATIN1 -t UTF-8."
+        ) from error
 
 
 def _embedded() -> list[str]:
@@ -225,8 +227,8 @@ def _embedded() -> list[str]:
 
 def _hub(hub_id: str, configuration: str | None, split: str, field: str | None) -> Sequence[str]:
     remedy = (
-        f"Without network, use a local file (--text FILE), the embedded corpus (--dataset {EMBEDDED}), or a filled "
-        "cache (HF_HOME)."
+        f"Without network access, use a local file (--text FILE), the embedded corpus (--dataset {EMBEDDED}), or set "
+        "HF_HOME to a cache that contains the data set."
     )
     return hub.Column(hub.open_rows(hub.find(hub_id, configuration, split, remedy=remedy), field))
 

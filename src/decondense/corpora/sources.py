@@ -1,4 +1,4 @@
-"""The documents of a corpus: of the embedded corpus, of local files, or of a data set of the hub.
+"""The documents of a corpus: the embedded corpus, local files, or a data set on the hub.
 
 The revision of a source identifies its content without reading it as text, so that the cache lookup is fast. Documents
 are iterated one by one: a source may be larger than memory.
@@ -29,7 +29,9 @@ _PIECE = 4_000
 # raise one when the code below would read other documents from the same files or rows
 _READER = {"files": 2, "hub": 1}
 _PROGRESS_EVERY = 64  # documents between two calls of progress
-_REMEDY = "Without network, give the path of a local copy in corpus.source, or a filled cache (HF_HOME)."
+_REMEDY = (
+    "Without network access, set corpus.source to the path of a local copy, or set HF_HOME to a cache that contains it."
+)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def resolve_tasks(tasks: str | Iterable[str]) -> tuple[list[str], set[str]]:
     members = list(dict.fromkeys(member for name in names for member in SETS.get(name, (name,))))
     for name in members:
         if not re.fullmatch(r"[\w.-]*[^\W_][\w.-]*", name):
-            raise EvaluationError(f"{name!r} is not a valid name of a task.{suggest(name, [*TASKS, *SETS])}")
+            raise EvaluationError(f"{name!r} is not a valid task name.{suggest(name, [*TASKS, *SETS])}")
     return members, set(members) - set(names)
 
 
@@ -131,7 +131,7 @@ def resolve_shots(shots: str | int, task: str) -> int | None:
         number = -1
     if number < 0 or isinstance(shots, bool):
         raise EvaluationError(
-            f"shots {shots!r} is neither {' nor '.join(map(repr, SHOTS))} nor a number from 0."
+            f"shots {shots!r} is neither {' nor '.join(map(repr, SHOTS))} nor a non-negative number."
             f"{suggest(str(shots), SHOTS)}"
         )
     return 0 if task in FIXED_PROMPT else number

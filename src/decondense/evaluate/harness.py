@@ -46,11 +46,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Progress = Callable[[str, str, int, "int | None"], None]
 """Called with the task, what happens to it (``loading``, ``kept``, ``running``, ``done``, ``failed``), requests
-answered and their number (None source the harness does not say)."""
+answered and their total (None: the harness does not say)."""
 
 
 class EvaluationStopped(RuntimeError):
-    """The evaluation ended before all tasks were done; finished tasks are kept and the same command resumes."""
+    """The evaluation ended before all tasks were done; finished tasks are kept, and the same command resumes."""
 
 
 def evaluate(
@@ -76,18 +76,18 @@ def evaluate(
     Args:
         model: directory with ``config.json`` and weights, or a hub id; ``ID@REVISION`` is a revision too.
         tasks: ``paper`` (ten benchmarks and Paloma's WikiText-103), ``ten``, or names of harness tasks.
-        shots: examples in the prompt: the paper's for ``gpt2`` or ``qwen3``, or a number for every task that takes any.
+        shots: few-shot examples: the paper's for ``gpt2`` or ``qwen3``, or a number for every task that takes any.
         limit: score the first ``limit`` items of each task only (a task of parts, like MMLU, gives the first items of
             each part in turn). Every table and row then says so.
         data_dir: directory with one folder of local files per benchmark, read instead of the hub.
         out: directory of the results; an interrupted evaluation resumes there. None: no files are kept.
-        batch_size: requests of one forward pass; halved when memory runs out. Scores depend on it by rounding only.
+        batch_size: requests per forward pass; halved when memory runs out. It changes scores only by rounding.
         device: ``cpu``, ``cuda``, ``cuda:1``; None: a GPU when there is one.
-        dtype: of the weights: ``auto`` (that of the checkpoint), ``float32``, ``bfloat16``, ``float16``.
-        max_length: context in tokens; None: the model's own.
+        dtype: dtype of the weights: ``auto`` (as in the checkpoint), ``float32``, ``bfloat16``, ``float16``.
+        max_length: context length in tokens; None: the model's own.
         tokenizer: directory or hub id of the tokenizer, if it does not come with the model.
         trust_remote_code: run code that comes with the model.
-        threads: CPU threads; None: what torch chooses. Scores depend on it by rounding only.
+        threads: CPU threads; None: torch's default. It changes scores only by rounding.
         identity: ``study``, ``study_fingerprint``, ``arm``, ``seed``, ``step``, ``tokens`` of the rows. None: those of
             the study's run when ``model`` is the final checkpoint of one, else made from the model's name.
         progress: called as the work proceeds.
@@ -97,7 +97,7 @@ def evaluate(
         EvaluationStopped: the worker ended early; finished tasks are kept in ``out``.
     """
     if limit is not None and limit < 1:
-        raise EvaluationError(f"limit {limit} leaves nothing to score; give a number from 1, or no limit.")
+        raise EvaluationError(f"limit {limit} leaves nothing to score; give a positive number, or no limit.")
     if dtype not in DTYPES:
         raise EvaluationError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     source = check_model(str(model))
@@ -183,7 +183,7 @@ def check_benchmarks(settings: EvaluateConfig) -> None:
 
 
 def _refuse_unknown(names: Iterable[str]) -> None:
-    """Refuse a task that no definition of the harness names; without importing the harness, which takes long."""
+    """Refuse a task that the harness does not define, without importing the harness, which is slow."""
     unknown = {name for name in names if name not in TASKS}
     spec = importlib.util.find_spec("lm_eval") if unknown else None
     if spec is None or spec.origin is None:
@@ -209,7 +209,7 @@ def benchmark_rows(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """The rows of a study's final checkpoint: what the paper reports of each of the study's benchmarks.
+    """The rows of a study's final checkpoint: the metric that the paper reports, for each benchmark of the study.
 
     Args:
         model: directory of the trained model.
@@ -217,7 +217,7 @@ def benchmark_rows(
         identity: ``study``, ``study_fingerprint``, ``arm``, ``seed``, ``step``, ``tokens``.
         out: directory of finished tasks, which an interrupted run does not score again.
         threads: CPU threads.
-        progress: called as the work proceeds; an exception from it ends the evaluation, which can be resumed.
+        progress: called as the work proceeds; an exception in it ends the evaluation, which can be resumed.
     """
     if not settings.tasks:
         return []
@@ -320,7 +320,7 @@ def _identity(source: str, label: str, settings: Mapping[str, Any]) -> dict[str,
 def _claimed(folder: Path) -> Iterator[int]:
     """Lock the directory; the worker inherits the lock, which holds until both processes have ended."""
     if folder.exists() and not folder.is_dir():
-        raise EvaluationError(f"{folder} is a file; --out names a directory.")
+        raise EvaluationError(f"{folder} is a file; give a directory with --out.")
     check_output(folder, "tasks", "evaluate.log", ".lock", ".events.jsonl")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as handle:

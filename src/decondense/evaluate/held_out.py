@@ -67,9 +67,9 @@ def held_out_loss(
     Args:
         model: a causal language model that returns ``logits`` [B, T, V]; the mode of every submodule and every random
             state are restored afterwards.
-        documents: (identity, token ids [n]); windows of a single token have nothing to predict and are skipped.
-        window: tokens of a window, at most the model's positions.
-        batch_windows: windows of one forward pass; it changes the result by rounding only.
+        documents: (identity, token ids [n]); windows of a single token contain nothing to predict and are skipped.
+        window: tokens per window, at most the model's context length.
+        batch_windows: windows per forward pass; it changes the result only by rounding.
         device: device of the batches; None: that of the model's parameters.
 
     Raises:
@@ -83,7 +83,7 @@ def held_out_loss(
         if len(ids[first : first + window]) >= 2
     ]
     if not pieces:
-        raise ValueError("no held-out document has two tokens: there is nothing to predict; give more text.")
+        raise ValueError("no held-out document has two tokens, so there is nothing to predict; give more text.")
     # windows of similar length share a batch, which saves padding; a stable sort keeps the order reproducible
     pieces.sort(key=lambda piece: -len(piece[1]))
     device = device or next(model.parameters()).device

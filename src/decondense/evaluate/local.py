@@ -40,7 +40,7 @@ class LocalTask:
     rows: dict[str, int]
     """Split -> rows."""
     hash: str
-    """Of the content of all files, in the order of reading."""
+    """Hash of the content of all files, in the order of reading."""
     few_shot_split: str | None = None
     """The split that replaces the official one for examples; None: the official one exists, or none is needed."""
 
@@ -60,7 +60,7 @@ def find_tasks(
     """
     root = Path(directory).expanduser()
     if not root.is_dir():
-        raise EvaluationError(f"{root} is not a directory; --data-dir names one with a folder for each task.")
+        raise EvaluationError(f"{root} is not a directory; --data-dir needs a directory with one folder per task.")
     local: dict[str, LocalTask] = {}
     missing: list[str] = []
     absent: list[str] = []
@@ -135,7 +135,9 @@ def _checked(name: str, splits: dict[str, list[Path]], stand_in: str | None) -> 
             parts.append((str(path), read_rows(path)))
             rows[split] += len(parts[-1][1])
         if not rows[split]:
-            raise EvaluationError(f"{', '.join(map(str, files))}: no rows; {name} has nothing to read.")
+            raise EvaluationError(
+                f"{', '.join(map(str, files))}: no rows, so {name} cannot be scored; add rows, or omit it with --tasks."
+            )
     if check_rows(name, parts).converted:
         digest.update(b"converted")  # older results of the unconverted rows are not reused
     return LocalTask(

@@ -41,7 +41,7 @@ class TaskResult:
     official: int | None
     """Official rows of the scored split; None: unknown."""
     limit: int | None
-    """The requested number of items; None: all items."""
+    """Requested maximum number of items; None: all items."""
     notes: tuple[str, ...]
     """Qualifications of the scores, which every table shows."""
     per_item: dict[str, dict[str, tuple[float, float]]] = field(repr=False)
@@ -83,7 +83,7 @@ class Evaluation:
     notes: tuple[str, ...]
     """Requested tasks that were omitted, and why."""
     identity: dict[str, Any] = field(repr=False)
-    """Which run of which study, step and tokens the rows belong to."""
+    """The study, run, step and tokens that the rows belong to."""
 
     def __getitem__(self, task: str) -> TaskResult:
         for result in self.results:
@@ -93,7 +93,7 @@ class Evaluation:
 
     @property
     def mean(self) -> tuple[float, float | None] | None:
-        """Mean ``acc`` of the paper's ten and its standard error over items; None unless all ten are there."""
+        """Mean ``acc`` of the paper's ten and its standard error over items; None unless all ten were scored."""
         by_name = {result.task: result for result in self.results}
         if not all(name in by_name for name in TEN):
             return None

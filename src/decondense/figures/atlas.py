@@ -13,11 +13,11 @@ from decondense.formatting import count
 
 
 def size_figure(families: Mapping[str, Sequence[tuple[float, float]]], looks: ArmStyle | None = None) -> Figure:
-    """Mean cosine of the deep half against the number of parameters, a line a family, on the scale of a verdict.
+    """Mean cosine of the deep half against the number of parameters, one line per family, on the scale of the verdict.
 
     Args:
         families: by name, (parameters, mean cosine of the deep half) of each model.
-        looks: colours and markers, to have them alike in several figures.
+        looks: colours and markers, to use the same ones in several figures.
     """
     looks = looks or ArmStyle(list(families), None)
     sizes = sorted({size for points in families.values() for size, _ in points})

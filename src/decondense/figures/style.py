@@ -35,8 +35,8 @@ _COLOURS = (
     "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b3294",
     "#7a3600", "#00503b", "#8a2f5e", "#5c4305", "#1b5e86", "#c08cd8",
 )  # fmt: skip
-"""Okabe and Ito's colours (2008), which most colour-blind readers tell apart, without the yellow; then darker ones of
-the same hues, which dash and marker tell from the first."""
+"""Okabe and Ito's colours (2008), which most colour-blind readers can distinguish, without the yellow; then darker
+ones of the same hues, which differ from the first by dash and marker."""
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (6, 2)), (0, (2, 1)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 

@@ -1,1 +1,1 @@
-"""Thin ties to trainers (transformers and TRL, Lightning, Axolotl, LLaMA-Factory); each module imports its own."""
+"""Thin integrations with trainers (transformers and TRL, Lightning, Axolotl, LLaMA-Factory), one module for each."""

@@ -28,7 +28,7 @@ class DispersionPlugin(BasePlugin):  # type: ignore[misc]
     """Attaches the dispersion loss to the trainer that Axolotl builds (SFT and pre-training)."""
 
     def get_input_args(self) -> str:
-        """Dotted path of the class of the fields."""
+        """Dotted path of the class that defines the fields."""
         return f"{__name__}.DispersionArgs"
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:

@@ -1,13 +1,13 @@
-r"""The transformers ``Trainer`` and what is built on it (TRL's ``SFTTrainer``).
+r"""The transformers ``Trainer`` and trainers built on it (TRL's ``SFTTrainer``).
 
 :func:`attach_trainer` adds the loss around ``trainer.compute_loss``, with the divisor that makes one optimizer step the
 gradient of
 
 .. math:: L_{CE} + \lambda \, \frac{1}{S} \sum_{s=1}^{S} D_s
 
-over all S sequences of the step, of all micro-batches and of all ranks. A term that is simply added to
-``outputs.loss`` is (accumulation steps x ranks) times too large, because the Trainer does not divide a loss that the
-model has already divided by ``num_items_in_batch``.
+over all S sequences of the step, in all micro-batches and on all ranks. A term that is simply added to ``outputs.loss``
+is (accumulation steps x ranks) times too large, because the Trainer does not divide a loss that the model has already
+divided by ``num_items_in_batch``.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def attach_trainer(trainer: Any, *arguments: Any, **keywords: Any) -> Dispersion
         **keywords: As for :func:`decondense.attach`: ``config``, ``schedule``, ``form``, ``tau``, ...
 
     Returns:
-        The handle. The values go through ``trainer.log`` beside ``loss``: ``loss`` includes the weighted term,
-        ``cross_entropy`` is the trainer's own loss without it, reduced in the same way. The schedule follows the
+        The handle. The values are logged through ``trainer.log`` together with ``loss``: ``loss`` includes the weighted
+        term, ``cross_entropy`` is the trainer's own loss without it, reduced in the same way. The schedule follows the
         trainer's steps, and checkpoints store the settings. ``handle.detach()`` restores the trainer.
 
     Raises:
@@ -47,7 +47,7 @@ def attach_trainer(trainer: Any, *arguments: Any, **keywords: Any) -> Dispersion
             run the model twice for one loss (DPO, GRPO).
 
     Exact for any number of sequences per micro-batch and rank, for packed sequences (a document counts as a sequence),
-    for ``average_tokens_across_devices`` on or off, label smoothing and ``compute_loss_func``. A run that
+    with ``average_tokens_across_devices`` on or off, with label smoothing and with ``compute_loss_func``. A run that
     ``auto_find_batch_size`` restarts counts from its own first step.
     """
     _refuse(trainer)
@@ -177,8 +177,8 @@ class _TrainerHandle:
         self.seen, self.expected = torch.zeros_like(self.seen), torch.zeros_like(self.expected)
         if seen and expected and seen != expected:
             raise AttachError(
-                f"the batches of the last steps held {expected:g} sequences and the model saw {seen:g}: the trainer "
-                "changes its batches between fetching and the forward, so the mean over sequences would be wrong."
+                f"the batches of the last steps held {expected:g} sequences, but the model saw {seen:g}: the trainer "
+                "changes its batches between fetching and the forward pass, so the mean over sequences would be wrong."
             )
 
 
@@ -215,7 +215,7 @@ class DispersionState(_EndsSteps):
         different = {} if self.handle is None or saved is None else self.handle.differences(saved)
         if different:
             warnings.warn(
-                "resuming with another dispersion loss than the checkpoint was trained with; these settings differ: "
+                "the run resumes with a dispersion loss that differs from that of the checkpoint in these settings: "
                 f"{', '.join(different)}.",
                 stacklevel=2,
             )
@@ -260,7 +260,7 @@ class DispersionCallback(_EndsSteps):
         if getattr(args, "n_gpu", 1) > 1:
             raise AttachError("nn.DataParallel is not supported; start with torchrun or accelerate launch.")
         if getattr(args, "label_smoothing_factor", 0):
-            raise AttachError("label smoothing takes the loss out of the model; use attach_trainer(trainer).")
+            raise AttachError("label smoothing computes the loss outside the model; use attach_trainer(trainer).")
         self._logged_step = state.global_step
         if self.handle is not None and self.handle.is_attached and attached(model) is self.handle:
             self.plain.reset()
@@ -346,8 +346,8 @@ def _refuse(trainer: Any) -> None:
     for kind in ("tp", "cp", "sp"):
         if getattr(parallel, f"{kind}_enabled", False):
             raise AttachError(
-                f"{kind.upper()} parallelism is not supported, because a rank does not hold whole sequences of whole "
-                "states; use data parallelism (DDP, FSDP2, HSDP)."
+                f"{kind.upper()} parallelism is not supported, because a rank holds only part of a sequence or of a "
+                "hidden state; use data parallelism (DDP, FSDP2, HSDP)."
             )
 
 

@@ -28,10 +28,10 @@ class DispersionCallback(Callback):  # type: ignore[misc]
             LightningModule itself, if its ``forward`` returns the loss.
         **keywords: As for :func:`decondense.attach`.
 
-    With ``accumulate_grad_batches`` and several ranks, the loss is the mean over batches and ranks of each one's mean
-    over sequences: exact for equal numbers of sequences. With manual optimization a step of the weight schedule is a
-    batch, however many optimizers step in it; otherwise it is an optimizer step. ``cross_entropy`` is the mean of the
-    model's own loss since the last log.
+    With ``accumulate_grad_batches`` and several ranks, each batch takes the mean over its own sequences, and the loss
+    is the mean over batches and ranks: exact for equal numbers of sequences. With manual optimization, a step of the
+    weight schedule is a batch, no matter how many optimizers step in it; otherwise it is an optimizer step.
+    ``cross_entropy`` is the mean of the model's own loss since the last log.
     """
 
     def __init__(self, *arguments: Any, module: str = "model", **keywords: Any) -> None:
@@ -76,11 +76,11 @@ class DispersionCallback(Callback):  # type: ignore[misc]
         if self.handle is not None:
             step, total = _step(trainer, pl_module)
             if total is None and not self.handle.config.schedule.is_constant:
-                raise AttachError("the weight schedule needs an end of training: set max_steps or max_epochs.")
+                raise AttachError("the weight schedule needs the length of training: set max_steps or max_epochs.")
             self.handle.set_progress(step, max(total or 0, 1))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the weights by a target when an optimizer has stepped, and log the means since the last log."""
+        """Adjust the weights to a target after an optimizer step, and log the means since the last log."""
         if self.handle is not None and not (
             pl_module.automatic_optimization and trainer.global_step == self.handle.step
         ):

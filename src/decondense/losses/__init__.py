@@ -6,11 +6,11 @@ r"""Dispersion objectives: one function, one module, every form (:data:`FORMS`).
 >>> round(float(dispersion_loss(z_BTD, tau=1.0)), 4)
 -0.5
 
-Shape suffixes: ``B`` sequences, ``T`` tokens, ``D`` features; ``U`` segments, that is sequences, or the documents of
+Shape suffixes: ``B`` sequences, ``T`` tokens, ``D`` features; ``U`` segments, which are sequences or the documents of
 packed sequences.
 
-Every loss is a mean over the segments that have at least two real tokens; :func:`sum_and_count` returns numerator and
-denominator of that mean, for a division by a global count. Only ``z_BTD`` is differentiated, once
+Every loss is a mean over the segments that have at least two real tokens; :func:`sum_and_count` returns the numerator
+and denominator of that mean, so that you can divide by a global count. Only ``z_BTD`` is differentiated, and only once
 (``impl="reference"``: any number of times); its gradient has the dtype of ``z_BTD``. All statistics are float32
 (float64 for float64 input), inside autocast too.
 """

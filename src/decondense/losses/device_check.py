@@ -1,4 +1,4 @@
-"""What ``decondense env --gpu`` says: whether the fused kernels run on a device, are right there, and how fast."""
+"""What ``decondense env --gpu`` says: whether the fused kernels run on a device, give correct results, and how fast."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _milliseconds(z: Tensor, impl: Impl) -> float:
 def sentences(found: DeviceCheck) -> list[str]:
     """The check in plain sentences, the verdict last."""
     auto = ", ".join(f"{impl} for {name}" for name, impl in found.auto.items())
-    end = f"impl='auto', the default, takes {auto} here."
+    end = f"impl='auto', the default, selects {auto} here."
     if found.broken is not None:
         return [f"The fused kernels do not run on {found.device}: {found.broken}.", end]
     errors = ", ".join(f"{name} {error:.1e}" for name, error in found.errors.items())
@@ -103,7 +103,7 @@ def sentences(found: DeviceCheck) -> list[str]:
     ratio = found.milliseconds["chunked"] / found.milliseconds["fused"]
     return [
         f"The fused kernels run on {found.device}.",
-        f"Their gradients are {'right' if found.right else 'WRONG'}: largest relative error against float64 over all "
+        f"Their gradients are {'correct' if found.right else 'WRONG'}: largest relative error against float64 over all "
         f"forms, {errors} (allowed: {allowed}).",
         f"One call on {found.timed} bfloat16 states, forward and backward: fused {found.milliseconds['fused']:.3g} ms, "
         f"tiled engine {found.milliseconds['chunked']:.3g} ms, {ratio:.2g} times as long.",

@@ -84,7 +84,7 @@ def _kernels_agree_once(device: str, dtype: torch.dtype) -> bool:
     if not agree:
         warnings.warn(
             f"the Triton kernels are not used on {device} in {dtype}: {reason}. impl='auto' takes the tiled engine "
-            "instead, which is exact but slower; impl='fused' insists on the kernels.",
+            "instead, which is exact but slower; impl='fused' forces the kernels.",
             RuntimeWarning,
             stacklevel=2,
         )

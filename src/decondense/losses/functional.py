@@ -58,7 +58,7 @@ def sum_and_count(
 ) -> tuple[Tensor, Tensor]:
     """Sum of the segment losses and number of segments with at least two real tokens: two 0-dim tensors.
 
-    For a division by a count over micro-batches or ranks; arguments as of :func:`dispersion_loss`.
+    Use it to divide by a count over micro-batches or ranks. The arguments are those of :func:`dispersion_loss`.
     """
     s = _configure(options, "sum_and_count()")
     return configured_sum_and_count(s, z_BTD, mask_BT, segments_BT, generator, teacher_BTE)
@@ -80,20 +80,21 @@ def dispersion_loss(
     .. math:: \frac1B \sum_b \log \frac{1}{n_b (n_b - 1)} \sum_{i \ne j} \exp(-\theta_{ij}/(\pi\tau)), \qquad
               \theta = \arccos\big(c/\sqrt{1+\delta^2}\big)
 
-    with the mean instead of the paper's sum inside the logarithm: the same gradient, a value that does not grow with
-    the number of tokens. 0 (all tokens equal) to about -1/(2 tau) (orthogonal) and a little below. No sequence with
-    two real tokens: 0, with zero gradients. Inside ``torch.compile(fullgraph=True)`` use :class:`DispersionLoss`, which
-    validates its options beforehand.
+    with the mean instead of the paper's sum inside the logarithm: the gradient is the same, and the value does not grow
+    with the number of tokens. The value goes from 0 (all tokens equal) to about -1/(2 tau) (orthogonal) and a little
+    below. If no sequence has two real tokens, the loss is 0 with zero gradients. Inside
+    ``torch.compile(fullgraph=True)`` use :class:`DispersionLoss`, which validates its options beforehand.
 
     Args:
         z_BTD: hidden states ``[B, T, D]``, floating point, D at least 2. The only argument that is differentiated.
         mask_BT: true (or 1) for real tokens; other tokens never change value or gradient, even if NaN.
         segments_BT: integer number of the document of each token of a packed sequence. Pairs stay within a document,
-            and a document counts as a sequence does.
+            and each document counts as a sequence.
         teacher_BTE: ``form="gram"``: the teacher's states of the same tokens, of any width; not differentiated.
         generator: source of all random choices (groups, subsets, directions). The global generator is never used.
-        **options: the fields of :class:`decondense.config.LossConfig` but ``seed``, with its defaults: ``form`` (a key
-            of :data:`decondense.losses.FORMS`), ``tau``, ``delta``, ``impl``, ``pairs``, ``within``, ``compat``, ...
+        **options: the fields of :class:`decondense.config.LossConfig` except ``seed``, with its defaults: ``form`` (a
+            key of :data:`decondense.losses.FORMS`), ``tau``, ``delta``, ``impl``, ``pairs``, ``within``, ``compat``,
+            ...
 
     Raises:
         ValueError: for an unknown name (with the closest known one), an option out of range, a combination that cannot
@@ -120,8 +121,8 @@ def configured_sum_and_count(
     if s.draws and generator is None:
         source = f"pairs={s.pairs!r}" if s.pairs != "all" else f"form {s.form!r}"
         raise ValueError(
-            f"{source} draws random numbers, never from the global generator: pass generator=torch.Generator(), "
-            "or use DispersionLoss, which has its own."
+            f"{source} draws random numbers and never uses the global generator: pass generator=torch.Generator(), or "
+            "use DispersionLoss, which has its own."
         )
     chosen = engine.choose(s, z)
     width = z.shape[-1]
@@ -129,7 +130,9 @@ def configured_sum_and_count(
         z = torch.cat([z, teacher.detach().to(z.dtype)], dim=-1)
     if s.within != "sequence":
         if segments is not None:
-            raise ValueError(f"segments keep pairs within a document, within={s.within!r} does not; give only one.")
+            raise ValueError(
+                f"segments keep pairs within a document, but within={s.within!r} does not; pass only one of them."
+            )
         if s.within == "world":
             z, mask = world.gather(z, mask)
         else:
@@ -183,8 +186,8 @@ def _check_input(z: Tensor, mask: Tensor | None, segments: Tensor | None) -> Non
 def _check_teacher(s: LossConfig, z: Tensor, teacher: Tensor | None) -> None:
     if s.info.teacher != (teacher is not None):
         if teacher is None:
-            raise ValueError(f"form {s.form!r} compares with a teacher's states of the same tokens: give teacher_BTE.")
-        raise ValueError(f"form {s.form!r} has no use for a teacher's states; omit teacher_BTE.")
+            raise ValueError(f"form {s.form!r} needs a teacher's states of the same tokens: pass teacher_BTE.")
+        raise ValueError(f"form {s.form!r} does not use a teacher's states; omit teacher_BTE.")
     if teacher is not None and (teacher.shape[:-1] != z.shape[:2] or teacher.device != z.device):
         raise ValueError(
             f"the teacher's states have shape {list(teacher.shape)} on {teacher.device}, the hidden states "

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class DispersionLoss(nn.Module):
     """:func:`dispersion_loss` as a module without parameters: ``loss = DispersionLoss(tau=0.3); loss(z_BTD, mask_BT)``.
 
-    Takes the fields of :class:`decondense.config.LossConfig` as keywords, checks them once, and has a generator of its
-    own for random pairs and directions, seeded with ``seed``.
+    Takes the fields of :class:`decondense.config.LossConfig` as keywords, checks them once, and has its own generator
+    for random pairs and directions, seeded with ``seed``.
 
     Raises:
         ValueError: for an unknown keyword or name (with the closest known one), an option out of range, and a

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 DOUBLE_BACKWARD = (
-    "the dispersion loss is differentiated once: its gradient is a saved number, not a graph, and create_graph=True "
-    "would silently take it for a constant. For a second derivative use impl='reference'."
+    "the dispersion loss can be differentiated only once: its gradient is saved without a graph, and "
+    "create_graph=True would silently treat it as a constant. For a second derivative use impl='reference'."
 )
 
 Backward = Callable[..., "tuple[Tensor | None, ...]"]

@@ -1,6 +1,6 @@
 """Measuring condensation: exact per-layer statistics of a model's token geometry, in one streaming pass.
 
-``measure`` runs the passages and returns a ``Profile``, ``measure_states`` takes states that another engine made;
+``measure`` runs the passages and returns a ``Profile``, ``measure_states`` takes states that another engine produced;
 ``METRICS`` lists the side metrics; ``CondensationCallback``, ``CondensationWatch`` and ``lightning_callback`` follow a
 model while it trains, and raise an ``Alarm``.
 """

@@ -1,4 +1,4 @@
-"""When a watched training is condensed: the rule, and who is told."""
+"""When to raise an alarm about condensation during training, and whom to notify."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ Action = Literal["warn", "stop"] | Callable[[Alert], Any]
 class Alarm:
     """The rule of an alarm.
 
-    A number raises it when it is at or above its threshold in ``patience`` consecutive readings, all of them after
-    optimizer step ``grace``; each number does so once. A reading below the threshold, or NaN, starts the count anew.
-    A young model condenses and spreads out again within its warm-up, which is what the two are for.
+    A number raises an alarm when it is at or above its threshold in ``patience`` consecutive readings, all of them
+    after optimizer step ``grace``; each number does so only once. A reading below the threshold, or NaN, resets the
+    count. ``patience`` and ``grace`` exist because a model condenses and spreads out again during its warm-up.
 
     Args:
         thresholds: by name: ``"mean_cosine"`` (mean over all blocks), ``"deep_half"`` (mean over the last L/2 blocks),
             ``"spearman"``, ``"mean_cosine/block_03"``, ``"norm/block_03"``: the logged keys without ``condensation/``.
         action: ``"warn"``: a :class:`CondensationWarning`; ``"stop"``: also :attr:`should_stop`; or a function that is
-            called with the :class:`Alert` instead. All of them tell an active trackio or W&B run.
+            called with the :class:`Alert` instead. All of them send an alert to an active trackio or W&B run.
         patience: consecutive readings.
         grace: optimizer steps that do not count.
 
@@ -71,7 +71,7 @@ class Alarm:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"alarm: the threshold of {name!r} must be a finite number, got {value!r}.")
             if not str(name).startswith("norm") and not -1 <= value <= 1:
-                raise ValueError(f"alarm: {name!r} lies between -1 and 1, so it never crosses {value!r}.")
+                raise ValueError(f"alarm: {name!r} lies between -1 and 1, so it never reaches the threshold {value!r}.")
         if not callable(action):
             one_of("action of an alarm", action, ("warn", "stop"))
         if patience < 1 or grace < 0:
@@ -89,7 +89,7 @@ class Alarm:
             one_of("number of an alarm", name, known)
 
     def read(self, step: int, numbers: Mapping[str, float]) -> list[Alert]:
-        """The alarms that the reading of an optimizer step raises: the rule alone, nobody is told."""
+        """The alarms that the reading of an optimizer step raises; nobody is notified."""
         alerts = []
         for name, threshold in self.thresholds.items():
             value = numbers.get(f"{PREFIX}/{name}", math.nan)
@@ -101,7 +101,7 @@ class Alarm:
         return alerts
 
     def act(self, step: int, numbers: dict[str, float]) -> None:
-        """Read, tell, act; ``numbers`` gets ``condensation/alarm`` = 1 when an alarm is raised."""
+        """Apply the rule, notify, act; ``numbers`` gets ``condensation/alarm`` = 1 when an alarm is raised."""
         for alert in self.read(step, numbers):
             numbers[f"{PREFIX}/alarm"] = 1.0
             tell_trackers(alert)

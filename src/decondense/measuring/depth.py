@@ -39,7 +39,7 @@ def kendall(mu_L: Any) -> Array:
 
 
 def resample_weights(passages: int, resamples: int, seed: int) -> Array:
-    """Bootstrap weights [resamples, passages], each row summing to 1, from a generator of their own."""
+    """Bootstrap weights [resamples, passages], each row summing to 1, from their own generator."""
     rng = np.random.default_rng([seed, passages])
     draws = rng.multinomial(passages, np.full(passages, 1 / passages), size=resamples)
     return draws / passages

@@ -1,4 +1,4 @@
-"""Directories of hidden states that an engine wrote, with a manifest that says what they are. Nothing is unpickled.
+"""Directories of hidden states that an engine wrote, with a manifest that describes them. Nothing is unpickled.
 
     vllm        NAME.safetensors a request: ``hidden_states`` [tokens, layers, width], ``token_ids`` [tokens] (vLLM's
                 hidden-state extraction: docs.vllm.ai, features/speculative_decoding/extract_hidden_states; its layer k
@@ -56,8 +56,8 @@ class StateFiles:
     """The passages of a directory, one at a time; iterate over it as often as needed.
 
     Raises:
-        MeasureError: no directory, a manifest that is missing, incomplete or names what is not there, files that hold
-            something else.
+        MeasureError: there is no directory; the manifest is missing or incomplete, or names missing files; or the files
+            hold something else.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -66,7 +66,7 @@ class StateFiles:
             raise MeasureError(f"{folder} is not a directory; --states takes a directory of states.")
         path = self.folder / MANIFEST
         if not path.is_file():
-            raise MeasureError(f"{folder} has no {MANIFEST} that says what the states are. For example: {_EXAMPLE}")
+            raise MeasureError(f"{folder} has no {MANIFEST}, which says what the states are. For example: {_EXAMPLE}")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
@@ -94,12 +94,12 @@ class StateFiles:
         for file in self._files:
             states = _request(file, count) if self.manifest.layout == "vllm" else _array(file)
             if len(states) != count:
-                raise MeasureError(f"{file} holds states of {len(states)} layers; {MANIFEST} names {count}.")
+                raise MeasureError(f"{file} holds states of {len(states)} layers, but {MANIFEST} names {count}.")
             yield states
 
     @property
     def info(self) -> dict[str, Any]:
-        """What the profile says of where its states come from."""
+        """What the profile says about the origin of its states."""
         kept = self.manifest.model_dump(include={"model", "source", "parameters"})
         return {**kept, "states": self.manifest.layout}
 
@@ -109,7 +109,9 @@ class StateFiles:
             files = [self.folder / name for name in self.manifest.files]
             for name, file in zip(self.manifest.files, files, strict=True):
                 if Path(name).name != name or file.suffix != suffix or not file.is_file():
-                    raise MeasureError(f"{self.folder / MANIFEST}: there is no {suffix} file {name!r} beside it.")
+                    raise MeasureError(
+                        f"{self.folder / MANIFEST}: there is no {suffix} file {name!r} in its directory."
+                    )
         else:
             files = sorted(self.folder.glob(f"*{suffix}"), key=lambda file: _natural(file.name))
         if not files:
@@ -119,13 +121,13 @@ class StateFiles:
     def _check_layers(self) -> None:
         if len(self._arrays) != len(self.manifest.layers):
             raise MeasureError(
-                f"{self.folder} holds {len(self._arrays)} files, one a layer; {MANIFEST} names "
+                f"{self.folder} holds {len(self._arrays)} files, one per layer, but {MANIFEST} names "
                 f"{len(self.manifest.layers)} layers."
             )
         for file, array in zip(self._files, self._arrays, strict=True):
             if array.shape[:2] != self._arrays[0].shape[:2]:
                 raise MeasureError(
-                    f"{file} has {list(array.shape[:2])} passages and tokens, {self._files[0].name} "
+                    f"{file} has {list(array.shape[:2])} passages and tokens, but {self._files[0].name} has "
                     f"{list(self._arrays[0].shape[:2])}."
                 )
 
@@ -139,10 +141,11 @@ def _array(file: Path) -> np.ndarray[Any, Any]:
         array: np.ndarray[Any, Any] = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise MeasureError(f"{file} cannot be read: {reason}. Arrays of objects (pickles) are not read.") from error
+        raise MeasureError(f"{file} cannot be read: {reason}. Object arrays (pickles) are not loaded.") from error
     if array.ndim != 3 or array.dtype.kind != "f":
         raise MeasureError(
-            f"{file} holds {array.dtype} of shape {list(array.shape)}; expected floating-point numbers of three axes."
+            f"{file} holds {array.dtype} of shape {list(array.shape)}; expected floating-point numbers with three "
+            "dimensions."
         )
     return array
 
@@ -162,7 +165,7 @@ def _request(file: Path, layers: int) -> Any:
         raise MeasureError(f"{file} has no tensor hidden_states; it holds {', '.join(sorted(names)) or 'nothing'}.")
     if states.ndim != 3 or states.shape[1] != layers:
         raise MeasureError(
-            f"{file} has hidden_states of shape {list(states.shape)}; expected [tokens, {layers}, width], as "
+            f"{file} has hidden_states of shape {list(states.shape)}; expected [tokens, {layers}, width], because "
             f"{MANIFEST} names {layers} layers."
         )
     if ids is not None and ids.shape != states.shape[:1]:

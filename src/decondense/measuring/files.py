@@ -92,4 +92,4 @@ def read(path: str | Path) -> dict[str, Any]:
             )
     except Exception as error:  # damage shows as whatever the first thing that trips over it raises
         raise ValueError(f"{readable} and its .npz are not a readable profile ({error!r}).") from error
-    raise ValueError(f"{readable} has format {head['format']}, this version reads {_FORMAT}.")
+    raise ValueError(f"{readable} has format {head['format']}, but this version reads format {_FORMAT}; measure again.")

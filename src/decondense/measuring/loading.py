@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer; kept here because people import it from here: :mod:`decondense.models` does it."""
+"""Load a model and its tokenizer: :mod:`decondense.models` under the name from which it is often imported."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["DTYPES", "check_complete", "check_source", "load_model", "load_token
 
 
 def check_source(source: str | Path) -> None:
-    """Refuse at once what can be neither a model directory nor a hub id; nothing is loaded.
+    """Refuse a source that can be neither a model directory nor a hub id; nothing is loaded.
 
     Raises:
-        ValueError: no such directory, no model in it, weights in pickles only, no form of a hub id.
+        ValueError: no such directory, no model in it, weights only as pickles, or a name that is not a hub id.
     """
     locate(source)

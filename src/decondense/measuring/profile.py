@@ -36,13 +36,13 @@ def _check_bins(bins: int, finest: int) -> int:
 class Profile:
     r"""Token geometry of a model, layer by layer.
 
-    What is plain (``layers``, ``mean_cosine``, ``spearman``, ...) follows the convention of the paper (Liu et al. 2026,
+    ``layers``, ``mean_cosine``, ``spearman`` and the like follow the convention of the paper (Liu et al. 2026,
     arXiv:2602.00217): L + 1 values, the token embedding first, and the last block's state *after* the final norm, which
     is what Hugging Face returns as the last hidden state. :meth:`at` gives the same profile with the state *before* the
-    norm. All states that were measured, the logits too if wanted, are in ``all_layers`` and reachable by name.
+    norm. All measured states, including the logits if requested, are in ``all_layers`` and can be accessed by name.
 
-    Of a passage of N tokens, :math:`\mu = N^{-2} \sum_{ij} c_{ij}` (diagonal included); a layer's mean cosine is the
-    mean of that over passages, each passage counting the same. Intervals resample passages (percentile bootstrap).
+    For a passage of N tokens, :math:`\mu = N^{-2} \sum_{ij} c_{ij}` (diagonal included); a layer's mean cosine is the
+    mean of :math:`\mu` over passages, all with equal weight. Intervals resample passages (percentile bootstrap).
     """
 
     states: tuple[Layer, ...]
@@ -68,7 +68,7 @@ class Profile:
     summed: Array | None = None
     """Upper triangle (row by row, diagonal included) of the cosine matrix, summed over passages [states, N(N+1)/2]."""
     no_averaged: str = ""
-    """Why there is no averaged histogram, when there is none."""
+    """Why there is no averaged histogram, if there is none."""
     final: Literal["after", "before", "all"] = "after"
     """Which state the last layer is: after or before the final norm (``"all"``: every measured state is a layer)."""
     sinks: Sinks | None = None
@@ -97,7 +97,7 @@ class Profile:
 
     @property
     def has_final_norm(self) -> bool:
-        """Whether the model does something to the last block's output before its head."""
+        """Whether the model transforms the last block's output before its head."""
         return any(state.follows_blocks for state in self.states)
 
     def _rows(self) -> list[int]:
@@ -124,7 +124,7 @@ class Profile:
         """The same measurement with the last layer taken ``"after"`` or ``"before"`` the final norm."""
         one_of("place of the last layer", final, ("after", "before"))
         if final == "before" and not self.last_block:
-            raise ValueError("these states hold the last block's only after the final norm; take final='after'.")
+            raise ValueError("the last block's state was measured only after the final norm; use final='after'.")
         return replace(self, final=final)
 
     def with_all_layers(self) -> Profile:
@@ -132,10 +132,11 @@ class Profile:
         return replace(self, final="all")
 
     def without_sinks(self) -> Profile:
-        """The same with means and norms over the tokens that are no sinks; without histograms and side metrics."""
+        """The same profile with means and norms over the tokens that are not sinks; without histograms and side
+        metrics."""
         if self.sinks is None:
-            raise ValueError("this profile was made before sink tokens were recorded; measure again.")
-        reason = "histograms are of all tokens; to measure without the first N: skip_tokens=N."
+            raise ValueError("this profile does not record sink tokens (an older version wrote it); measure again.")
+        reason = "histograms include all tokens; to leave out the first N tokens, measure with skip_tokens=N."
         kept: dict[str, Any] = {"cosine": self.sinks.cosine, "norm": self.sinks.norm}
         return replace(self, **kept, metrics={}, sides=Sides(), pooled=None, summed=None, no_averaged=reason)
 
@@ -169,8 +170,8 @@ class Profile:
     def metric(self, name: str) -> Array:
         """A side metric of each layer [L + 1].
 
-        Of the passages: the mean over those that have a value, nan if none has. Of the corpus: its value. Between
-        layers: of each layer and the one before it, nan for the first.
+        A passage metric is the mean over the passages that have a value, nan if none has. A corpus metric is the value
+        of the corpus. A metric between layers is the value of each layer and the one before it, nan for the first.
         """
         if name not in self.metric_names:
             raise ValueError(
@@ -184,7 +185,9 @@ class Profile:
     def between_layers(self, name: str = "cka") -> Array:
         """A side metric of each pair of layers [L + 1, L + 1]."""
         if name not in self.sides.between:
-            raise ValueError(f"no metric {name!r} between layers was measured: measure(..., metrics=['cka']).")
+            raise ValueError(
+                f"no metric {name!r} between layers was measured; ask for it: measure(..., metrics=['cka'])."
+            )
         return self.sides.matrix(name, self._rows())
 
     def last(self, n: int | None = None) -> float:
@@ -218,16 +221,16 @@ class Profile:
         Args:
             what: ``"mean_cosine"``, ``"mean_cosine_others"``, ``"norms"``, ``"spearman"``, ``"kendall"``,
                 ``"last 1"``, ``"last 2"``, ..., or the name of a measured side metric.
-            confidence: Share of the resamples inside.
-            resamples: Bootstrap draws, from a generator of its own.
-            seed: Seed of that generator.
+            confidence: Share of the resamples inside the interval.
+            resamples: Number of bootstrap draws.
+            seed: Seed of the bootstrap's own generator.
 
         Returns:
-            (low, high): arrays over the layers, or floats. nan with a single passage, which says nothing of others.
+            (low, high): arrays over the layers, or floats. nan for a single passage.
         """
         rows = self._rows()
         if what in self.sides.names:
-            raise ValueError(f"{what!r} has no interval over passages: it has no value of one passage.")
+            raise ValueError(f"{what!r} has no interval over passages, because it has no value per passage.")
         known = ["mean_cosine", "mean_cosine_others", "norms", "spearman", "kendall", "last 1", *self.metrics]
         name, _, number = what.partition(" ")
         if name == "last" and number.isdigit() and 1 <= int(number) <= len(rows):
@@ -258,17 +261,17 @@ class Profile:
         return (float(low), float(high)) if scalar else (low, high)
 
     def verdict(self, reference: str | Path | None = None) -> Verdict:
-        """How condensed the model is, against what is known of others, and where metrics point apart.
+        """How condensed the model is, compared with what is known about other models, and where metrics disagree.
 
-        The scale and the rules stand in the guide to measuring; :func:`decondense.atlas.sentences` makes three
-        sentences of the result.
+        The guide to measuring describes the scale and the rules; :func:`decondense.atlas.sentences` turns the result
+        into three sentences.
 
         Args:
-            reference: name of a shipped reference, or the path of a profile or of an atlas entry; None: the nearest
-                shipped reference, if one is near.
+            reference: name of a shipped reference, or the path of a profile or of an atlas entry; None: the closest
+                shipped reference, if one is close enough.
 
         Raises:
-            ValueError: there is no such reference, or it takes the last layer elsewhere than this profile.
+            ValueError: there is no such reference, or it takes the last layer on the other side of the final norm.
         """
         chosen = None if reference is None else find_reference(reference)
         return judge((self.at("after") if self.final == "all" else self).summary(), chosen)
@@ -331,10 +334,10 @@ class Profile:
     # ---- putting together ------------------------------------------------------------------------------------------
 
     def merge(self, *others: Profile) -> Profile:
-        """One profile of the passages of all: shards, ranks or several sources of the same model's passages.
+        """Merge profiles of the same model (shards, ranks or several text sources) into one profile of all passages.
 
         Raises:
-            ValueError: the profiles are not of the same layers, or have nothing in common to add.
+            ValueError: the profiles do not have the same layers, or have nothing in common to add.
         """
         every = (self, *others)
         for other in others:
@@ -393,7 +396,8 @@ class Profile:
         }
 
     def summary(self) -> dict[str, Any]:
-        """Everything readable: :meth:`to_row`, intervals, all measured states, side metrics, what was measured."""
+        """Everything that is human-readable: :meth:`to_row`, intervals, all measured states, side metrics, what was
+        measured."""
         low, high = self.interval("mean_cosine")
         result = self.to_row()
         for kind in ("spearman", "kendall"):
@@ -445,8 +449,8 @@ def unequal(lengths: Any) -> str:
     """Why passages of these lengths have no averaged matrix, with the remedy."""
     shortest, longest = int(np.min(lengths)), int(np.max(lengths))
     return (
-        f"the averaged histogram needs passages of one length, these have {shortest} to {longest} tokens: positions "
-        f"cannot be averaged. Measure with tokens={shortest}, give longer texts, or use the pooled histogram."
+        f"the averaged histogram needs passages of equal length, but these have {shortest} to {longest} tokens, so "
+        f"positions cannot be averaged. Measure with tokens={shortest}, give longer texts, or use the pooled histogram."
     )
 
 

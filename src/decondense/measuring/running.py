@@ -1,4 +1,4 @@
-"""``measure``: run the passages through a model and reduce every layer's states as they appear."""
+"""``measure``: run the passages through a model and reduce every layer's states as they are computed."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def measure(
 
     For each layer l and passage of N tokens, with :math:`c_{ij} = \langle z_i, z_j \rangle / \lvert z_i \rvert \lvert
     z_j \rvert`, the mean cosine :math:`\mu^{(l)} = N^{-2} \sum_{ij} c_{ij}` (Liu et al. 2026, arXiv:2602.00217), the
-    distribution of the cosines, and token norms. Every state is reduced when it appears, so the memory is that of the
-    forward pass. Padding never counts. The model keeps its mode, and the random state is not moved.
+    distribution of the cosines, and token norms. Every state is reduced as soon as it is computed, so the memory is
+    that of the forward pass. Padding never counts. The model keeps its mode, and the random state does not change.
 
     Args:
         model: Any Hugging Face decoder, encoder or encoder-decoder (whose decoder is measured, reading the same passage
-            as the encoder), or any ``nn.Module`` with a list of blocks that maps token ids to something.
+            as the encoder), or any ``nn.Module`` that takes token ids and has a list of blocks.
         tokenizer: Its tokenizer; needed for ``texts``.
         texts: Passages. None (and no ``input_ids``): 100 passages of the embedded corpus.
         input_ids: Instead of texts: a tensor [P, T] or a list of lists of token ids.
@@ -73,21 +73,22 @@ def measure(
         tokens: Length to which passages are truncated. None: 512, or the model's positions if it has fewer.
         skip_tokens: Leave the first tokens of each passage out of every statistic; the model still reads them.
         histograms: ``"pooled"`` (all pairs of all passages) and/or ``"averaged"`` (of the matrix averaged over
-            passages, as published; needs passages of one length). ``()``: means only.
+            passages, as published; needs passages of equal length). ``()``: means only.
         metrics: Names of side metrics (``decondense.metric_names()``), or ``"all"``.
         logits: Measure the logits as one more state (needs a model with a head).
-        blocks: Dotted path of the list of blocks, where it cannot be found.
-        tokens_first: Whether the blocks return [tokens, batch, width]. None: told by the shapes; given, it is checked.
-        batch_size: Passages of one forward pass; None: from the memory that is free. The statistics do not depend
-            on it; the model's own rounding may.
-        progress: Called with ("measuring", passages done, passages in all).
+        blocks: Dotted path of the list of blocks, if it is not found automatically.
+        tokens_first: Whether the blocks return [tokens, batch, width]. None: determined from the shapes; a given value
+            is checked.
+        batch_size: Passages of one forward pass; None: chosen from the free memory. The statistics do not depend on it,
+            but the model's own rounding may.
+        progress: Called with ("measuring", passages done, total passages).
 
     Returns:
         The :class:`Profile`.
 
     Raises:
         ValueError: no tokenizer, no or too short passages, more tokens than the model has positions, token ids outside
-            its vocabulary, NaN or infinite states (named by layer and passage), blocks that cannot be told.
+            its vocabulary, NaN or infinite states (named by layer and passage), blocks that cannot be determined.
     """
     for kind in histograms:
         one_of("histogram", kind, ("pooled", "averaged"))
@@ -173,7 +174,7 @@ def check_length(number: int, tokens: int, skipped: int) -> None:
     """Refuse a passage that has fewer than two tokens to measure.
 
     Raises:
-        MeasureError: as said, or a negative number of skipped tokens.
+        MeasureError: the passage is too short, or ``skipped`` is negative.
     """
     if skipped < 0:
         raise MeasureError(f"skip_tokens={skipped}: give the number of tokens to leave out, 0 or more.")
@@ -212,11 +213,10 @@ def _passages(
         passages = [ids[:limit] for ids in _from_ids(input_ids, attention_mask)]
     else:
         if attention_mask is not None:
-            raise MeasureError("attention_mask belongs to input_ids; for texts the tokenizer makes it.")
+            raise MeasureError("attention_mask belongs to input_ids; for texts the tokenizer creates it, so omit it.")
         if tokenizer is None:
             raise MeasureError(
-                "a model without its tokenizer cannot read text: give measure(model, tokenizer, ...), or token ids as "
-                "input_ids=."
+                "texts need a tokenizer: call measure(model, tokenizer, ...), or pass token ids as input_ids=."
             )
         if isinstance(texts, str):
             raise MeasureError("texts is one string; give a list of passages: texts=[...].")
@@ -235,14 +235,14 @@ def _passages(
             bad = low if low < 0 else high
             raise MeasureError(
                 f"passage {number} holds token id {bad}, but the model's vocabulary is 0 to {(vocabulary or 0) - 1}: "
-                "the tokenizer belongs to another model. Load both from the same place, or resize the embeddings."
+                "the tokenizer belongs to another model. Load both from the same source, or resize the embeddings."
             )
     return passages
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: Any, number: int, limit: int) -> Tensor:
     if not isinstance(text, str):
-        raise MeasureError(f"text {number} is a {type(text).__name__}, expected a string.")
+        raise MeasureError(f"text {number} is a {type(text).__name__}; expected a string.")
     ids = tokenizer(text, truncation=True, max_length=limit, padding=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
 
@@ -264,12 +264,13 @@ def _from_ids(input_ids: Tensor | Sequence[Any], attention_mask: Tensor | None) 
             real = mask.nonzero()[:, 0]
             if len(real) and len(real) != int(real[-1] - real[0]) + 1:
                 raise MeasureError(
-                    f"the attention mask of passage {number} has a hole; padding may be on the left or on the right."
+                    f"the attention mask of passage {number} has a gap; padding is allowed only on the left or on the "
+                    "right."
                 )
             yield ids[mask]
         return
     if attention_mask is not None:
-        raise MeasureError("attention_mask goes with a tensor of input_ids; lists of ids need none.")
+        raise MeasureError("attention_mask needs input_ids as a tensor; lists of ids need no mask, so omit it.")
     for number, ids in enumerate(input_ids):
         row = torch.as_tensor(ids)
         if row.ndim != 1 or (row.numel() and row.is_floating_point()):
@@ -349,8 +350,9 @@ def _run(
             tap.finish()
             if tokens_first is not None and tap.tokens_first != tokens_first:
                 raise MeasureError(
-                    f"tokens_first={tokens_first} was given, and the blocks of {found.path!r} return "
-                    f"{'[tokens, batch, width]' if tap.tokens_first else '[batch, tokens, width]'}."
+                    f"tokens_first={tokens_first} was given, but the blocks of {found.path!r} return "
+                    f"{'[tokens, batch, width]' if tap.tokens_first else '[batch, tokens, width]'}; use "
+                    f"tokens_first={not tokens_first}."
                 )
             if logits:
                 observe(LOGITS, orient(_logits(output, root)))

@@ -54,8 +54,8 @@ class Sides:
         for part in parts[1:]:
             if total is None or part.moments is None:
                 raise ValueError(
-                    f"a profile saved with sums=False has no second moments left, so {', '.join(first.corpus)} cannot "
-                    "be merged; save with sums=True, or measure without metrics of the corpus."
+                    f"a profile saved with sums=False has no second moments, so {', '.join(first.corpus)} cannot be "
+                    "merged; save with sums=True, or measure without metrics of the corpus."
                 )
             pairs = zip(total, part.moments, strict=True)
             total = tuple(None if a is None or b is None else a + b for a, b in pairs)

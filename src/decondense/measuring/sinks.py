@@ -78,9 +78,9 @@ class Sinks:
         }
 
     def by_layer(self, layers: Sequence[str]) -> list[dict[str, Any]]:
-        """Of each layer that has sinks: its name, in how many passages, how many tokens, and the commonest positions.
+        """For each layer that has sinks: its name, the number of passages and of tokens, and the most common positions.
 
-        ``layers``: the names of all states, in order. At most eight positions a layer, the commonest first.
+        ``layers``: the names of all states, in order. At most eight positions per layer, the most common first.
         """
         found = []
         for row in np.flatnonzero(self.count.any(axis=1)):

@@ -24,7 +24,7 @@ Orient = Callable[[Tensor], Tensor]
 
 
 class StateError(ValueError):
-    """The hidden states of a model cannot be observed; the message says which and what to do."""
+    """The hidden states of a model cannot be observed; the message names the state and the remedy."""
 
 
 def first_state(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -97,8 +97,8 @@ class StateTap:
         if self._last is None:
             raise StateError(
                 f"no block of {self._blocks.path!r} ran in the forward pass of {type(self._blocks.root).__name__}. "
-                "Name the blocks that do run: blocks='dotted.path'; a compiled model must be measured before compiling "
-                "or through the original module."
+                "Name the blocks that do run: blocks='dotted.path'; measure a compiled model before compiling it, or "
+                "through the original module."
             )
         if self._stack is not None and not _same(self._stack, self._last):
             named = self._normed is not None and self._stack.shape == self._normed.shape

@@ -1,4 +1,4 @@
-r"""Running statistics of one layer: everything that can be told of token geometry in one pass.
+r"""Running statistics of one layer: everything about token geometry that one pass can compute.
 
 With unit rows :math:`\hat z_i = z_i / \lvert z_i \rvert` the mean over all N x N cosines needs no pairs,
 
@@ -202,8 +202,8 @@ class LayerStatistics:
             if not finite.all():
                 raise NotFiniteError(
                     f"the hidden states of layer '{self.name}' are NaN or infinite for passage {passage} (first at "
-                    f"token {int(np.argmin(finite))} of {n}). The model itself computes them: load it in "
-                    "float32 or bfloat16 instead of float16, or check its weights."
+                    f"token {int(np.argmin(finite))} of {n}). The model itself produces them: load it in float32 or "
+                    "bfloat16 instead of float16, or check its weights."
                 )
         # a zero row has no direction: its cosine with everything, itself included, counts as 0
         total_D = _weighted_sum(inverse_N, z_ND)

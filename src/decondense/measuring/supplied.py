@@ -1,4 +1,4 @@
-"""``measure_states``: the statistics of hidden states that another program made, passage by passage."""
+"""``measure_states``: the statistics of hidden states that another program computed, passage by passage."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def measure_states(
     total: int | None = None,
     progress: Progress | None = None,
 ) -> Profile:
-    """Measure hidden states that are there already, from any engine: :func:`measure` without a model.
+    """Measure hidden states that already exist, from any engine: :func:`measure` without a model.
 
-    One passage is in memory at a time. Of the same states the result equals that of :func:`measure` bit for bit.
+    One passage is in memory at a time. For the same states, the result equals that of :func:`measure` bit for bit.
 
     Args:
-        passages: One item a passage: a floating tensor or array [S, N, D] (states, tokens, width), or a sequence of S
-            of them, [N, D] or [1, N, D], as Hugging Face's ``hidden_states``.
+        passages: One item per passage: a floating-point tensor or array [S, N, D] (states, tokens, width), or a
+            sequence of S of them, [N, D] or [1, N, D], as in Hugging Face's ``hidden_states``.
         final_norm: Whether the last state is after the model's final norm: True for Hugging Face's ``hidden_states``,
             False for what vLLM extracts.
         layers: What the S states are: 0 for the embedding, k for the state after block k, or labels as in
@@ -50,12 +50,12 @@ def measure_states(
         histograms: As for :func:`measure`.
         metrics: As for :func:`measure`.
         info: What was measured (``model``, ``source``, ``parameters``), kept in the profile.
-        total: Number of passages, for ``progress``, where ``passages`` has no length.
-        progress: Called with ("measuring", passages done, passages in all).
+        total: Number of passages, for ``progress``, if ``passages`` has no length.
+        progress: Called with ("measuring", passages done, total passages).
 
     Raises:
-        MeasureError: no passages, other shapes or types, numbers of states, tokens or widths that do not fit each
-            other, layers that are not in order.
+        MeasureError: there are no passages; a shape or type is wrong; numbers of states, tokens or features do not
+            match; or the layers are not in order.
         NotFiniteError: a state is NaN or infinite (named by layer and passage).
     """
     for kind in histograms:
@@ -76,13 +76,15 @@ def measure_states(
             names, last_block = named(layers, len(states), final_norm)
             widths = [state.shape[1] for state in states]
         if len(states) != len(names):
-            raise MeasureError(f"passage {number} has {plural(len(states), 'state')} for {len(names)} layers.")
+            raise MeasureError(
+                f"passage {number} has {plural(len(states), 'state')}, but there are {len(names)} layers."
+            )
         length = len(states[0])
         for layer, state, width in zip(names, states, widths, strict=True):
             if tuple(state.shape) != (length, width):
                 raise MeasureError(
-                    f"layer '{layer}' of passage {number} has states of shape {list(state.shape)}; expected "
-                    f"[{length}, {width}] (tokens, width), as before."
+                    f"layer '{layer}' of passage {number} has states of shape {list(state.shape)}; expected [{length}, "
+                    f"{width}] (tokens, width), as in the states before it."
                 )
         check_length(number, length, skip_tokens)
         lengths.append(length - skip_tokens)
@@ -113,7 +115,7 @@ def measure_states(
         if progress is not None:
             progress("measuring", number + 1, total or number + 1)
     if not lengths:
-        raise MeasureError("there are no passages to measure.")
+        raise MeasureError("there are no passages to measure; give at least one.")
     for row in seen.values():
         row.resize(len(lengths))
     if no_averaged:
@@ -158,22 +160,27 @@ def named(layers: Sequence[str | int | Layer] | None, count: int, final_norm: bo
     """The identities of ``count`` states, and whether the last block's state before the final norm is one of them.
 
     Raises:
-        MeasureError: another number of layers, no layers, or layers that are not in the order of the computation.
+        MeasureError: a wrong number of layers, no layers, or layers that are not in the order of the computation.
     """
     chosen = [_layer(entry) for entry in (range(count) if layers is None else layers)]
     if len(chosen) != count:
-        raise MeasureError(f"{len(chosen)} layers are named for {plural(count, 'state')} a passage.")
+        raise MeasureError(
+            f"layers names {plural(len(chosen), 'layer')}, but each passage has {plural(count, 'state')}."
+        )
     depth = [layer for layer in chosen if layer.counts_as_depth]
     tail = [layer for layer in chosen if not layer.counts_as_depth]
     numbers = [layer.number for layer in depth]
     if chosen != depth + tail or numbers != sorted(set(numbers)) or len(set(tail)) < len(tail) or not depth:
-        raise MeasureError(f"layers are not in the order of the computation: {', '.join(map(str, chosen))}.")
+        raise MeasureError(f"layers must be in the order of the computation: {', '.join(map(str, chosen))}.")
     if not final_norm or any(layer.follows_blocks for layer in tail):
         if not final_norm and any(layer.follows_blocks for layer in tail):
-            raise MeasureError("'final norm' is among the layers, and final_norm says that no state is after the norm.")
+            raise MeasureError(
+                "layers contains 'final norm', but final_norm=False says that no state is after the norm; pass "
+                "final_norm=True."
+            )
         return tuple(chosen), True
     if depth[-1] == EMBEDDING:
-        raise MeasureError("final_norm needs the last block's state, and the embedding is the only one.")
+        raise MeasureError("final_norm=True needs the state of the last block, but the embedding is the only state.")
     return (*depth[:-1], FINAL_NORM, *tail), False
 
 

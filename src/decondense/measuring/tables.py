@@ -1,4 +1,4 @@
-"""Profiles as tables: one row for every layer, or one for every model."""
+"""Profiles as tables: one row per layer, or one row per model."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _interval(low: float, high: float) -> Entry:
 
 
 def sink_lines(profile: Profile) -> list[str]:
-    """What there is to say of sink tokens, and the numbers with and without them; nothing where there are none."""
+    """Lines about the sink tokens and the numbers with and without them; empty if there are none."""
     if profile.sinks is None or not profile.sinks.count.any():
         return []
     found = profile.sinks.by_layer(profile.all_layers)
@@ -94,7 +94,7 @@ def sink_lines(profile: Profile) -> list[str]:
     kept = profile.without_sinks()
     return [
         f"sink tokens (norm > {SINK_NORM:g} x the passage's median): {plural(len(rows), 'state')}, {spans}; in up to "
-        f"{most['passages']} of {plural(profile.n_passages, 'passage')}; commonest positions: {commonest}.",
+        f"{most['passages']} of {plural(profile.n_passages, 'passage')}; most common positions: {commonest}.",
         "with and without them: "
         + "; ".join(
             f"{name} {number(ours, 2, sign=sign)} and {number(theirs, 2, sign=sign)}"
@@ -109,7 +109,7 @@ def sink_lines(profile: Profile) -> list[str]:
 
 
 def metric_tables(profile: Profile, columns: int = 6) -> list[Table]:
-    """The side metrics of :func:`layer_table`, so many in a table, with names that break where words end."""
+    """The side metrics of :func:`layer_table`, a few per table, with names that break between words."""
     table, names = layer_table(profile), profile.metric_names
     parts = [table.select(["layer", *names[i : i + columns]]) for i in range(0, len(names), columns)]
     return [replace(part, columns=tuple(column.replace("_", " ") for column in part.columns)) for part in parts]

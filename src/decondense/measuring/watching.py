@@ -82,10 +82,10 @@ class CondensationWatch:
     """Per-layer mean cosine, Spearman and norms of a training model, for any loop.
 
     Padding, documents of packed rows and the axis of the tokens are read as :func:`decondense.attach` reads them; what
-    cannot be told raises :class:`decondense.sequences.SequencesError`.
+    cannot be determined raises :class:`decondense.sequences.SequencesError`.
 
-    Use as a context manager, or :meth:`close` it. Call :meth:`arm` before a forward pass that shall be watched (or give
-    ``every`` and call :meth:`step` after each optimizer step), and :meth:`read` the numbers afterwards::
+    Use as a context manager, or :meth:`close` it. Call :meth:`arm` before a forward pass that should be watched (or
+    give ``every`` and call :meth:`step` after each optimizer step), and :meth:`read` the numbers afterwards::
 
         with CondensationWatch(model, every=50) as watch:
             for batch in batches:
@@ -96,8 +96,8 @@ class CondensationWatch:
                 if watch.should_stop:
                     break
 
-    ``alarm``, ``action``, ``patience`` and ``grace`` are those of :class:`decondense.measuring.Alarm`. Processes of one
-    training watch their own batches: agree on ``should_stop`` before one of them breaks.
+    ``alarm``, ``action``, ``patience`` and ``grace`` are those of :class:`decondense.measuring.Alarm`. In distributed
+    training each process watches its own batches: agree on ``should_stop`` before any of them breaks.
     """
 
     def __init__(
@@ -142,7 +142,8 @@ class CondensationWatch:
         self._armed = True
 
     def step(self) -> dict[str, float]:
-        """After an optimizer step: the numbers of the pass that was watched, if one was; arms every ``every`` steps."""
+        """Call after each optimizer step. Returns the numbers of the watched pass, if there was one; arms every
+        ``every`` steps."""
         self._steps += 1
         numbers = self.read(self._steps)
         if self._steps % self.every == 0:
@@ -155,7 +156,7 @@ class CondensationWatch:
         return self._alarm is not None and self._alarm.should_stop
 
     def read(self, step: int | None = None) -> dict[str, float]:
-        """The numbers of the last watched pass, once; empty when there was none since.
+        """The numbers of the last watched pass, returned once; empty if there was none since the last call.
 
         Keys: ``condensation/mean_cosine/embedding``, ``.../block_01`` and on, ``condensation/norm/...``,
         ``condensation/mean_cosine`` (mean over blocks), ``condensation/deep_half`` (mean over the last L/2 of them) and
@@ -163,7 +164,7 @@ class CondensationWatch:
         the residual stream: the last one is taken before the final norm.
 
         Args:
-            step: optimizer step of the reading, for the alarm; None: as many as :meth:`step` was called.
+            step: optimizer step of the reading, for the alarm; None: the number of calls of :meth:`step`.
 
         Raises:
             ValueError: there is an alarm, and no step was given or counted.
@@ -206,7 +207,8 @@ class CondensationWatch:
             state = first_state(args, kwargs)
             if state is None:
                 raise StateError(
-                    f"the first block ({type(module).__name__}) was called without a recognisable hidden state."
+                    f"the first block ({type(module).__name__}) was called without a recognisable hidden state: its "
+                    "first argument must be the tensor [batch, tokens, width]."
                 )
             self._take(EMBEDDING, state)
 
@@ -215,7 +217,10 @@ class CondensationWatch:
             return
         layer, state = block(len(self._pending)), hidden_state(output)
         if state is None:
-            raise StateError(f"{layer} ({type(module).__name__}) returned a {type(output).__name__} without a state.")
+            raise StateError(
+                f"{layer} ({type(module).__name__}) returned a {type(output).__name__}; expected hidden states [batch, "
+                "tokens, width], alone or first in a tuple."
+            )
         self._take(layer, state)
 
     def _take(self, layer: Layer, state: Tensor) -> None:
@@ -237,7 +242,7 @@ class CondensationWatch:
 def _numbers(
     layers: Sequence[Layer], values: Sequence[Sequence[float]], *, every_key: bool = False
 ) -> dict[str, float]:
-    """What a reading logs, of the (cosine, norm) of each state."""
+    """What a reading logs, from the (cosine, norm) of each state."""
     numbers: dict[str, float] = {}
     for layer, (cosine, norm) in zip(layers, values, strict=True):
         name = layer.key(len(layers) - 1)
@@ -257,15 +262,15 @@ def _numbers(
 class CondensationCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
     """Log condensation during training with the Hugging Face Trainer (or any trainer that takes its callbacks).
 
-    ``CondensationCallback.add_to(trainer)`` puts it in front of the trackers, so that TensorBoard, W&B or trackio,
-    whichever run, receive the numbers in the same ``log`` call as the loss. Given as ``callbacks=[...]`` it stands
-    behind them: the numbers then reach ``trainer.state.log_history`` and the callbacks after it only.
+    ``CondensationCallback.add_to(trainer)`` puts it before the trackers, so that TensorBoard, W&B or trackio receive
+    the numbers in the same ``log`` call as the loss. If it is passed as ``callbacks=[...]``, it comes after them: the
+    numbers then reach only ``trainer.state.log_history`` and the callbacks after it.
 
-    Of a step that is logged, the first forward pass is watched (see :class:`CondensationWatch`): exact for that
-    micro-batch, on rank 0. ``alarm``, ``action`` and ``patience`` are those of :class:`decondense.measuring.Alarm`;
-    ``grace=None`` stands for 100 steps, or the warm-up of the learning rate where that is longer. ``action="stop"``
-    ends the training through ``control.should_training_stop``: at the logged step, or one step later where several
-    processes have to agree.
+    In each logged step, the first forward pass is watched (see :class:`CondensationWatch`): the numbers are exact for
+    that micro-batch, on rank 0. ``alarm``, ``action`` and ``patience`` are those of
+    :class:`decondense.measuring.Alarm`; ``grace=None`` stands for 100 steps, or the warm-up of the learning rate where
+    that is longer. ``action="stop"`` ends the training through ``control.should_training_stop``: at the logged step, or
+    one step later if several processes have to agree.
     """
 
     def __init__(
@@ -321,7 +326,7 @@ class CondensationCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
             control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
-        """Where several processes train, end all of them at the step after the alarm: only rank 0 watches."""
+        """If several processes train, end all of them at the step after the alarm: only rank 0 watches."""
         # a logged step's numbers are read after this call, so the decision is taken with the step that follows
         if self._stops and _several() and self._is_logged(args, state, state.global_step - 1):
             stop = torch.tensor(float(self._watch is not None and self._watch.should_stop), device=args.device)
@@ -366,7 +371,7 @@ def lightning_callback(**options: Any) -> Any:
         raise ImportError("lightning_callback needs Lightning: pip install lightning")
 
     class CondensationLightningCallback(base):  # type: ignore[misc,unused-ignore]
-        """Watches one training pass in ``every`` and logs it."""
+        """Watches one training pass every ``every`` steps and logs it."""
 
         watch: CondensationWatch | None = None
 

@@ -5,8 +5,8 @@ name. What differs between two runs of the same thing (clock readings, versions,
 ``timing`` and ``provenance``, so that :func:`stable` can compare the rest. No torch here.
 
 In a file, a configuration is written once, in a line of its own before the first run row that has it; run rows name it
-by its hash. Whoever reads gets run rows with their whole configuration, as one shared dictionary that is not to be
-changed. Files in which every run row holds its configuration itself are read alike.
+by its hash. Readers return run rows with their whole configuration, as one shared dictionary that must not be
+changed. Files in which every run row holds its own configuration can be read as well.
 """
 
 from __future__ import annotations

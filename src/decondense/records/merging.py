@@ -1,4 +1,4 @@
-"""Rows of the same runs that were written in several places, as one list."""
+"""Merges rows of the same runs that were written in several places."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _Run = tuple[str, str, int]
 
 
 def content_hash(rows: Sequence[Row]) -> str:
-    """SHA-256 of what two executions of one run have in common: neither clock readings and machine (:func:`stable`),
-    nor its interruptions, nor the study's configuration, whose fingerprint is in every row."""
+    """SHA-256 of what two executions of one run have in common: without clock readings and machine (:func:`stable`),
+    interruptions, and the study's configuration, whose fingerprint is in every row."""
     found = hashlib.sha256()
     for row in rows:
         if row.get("status") != "resumed":
@@ -25,8 +25,8 @@ def content_hash(rows: Sequence[Row]) -> str:
 def merged(places: Mapping[str, Sequence[Row]]) -> list[Row]:
     """The rows of several places with every run (study, arm, seed) once, in the order in which runs appear.
 
-    A run that ended in several places with the same :func:`content_hash` is taken from the first of them. One that has
-    ended nowhere is taken from the place that has most rows of it.
+    A run that ended in several places with the same :func:`content_hash` is taken from the first of them. A run that
+    has not ended anywhere is taken from the place that has the most rows of it.
 
     Args:
         places: the rows of each place, by its name.

@@ -1,4 +1,4 @@
-"""Files of rows, read whole, row by row, or only what is new in them."""
+"""Reads files of rows: whole, row by row, or only their new rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from decondense.records.writing import LONGEST_LINE
 
 
 class ItemRows(NamedTuple):
-    """Rows of one task's items that follow each other, as columns: nearly all rows of a study with benchmarks."""
+    """Consecutive rows of the items of one task, as columns: nearly all rows of a study with benchmarks."""
 
     common: Row
     """The first row; the others differ from it in the columns alone."""
@@ -118,8 +118,8 @@ class _Parser:
             if isinstance(config, str):
                 if config not in self.configs:
                     raise RecordError(
-                        f"{self}: names the configuration {config!r}, which no earlier line of the file holds; the "
-                        "file was cut or edited."
+                        f"{self}: refers to the configuration {config!r}, which no earlier line of the file holds; the "
+                        "file was truncated or edited."
                     )
                 config = self.configs[config]
             elif isinstance(config, dict):
@@ -133,10 +133,11 @@ class _Parser:
     def _configuration(self, row: dict[str, Any]) -> None:
         name, config, version = row.get("hash"), row.get("config"), row.get("schema_version")
         if not isinstance(name, str) or not isinstance(config, dict) or not isinstance(version, int):
-            raise RecordError(f"{self}: a configuration has a hash, a mapping and a schema_version.")
+            raise RecordError(f"{self}: a configuration line needs a hash, a mapping and a schema_version.")
         if version > SCHEMA_VERSION:
             raise RecordError(
-                f"{self}: written by a newer decondense (schema {version}, this one reads up to {SCHEMA_VERSION})."
+                f"{self}: written by a newer decondense (schema {version}, this one reads up to {SCHEMA_VERSION}); "
+                "update decondense."
             )
         self.configs[name] = _shared(name, config)
 
@@ -169,7 +170,7 @@ def _together(ends: list[bytes]) -> list[tuple[Any, ...]] | None:
 
 
 def iter_pieces(path: str | Path) -> Iterator[Row | ItemRows]:
-    """As :func:`iter_rows`, with the rows of one task's items together where they follow each other."""
+    """Like :func:`iter_rows`, but consecutive rows of the items of one task are grouped."""
     path = Path(path)
     parse = _Parser(path)
 
@@ -190,7 +191,7 @@ def iter_pieces(path: str | Path) -> Iterator[Row | ItemRows]:
 
 
 def iter_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a file, ``.gz`` or not, one by one. A torn last line (a kill while writing) is dropped.
+    """The rows of a file, ``.gz`` or not, one by one. A partial last line (from a kill while writing) is dropped.
 
     Raises:
         RecordError: the file cannot be read, or a line is not a valid row; the message names file and line.
@@ -199,7 +200,7 @@ def iter_rows(path: str | Path) -> Iterator[Row]:
 
 
 def one_by_one(pieces: Iterable[Row | ItemRows]) -> Iterator[Row]:
-    """Rows of which some came together."""
+    """Single rows from pieces of which some are groups."""
     for piece in pieces:
         if isinstance(piece, ItemRows):
             yield from piece.rows()
@@ -220,8 +221,8 @@ class RowReader:
         reader = RowReader(path)
         restarted, rows = reader.read()
 
-    A line that is not finished yet is left for the next call. When the file was replaced, as a resumed run does, it is
-    read from its start and ``restarted`` is true: what was made of earlier rows no longer holds.
+    An unfinished line is left for the next call. If the file was replaced, as by a resumed run, it is read from its
+    start and ``restarted`` is true: results from earlier rows are then invalid.
     """
 
     _TAIL = 4096
@@ -237,7 +238,7 @@ class RowReader:
         self._parse = _Parser(self.path)
 
     def read(self) -> tuple[bool, list[Row]]:
-        """(whether earlier rows no longer hold, the new rows).
+        """(whether earlier rows are invalid, the new rows).
 
         Raises:
             RecordError: the file cannot be read, or a whole line is not a valid row.

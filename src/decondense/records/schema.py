@@ -33,7 +33,10 @@ class _Base(BaseModel):
     @classmethod
     def _readable(cls, version: int) -> int:
         if version > SCHEMA_VERSION:
-            raise ValueError(f"written by a newer decondense (schema {version}, this one reads up to {SCHEMA_VERSION})")
+            raise ValueError(
+                f"written by a newer decondense (schema {version}, this one reads up to {SCHEMA_VERSION}); update "
+                "decondense"
+            )
         return version
 
 
@@ -50,7 +53,7 @@ class RunRow(_CellRow):
     kind: Literal["run"]
     status: Literal["started", "resumed", "finished", "failed"]
     config: dict[str, Any]
-    """The whole study's configuration."""
+    """Configuration of the whole study."""
     init_hash: str | None = None
     """Hash of the weights that training started from."""
     order_hash: str | None = None
@@ -64,16 +67,16 @@ class RunRow(_CellRow):
     learning_rate: float | None = None
     """Peak learning rate of the run: the study's, the arm's, or the one that the sweep chose."""
     warmup: float | None = None
-    """Fraction of the run's steps over which the learning rate rises, likewise; None in rows of earlier releases."""
+    """Fraction of the run's steps over which that learning rate rises; None in rows of earlier releases."""
     max_grad_norm: float | None = Field(default=None, validation_alias=_MAX_GRAD_NORM)
-    """Largest norm of the gradient, likewise."""
+    """Norm to which the run's gradient is clipped."""
     error: str | None = None
     timing: dict[str, Any] = {}
     provenance: dict[str, Any] = {}
 
 
 class TrialRow(_CellRow):
-    """One setting (learning rate, warm-up, clipping) tried for an arm, with a seed of its own, before anything is
+    """One setting (learning rate, warm-up, clipping) tried for an arm, with its own seed, before anything is
     compared. A setting tried with several seeds has one row per seed."""
 
     kind: Literal["trial"]
@@ -81,16 +84,16 @@ class TrialRow(_CellRow):
     learning_rate: float
     steps: int
     value: float | None = None
-    """Loss on the held-out documents that are set aside for this choice, in nats a token."""
+    """Loss on the held-out documents that are set aside for this choice, in nats per token."""
     warmup: float | None = None
     """Warm-up as a fraction of the *run's* steps (the trial has that number of steps); None: not swept."""
     max_grad_norm: float | None = Field(default=None, validation_alias=_MAX_GRAD_NORM)
-    """Largest norm of the gradient; None: not swept."""
+    """Norm to which the gradient is clipped; None: not swept."""
     chosen: bool = False
-    """Whether the arm's runs take this setting: the least mean loss over the trial seeds."""
+    """Whether the arm's runs use this setting: it has the lowest mean loss over the trial seeds."""
     edge: dict[str, Literal["smallest", "largest"]] = {}
-    """Of a chosen setting: the swept knobs whose chosen value is at the edge of the grid, so that the best may lie
-    outside. A warm-up of 0 has nothing below it and is no edge."""
+    """For a chosen setting: the swept knobs whose chosen value is at the edge of the grid, so that the best value may
+    lie outside. A warm-up of 0 has nothing below it and is not an edge."""
     error: str | None = None
     timing: dict[str, Any] = {}
     provenance: dict[str, Any] = {}
@@ -103,18 +106,17 @@ class StepRow(_CellRow):
     step: int
     tokens: int
     loss: float
-    """Cross-entropy in nats a token, without the auxiliary term."""
+    """Cross-entropy in nats per token, without the auxiliary term."""
     learning_rate: float
     gradient_norm: float | None = None
     dispersion: float | None = None
     """Value of the dispersion loss (before its weight), mean over layers."""
     dispersion_weight: float | None = None
-    """Weight of the dispersion loss; with a target the mean over layers of the weights of the last step."""
+    """Weight of the dispersion loss; with a target, the mean over layers of the weights in the last step."""
     dispersion_weights: dict[str, float] | None = None
     """With a target: these weights, by layer."""
     dispersion_cosines: dict[str, float] | None = None
-    """With a target: mean cosine of different tokens of the training sequences, which the weights answer to, by layer.
-    """
+    """With a target: mean cosine of different tokens of the training sequences, by layer; the weights adapt to it."""
     distillation: float | None = None
     """Value of the distillation loss (before its weight)."""
     timing: dict[str, Any] = {}
@@ -134,13 +136,13 @@ class ProfileRow(_CellRow):
     passage_tokens: int
     norms: list[float] | None = None
     histogram: list[list[int]] | None = None
-    """Pooled pair counts, one list a layer, equal bins on [-1, 1]."""
+    """Pooled pair counts, one list per layer, equal bins on [-1, 1]."""
     timing: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _one_value_a_layer(self) -> ProfileRow:
         if not self.layers:
-            raise ValueError("a profile has at least one layer")
+            raise ValueError("a profile needs at least one layer")
         for name in ("mean_cosine", "norms", "histogram"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.layers):
@@ -162,13 +164,13 @@ class EvalRow(_CellRow):
     stderr: float | None = None
     """Standard error over the items."""
     official_items: int | None = None
-    """Items that the benchmark has officially; None: no benchmark, or not known."""
+    """Official number of items of the benchmark; None: not a benchmark, or unknown."""
     limit: int | None = None
-    """Items at most that were asked for; None: all."""
+    """Requested maximum number of items; None: all."""
     shots: int | None = None
-    """Examples in the prompt."""
+    """Number of few-shot examples in the prompt."""
     notes: list[str] = []
-    """What qualifies the value, in words; every table shows them."""
+    """Sentences that qualify the value; every table shows them."""
     timing: dict[str, Any] = {}
 
 
@@ -183,11 +185,11 @@ class EvalItemRow(_CellRow):
     """Hash of the item's content: equal items have equal names in every run."""
     value: float
     weight: float = 1.0
-    """What the item counts for in the task's mean (tokens of a document, 1 for a question)."""
+    """Weight of the item in the task's mean (tokens of a document, 1 for a question)."""
     bits_per_byte: float | None = None
     """Minus log2 of the right answer's probability over its bytes; None: not known, or not the task's first metric."""
     margin_bits: float | None = None
-    """log2 of the right answer's probability less that of the best wrong one; positive where the item is right."""
+    """log2 of the right answer's probability less that of the best wrong one; positive if the item is correct."""
 
 
 class BenchmarkRow(_Base):
@@ -266,7 +268,7 @@ def check_row(row: Mapping[str, Any], *, where: object = "row") -> Row:
 
 
 def stable(row: Mapping[str, Any]) -> Row:
-    """The row without what differs between two runs of the same thing (clock readings, machine)."""
+    """The row without what differs between two executions of the same run (clock readings, machine)."""
     return {key: value for key, value in row.items() if key not in VOLATILE}
 
 

@@ -15,10 +15,10 @@ from typing import Any
 from decondense.records.schema import SCHEMA_VERSION
 
 LONGEST_LINE = 1 << 26
-"""Bytes of a line at most; a longer one is not a row, and a small compressed file could unpack to it without end."""
+"""Maximum bytes of a line. A longer one is not a row; a small compressed file could unpack to any length."""
 
 _ERRORS = "replace"
-"""Bytes of a file name that are not UTF-8 become question marks: no text file can hold them."""
+"""Replace bytes of a file name that are not UTF-8 by question marks: no text file can hold them."""
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -44,10 +44,10 @@ def _stated(rows: Iterable[Mapping[str, Any]], known: set[str]) -> Iterator[str]
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path, *, exclusive: bool = False) -> Iterator[Path]:
-    """A temporary path beside ``path`` that replaces it when the block ends well, and vanishes when it does not.
+    """A temporary path beside ``path`` that replaces it when the block succeeds, and is removed when it fails.
 
-    With ``exclusive`` it replaces nothing: :class:`FileExistsError` when ``path`` exists, also when another process
-    makes it at the same moment.
+    With ``exclusive`` it replaces nothing, and raises :class:`FileExistsError` if ``path`` exists, even if another
+    process creates it at the same moment.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def atomic_path(path: str | Path, *, exclusive: bool = False) -> Iterator[Path]:
 
 
 def _linked(temporary: Path, path: Path) -> bool:
-    """Give the file a name that nobody has; False: the name is reserved, but the file must still be moved there."""
+    """Give the file an unused name; False: the name is reserved, but the file must still be moved there."""
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -87,13 +87,13 @@ def _linked(temporary: Path, path: Path) -> bool:
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> None:
-    """Write a whole file or leave what was there."""
+    """Write a whole file, or leave the old one unchanged."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode(errors=_ERRORS) if isinstance(data, str) else data)
 
 
 def append_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows durably. A torn line left by a kill is cut off first; a full disk leaves the earlier rows valid."""
+    """Append rows durably. A partial line left by a kill is removed first; a full disk leaves earlier rows valid."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = list(rows)
@@ -142,7 +142,7 @@ def _whole_length(path: Path) -> int:
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a whole file of rows atomically; compressed when it is called ``.gz``."""
+    """Write a whole file of rows atomically; compressed if its name ends in ``.gz``."""
     packed = Path(path).suffix == ".gz"
     with atomic_path(path) as temporary, temporary.open("wb") as plain:
         if not packed:

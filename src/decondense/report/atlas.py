@@ -46,7 +46,10 @@ def entries_table(entries: Mapping[str, Entry]) -> Table:
         )
         for e in entries.values()
     ]
-    caption = "Mean cosines and their rank correlation with depth. Compare models of one text and one last state only."
+    caption = (
+        "Mean cosines and their rank correlation with depth. Compare only models with the same text and the same last "
+        "state."
+    )
     return Table("atlas", caption, columns, tuple(rows), words=5, sortable=True)
 
 

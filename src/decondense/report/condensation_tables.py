@@ -130,9 +130,9 @@ def _layers_by_arm(comparison: Comparison) -> Table:
 
 NO_SHARE: dict[Undefined, str] = {
     "few seeds": "too few seeds for a line",
-    "no gain": "no share: the difference in loss is not told from 0",
-    "equal cosines": "no line: the cosine differs alike in every seed",
-    "on a line": "no interval: the seeds lie on a line exactly",
+    "no gain": "no share: the difference in loss is not detectably different from 0",
+    "equal cosines": "no line: the cosine difference is equal in every seed",
+    "on a line": "no interval: the seeds lie exactly on a line",
 }
 """Why an arm has no share explained."""
 

@@ -44,7 +44,7 @@ def _compared(study: Study, comparison: Comparison | None) -> list[str]:
     if others:
         named = listed(shortened([study.labels[arm] for arm in others]))
         lines.append(
-            f"{named}: other initial weights by design, so no pair from the same start. All other arms "
+            f"{named}: different initial weights by design, so not paired by the same start. All other arms "
             "start from the same weights, which is checked."
         )
     return lines
@@ -59,14 +59,14 @@ def _limits(study: Study, comparison: Comparison | None) -> list[str]:
             lines.append("One choice of passages: no interval and no test is possible.")
         elif n == 1:
             lines.append(
-                "One seed: no interval and no test is possible; a difference of this size may be the luck of the start."
+                "One seed: no interval and no test is possible; a difference of this size may be due to the seed alone."
             )
         elif floor is not None:
             lines.append(
                 f"{n} seeds: the sign-flip test cannot give a p below {probability(floor)} with that many"
                 + (
-                    ", so that it can never detect anything here; what is said in words rests on the interval, which "
-                    "takes the seeds' differences to be about normally distributed."
+                    ", so it cannot detect anything here; the sentences of this report use the interval, which assumes "
+                    "that the differences between seeds are approximately normally distributed."
                     if floor > 0.05
                     else "."
                 )
@@ -81,19 +81,19 @@ def _limits(study: Study, comparison: Comparison | None) -> list[str]:
             scale.append(f"{count(comparison.tokens)} training tokens")
         if scale:
             lines.append(
-                f"The runs have {listed(scale)}: whether the same holds for larger models, other text or longer "
-                "training is not answered here."
+                f"The runs have {listed(scale)}: this report does not answer whether the same holds for larger "
+                "models, other text or longer training."
             )
         if any(c.wall_ratio for c in comparison.cost):
             lines.append(
-                "Times were taken on the machine named below; other work on it, other runs of the study included, "
-                "shows up in them. The CPU times suffer less from that."
+                "Times were measured on the machine named below and include the effect of other work on it, such as "
+                "other runs of the study. CPU times are affected less."
             )
         lines.append(
             "A mean cosine says how alike hidden states are, not how good a model is."
             if comparison.measured
-            else "A lower mean cosine is what the loss is made to cause; it is no evidence that a model is better. "
-            "The held-out scores are."
+            else "The dispersion loss is designed to lower the mean cosine, so a lower mean cosine is no evidence that "
+            "a model is better. The held-out scores are."
         )
         lines += notes_in_words(comparison)
     passages = {
@@ -130,7 +130,7 @@ def _provenance(study: Study) -> list[tuple[str, str]]:
 
 
 def _command(study: Study) -> str:
-    """What made the runs, as a user types it."""
+    """The command that started the runs, as a user would type it."""
     for cell in study.cells.values():
         command = str(cell.started.get("provenance", {}).get("command") or "")
         if command.startswith("decondense "):
@@ -165,7 +165,7 @@ def _cells(study: Study) -> list[dict[str, str]]:
 
 
 def compare_if_possible(study: Study, baseline: str | None = None) -> tuple[Comparison | None, list[str]]:
-    """The comparison of the pairs that exist, and what is missing from it in sentences; None when there is no pair."""
+    """The comparison of the existing pairs (None: there are none), and sentences on what is missing from it."""
     try:
         comparison = compare(study, baseline, incomplete="omit")
     except CompareError as error:
@@ -178,7 +178,7 @@ def build_report(
 ) -> ReportPaths:
     """Write ``report.html``, ``figures/`` and ``tables/`` into ``out_dir``.
 
-    Failed, unfinished or unpaired runs do not stop the report: they are left out of the comparison and named on top.
+    Failed, unfinished or unpaired runs do not stop the report: the comparison omits them, and the page lists them.
 
     Args:
         rows: the rows of one study.
@@ -224,7 +224,7 @@ def write_report(study: Study, comparison: Comparison | None, problems: list[str
 
 
 def render(template: str, **context: Any) -> str:
-    """A page of this package's templates; everything is escaped but what a template marks as ``drawn``."""
+    """A page from this package's templates; everything is escaped except what a template marks as ``drawn``."""
     import jinja2
     from markupsafe import Markup
 

@@ -160,8 +160,8 @@ class Pictures:
         if comparison is None or comparison.size is None:
             return
         caption = (
-            "Condensation against the number of parameters, a line a family of models; bars are one standard deviation "
-            "over seeds."
+            "Condensation against the number of parameters, one line per family of models; bars are one standard "
+            "deviation over seeds."
         )
         figure = draw.size_trend(comparison)
         self._show("size", "size", caption, figure, wide=True)

@@ -1,4 +1,4 @@
-"""What the rows of a pilot, or of an earlier study of the kind, say about the seeds that a study needs."""
+"""The number of seeds that a study needs, given the rows of a pilot or of an earlier study of the kind."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def power_table(pilot: Comparison, study: StudyConfig) -> Table | None:
     )
     if study.until is not None:
         columns.append("seeds until decided")
-        text += " Until decided: if difference and SD stay what they were."
+        text += " Until decided: if the difference and the SD stay the same."
     return Table("power", text, tuple(columns), tuple(rows))
 
 

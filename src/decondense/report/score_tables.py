@@ -73,10 +73,10 @@ def headline(comparison: Comparison) -> Table | None:
     )
     loss = f"Validation loss{items}. " if validation is not None else ""
     equal = (
-        " At equal time: the arm at the baseline's total step time (a faster arm: the baseline at the arm's), linear "
-        "in the logarithm of the tokens between evaluated checkpoints; a run that is cut short has not lowered its "
-        "learning rate to the end, so this errs against the slower arm. A loss that both reach: the higher of the two "
-        "final losses of a seed."
+        " At equal time: the arm at the baseline's total step time (a faster arm: the baseline at the arm's), "
+        "interpolated linearly in the logarithm of the tokens between evaluated checkpoints; a run that is cut short "
+        "has not finished lowering its learning rate, so this is biased against the slower arm. A loss that both "
+        "reach: the higher of the two final losses of a seed."
         if comparison.equal_time
         else ""
     )
@@ -315,7 +315,7 @@ def difference_table(comparison: Comparison) -> Table | None:
         "p, Holm", "p, sign flip", "smallest p, sign flip", "effect g", "n", "items", "outcome",
     )  # fmt: skip
     caption = (
-        "Every paired difference: both intervals (that over items, where there is one, is shown elsewhere), its p, "
+        "Every paired difference: both intervals (other tables show the one over items, if there is one), its p, "
         "and the exact sign-flip p."
     )
     return Table("differences", qualified(caption, comparison), columns, rows, 2)

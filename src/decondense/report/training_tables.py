@@ -34,8 +34,8 @@ def trials_table(comparison: Comparison) -> Table | None:
                 )
             )
     caption = (
-        "Settings tried, by the loss on documents that are set aside for this choice (nats/token), before the runs and "
-        "on seeds that are none of theirs (mean over them). The chosen setting is that of the arm's runs."
+        "Settings tried before the runs, with their loss on documents set aside for this choice (nats/token), averaged "
+        "over seeds that the runs do not use. The arm's runs use the chosen setting."
     )
     columns = ("arm", *(KNOBS[knob] for knob in knobs), "loss", "steps", "seed", "note")
     return Table("learning_rates", caption, columns, tuple(rows))
@@ -96,12 +96,12 @@ def cost_table(comparison: Comparison) -> Table | None:
         "peak memory (MiB)", *(("peak GPU memory (MiB)", "GPU memory × baseline [range]") if with_gpu else ()), "runs",
     )  # fmt: skip
     note = (
-        " * Some runs were resumed: their total is that of the last attempt."
+        " * Some runs were resumed: their total covers only the last attempt."
         if any(c.resumed for c in comparison.cost)
         else ""
     )
     idle = [comparison.labels[c.arm] for c in comparison.cost if c.untrained]
-    untrained = f" Not trained, so without a cost of training: {listed(idle)}." if idle else ""
+    untrained = f" Not trained, so there is no cost of training: {listed(idle)}." if idle else ""
     caption = (
         "Cost: median over seeds of each run's median optimizer step; ratios are paired by seed, with their range over "
         f"seeds.{note}{untrained}"
@@ -135,9 +135,10 @@ def speed_table(comparison: Comparison) -> Table | None:
         "arm", "seed", "loss to reach", "tokens, baseline", "tokens, arm", "tokens × baseline", "time × baseline",
     )  # fmt: skip
     caption = (
-        "Tokens until the loss that both runs of a seed reach, the higher of their final losses: an estimate without "
-        "bias where the arms do not differ (linear between the evaluated checkpoints, which errs towards no "
-        "difference; the learning rate is still high there). Time is that of steps, at the arm's median pace on the "
-        f"{'CPU' if comparison.speed[0].clock == 'cpu' else 'wall'} clock. A question mark: checkpoints too far apart."
+        "Tokens until a run reaches the loss that both runs of a seed reach, the higher of their final losses: an "
+        "unbiased estimate if the arms do not differ (linear between the evaluated checkpoints, which is biased "
+        "towards no difference; the learning rate is still high there). Time counts steps only, at the arm's median "
+        f"pace on the {'CPU' if comparison.speed[0].clock == 'cpu' else 'wall'} clock. A question mark: the "
+        "checkpoints are too far apart."
     )
     return Table("speed", caption, columns, tuple(rows), 2)

@@ -21,17 +21,17 @@ def shipped_studies() -> list[str]:
 def load_study(
     name_or_path: str | Path, scale: str | None = None, *, laid_over: Mapping[str, Any] | None = None, **changes: Any
 ) -> StudyConfig:
-    """A study by the name of a shipped one or by the path of a YAML file.
+    """Load a study by the name of a shipped study or by the path of a YAML file.
 
     Args:
         name_or_path: ``"demo"`` or ``"path/to/study.yaml"``.
         scale: one of the file's scales; None: ``tiny``, or the only one.
-        laid_over: keys that differ, nested as in the file (``{"train": {"steps": 10}}``); what they do not name stays.
-            Arms are named: ``{"arms": {"dispersion": {"learning_rate": 1e-3}}}``.
+        laid_over: keys to change, nested as in the file (``{"train": {"steps": 10}}``); all other keys are kept.
+            Arms are given by name: ``{"arms": {"dispersion": {"learning_rate": 1e-3}}}``.
         changes: top-level keys to replace (``seeds=(0, 1)``).
 
     Raises:
-        ConfigError: no such study, file, scale or key; the message says where and what may have been meant.
+        ConfigError: no such study, file, scale or key; the message names the place and suggests a close match.
     """
     data, scales, where = _file(str(name_or_path))
     if scales is not None:
@@ -39,7 +39,7 @@ def load_study(
         one_of("scale", chosen, scales)
         data = merged({**data, "scale": chosen}, scales[chosen] or {}, where)
     elif scale is not None and scale != data.get("scale", "tiny"):
-        raise ConfigError(f"{where}: has no scale {scale!r}; it has one scale only, {data.get('scale', 'tiny')!r}.")
+        raise ConfigError(f"{where}: has no scale {scale!r}; its only scale is {data.get('scale', 'tiny')!r}.")
     study = StudyConfig.parse(merged({**data, **changes}, laid_over or {}, where), where=where)
     refuse_credentials(study)
     return study
@@ -49,24 +49,24 @@ def refuse_credentials(study: StudyConfig) -> None:
     """Refuse a study that holds a credential, or a URL for its text, before it is written or printed.
 
     Raises:
-        ConfigError: the key that does, with the credential removed.
+        ConfigError: the message names the key, with the credential removed.
     """
     if "://" in study.corpus.source:  # its credentials are gone, but not those of the command that would be printed
         raise ConfigError(
-            f"corpus.source {study.corpus.source!r} is a URL, and only local files are read; download it and give its "
-            "path."
+            f"corpus.source {study.corpus.source!r} is a URL, but only local files can be read; download it and give "
+            "its path."
         )
     for place, text in strings(study.model_dump(mode="json")):
         if has_credentials(text):
             raise ConfigError(
                 f"{'.'.join(place)} {without_credentials(text)!r} is given with a user, password, query or token, "
-                "which would be written into the study's files. Give it without them; credentials belong in the "
-                "environment (HF_TOKEN, ~/.netrc, the variables of your cloud)."
+                "which would be written into the study's files. Give it without them, and set credentials in the "
+                "environment (HF_TOKEN, ~/.netrc, the variables of your cloud provider)."
             )
 
 
 def committed_rows(study: StudyConfig) -> Path | None:
-    """The rows of a shipped study at its scale, where this is a checkout of the repository that holds them."""
+    """The committed rows of a shipped study at its scale, if this is a checkout of a repository that has them."""
     results = Path(__file__).parents[3] / "benchmarks" / "results"
     if study.name not in shipped_studies():
         return None
@@ -77,7 +77,7 @@ def committed_rows(study: StudyConfig) -> Path | None:
 
 
 def scales_of(name_or_path: str | Path) -> list[str]:
-    """The scales that a study file offers, in its order."""
+    """The scales of a study file, in its order."""
     data, scales, _ = _file(str(name_or_path))
     return [str(data.get("scale", "tiny"))] if scales is None else list(scales)
 
@@ -88,7 +88,7 @@ def assigned(assignments: Iterable[str]) -> dict[str, Any]:
     Values are YAML. A name with a dot in it is quoted: ``prepared."a.b".seed=1``.
 
     Raises:
-        ConfigError: an entry is no ``KEY.PATH=VALUE``; the message shows it.
+        ConfigError: an entry is not ``KEY.PATH=VALUE``; the message shows it.
     """
     nested: dict[str, Any] = {}
     for entry in assignments:
@@ -133,7 +133,7 @@ def _read(name: str) -> tuple[str, str]:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{name}: cannot be read ({error}).") from error
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise ConfigError(f"{name}: there is no such study file.")
+        raise ConfigError(f"{name}: there is no such study file; check the path.")
     raise ConfigError(
         f"unknown study {name!r}.{suggest(name, shipped_studies())} Shipped: {', '.join(shipped_studies())}; "
         "or give the path of a YAML file."

@@ -33,7 +33,7 @@ from decondense.studies.process import start_worker
 MARK = ".ray"
 _POLL_SECONDS = 0.5
 _TRIES = 3
-"""How often a task is started whose process or machine was killed."""
+"""Attempts to run a task whose process or machine was killed."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of it."""
+    """The result of an order."""
 
     machine: str
     status: int
@@ -70,13 +70,15 @@ def carry_out(order: Order) -> Answer:
     out, machine = Path(order.out), platform.node()
     if order.version != __version__:
         return Answer(
-            machine, 1, f"has decondense {__version__}, the runner {order.version}; install the same on all machines."
+            machine,
+            1,
+            f"has decondense {__version__}, the runner has {order.version}; install the same version on all machines.",
         )
     if _mark(out) != order.token:
         study = StudyConfig.parse(order.study, where="the runner's study")
         if study.prepared:
             return Answer(
-                machine, 1, f"does not see the runner's {out}; a study with prepared models needs --out on a file "
+                machine, 1, f"cannot see the runner's {out}; a study with prepared models needs --out on a file "
                 "system that all machines share."
             )  # fmt: skip
         try:
@@ -105,7 +107,7 @@ def keep(task: Task, out: Path, answer: Answer) -> None:
     """Merge the rows of an answer into the task's folder.
 
     Raises:
-        RecordError: they are not valid rows, or the folder holds another end of the same run.
+        RecordError: they are not valid rows, or the folder holds a different result of the same run.
     """
     there = task.rows.read_bytes() if task.rows.exists() else b""
     if answer.rows == there:
@@ -134,7 +136,8 @@ class Cluster:
         """
         if address == "local" or address.startswith("ray://"):  # no cluster yet, or only a client of one
             raise ConfigError(
-                f"--ray {address}: run the command on a machine of a cluster (ray start), with --ray auto."
+                f"--ray {address} is not supported; run the command on a machine of a cluster (ray start) with --ray "
+                "auto."
             )
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
@@ -163,7 +166,7 @@ class Cluster:
         return {"num_cpus": study.train.threads or 1, "num_gpus": gpus}
 
     def slots(self, study: StudyConfig) -> int:
-        """How many of the study's tasks the cluster runs side by side."""
+        """How many of the study's tasks the cluster runs in parallel."""
         there = self._ray.cluster_resources()
         needs = self._needs(study)
         fits = [there.get("CPU", 0) / needs["num_cpus"], *([there["GPU"]] if needs["num_gpus"] else [])]
@@ -172,17 +175,17 @@ class Cluster:
     def run(
         self, study: StudyConfig, out: Path, listed: Sequence[Task], most: int, look: Callable[[], None]
     ) -> dict[str, str]:
-        """Have every task run whose needs have ended.
+        """Run every task once the tasks that it needs have ended.
 
         Args:
             study: the study in ``out``, whose text is prepared.
             out: its directory.
             listed: its tasks.
-            most: so many side by side at most.
+            most: maximum number of tasks in parallel.
             look: called twice a second.
 
         Returns:
-            Why tasks could not be run, by their names.
+            Why tasks could not be run, by name.
 
         Raises:
             RecordError: a task ended here and elsewhere with different rows.

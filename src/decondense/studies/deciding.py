@@ -1,4 +1,4 @@
-"""``until: decided``: which seeds a study adds, from the rows that lie there."""
+"""``until: decided``: which seeds a study adds, given its rows so far."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from decondense.studies.directory import change_study
 
 
 def next_seeds(study: StudyConfig, rows: Iterable[Row], *, at_once: int = 1) -> tuple[int, ...]:
-    """The seeds that the study adds once all of its runs have ended; none: it is at its end.
+    """The seeds to add once all runs of the study have ended; empty: the study is complete.
 
-    It is when every contrast is decided, when it has its most seeds, or when all arms that are not decided have a run
-    that failed: a mean over the runs that did not fail is another quantity, whatever the number of seeds.
+    It is complete when every contrast is decided, when it has ``most_seeds`` seeds, or when every undecided arm has a
+    failed run: a mean over the runs that did not fail is another quantity, whatever the number of seeds.
 
     Args:
-        study: the study with the seeds that were added so far.
+        study: the study with the seeds added so far.
         rows: the rows of all of its runs.
-        at_once: seeds to add together, where more runs fit side by side than a seed has arms. A look after several
-            seeds is as valid as one after each.
+        at_once: seeds to add together, for when more runs fit in parallel than a seed has arms. Testing after several
+            seeds is as valid as testing after each.
     """
     have = study.every_seed
     room = study.most_seeds - len(have)
@@ -46,9 +46,9 @@ def next_seeds(study: StudyConfig, rows: Iterable[Row], *, at_once: int = 1) -> 
 
 
 def add_seeds(study: StudyConfig, out: Path, seeds: Iterable[int]) -> StudyConfig:
-    """Add seeds to the study that lies in ``out`` and return it.
+    """Add seeds to the study in ``out`` and return it.
 
-    Where another runner of the directory has added seeds since ``study`` was read, its seeds are taken instead.
+    If another runner of the directory has added seeds since ``study`` was read, its seeds are used instead.
     """
 
     def added(there: StudyConfig) -> StudyConfig:

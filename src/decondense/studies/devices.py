@@ -13,8 +13,8 @@ _ROCM = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 def gpus(root: Path = Path("/")) -> tuple[str, list[str]]:
     """(the variable that gives a process its GPU, the names of the GPUs that are visible).
 
-    Asked of the drivers' own files below ``root``: NVIDIA's device files, or the nodes of AMD's ``kfd`` that have
-    compute units. What the variables of the platform hide is not counted.
+    Read from the drivers' files below ``root``: NVIDIA's device files, or the nodes of AMD's ``kfd`` that have
+    compute units. GPUs hidden by the platform's variables are not counted.
     """
     nvidia = len(list((root / "dev").glob("nvidia[0-9]*")))
     if nvidia:

@@ -44,15 +44,15 @@ _OWNED = ("prepared", "sweep", "cells", "logs", "figures", "tables", ".study.loc
 
 
 class StudyFailed(RuntimeError):
-    """A worker stopped before its tasks were done; what it wrote is kept and the study can be resumed."""
+    """A worker stopped before its tasks were done; what it wrote is kept, and the study can be resumed."""
 
 
 @dataclass(frozen=True)
 class CellState:
-    """Progress of one task, as far as its rows tell."""
+    """Progress of one task, according to its rows."""
 
     arm: str
-    """The arm; for a model that is trained first ``prepared NAME``, for a trial the arm and its setting."""
+    """The arm; ``prepared NAME`` for a prepared model; the arm and its setting for a trial."""
     seed: int
     step: int
     steps: int
@@ -68,13 +68,13 @@ class CellState:
 
 
 class Watcher(Protocol):
-    """Whoever shows the progress."""
+    """Receives the progress of a study."""
 
     def corpus(self, what: str, done: int, total: int) -> None:
         """The text is being prepared."""
 
     def cells(self, states: list[CellState]) -> None:
-        """The cells have moved on."""
+        """The states of the cells have changed."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ class Watcher(Protocol):
 
 
 def study_of(out: Path) -> StudyConfig:
-    """The study that lies in ``out``, with the folders of this machine.
+    """The study in ``out``, with the folders of this machine.
 
     Raises:
         ConfigError: there is none, or its files are damaged.
@@ -108,13 +108,13 @@ def _local(out: Path) -> dict[str, str]:
         return {str(place): str(folder) for place, folder in folders.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"{path}: damaged ({error}). It says where the folders that {STUDY} names lie on this machine: remove it "
-            "and give the command with those folders in a new directory."
+            f"{path}: damaged ({error}). It holds the paths on this machine of the folders that {STUDY} names: run the "
+            "command with those folders again in a new directory (--out)."
         ) from error
 
 
 def _put(data: Any, keys: list[str], value: str) -> Any:
-    """``data`` with the string at ``keys`` replaced; what does not exist (an edited file) is left alone."""
+    """``data`` with the string at ``keys`` replaced; keys that do not exist (an edited file) are ignored."""
     if not keys:
         return value if isinstance(data, str) else data
     first, *rest = keys
@@ -126,9 +126,9 @@ def _put(data: Any, keys: list[str], value: str) -> Any:
 
 
 def open_directory(study: StudyConfig, out: Path, *, resume: bool = False) -> StudyConfig:
-    """Make ``out`` this study's directory, or check that it is, and return the study that lies there.
+    """Make ``out`` this study's directory, or check that it is, and return the study in it.
 
-    A directory whose study never got as far as its text, because the command was wrong, can be taken by another study.
+    A directory whose study failed before its text was prepared can be used for another study.
 
     Raises:
         ConfigError: the directory holds another study (unless ``resume`` asks for that one), or other files; or the
@@ -140,7 +140,7 @@ def open_directory(study: StudyConfig, out: Path, *, resume: bool = False) -> St
     path = out / STUDY
     if not path.exists():
         if out.exists() and not out.is_dir():
-            raise ConfigError(f"{out} is a file; --out names a directory.")
+            raise ConfigError(f"{out} is a file; give a directory with --out.")
         if out.exists() and any(not item.name.startswith(".") for item in out.iterdir()):
             raise ConfigError(f"{out} is not empty and holds no study; choose a new or empty directory with --out.")
         if resume:
@@ -155,14 +155,14 @@ def open_directory(study: StudyConfig, out: Path, *, resume: bool = False) -> St
         return study
     raise ConfigError(
         f"{out} holds another study ({there.name}, scale {there.scale}, seeds {list(there.seeds)}, fingerprint "
-        f"{there.fingerprint()}; asked for: {study.name}, scale {study.scale}, seeds {list(study.seeds)}, "
-        f"fingerprint {study.fingerprint()}). Choose another directory with --out, or resume the one that "
-        "lies there with --resume."
+        f"{there.fingerprint()}; requested: {study.name}, scale {study.scale}, seeds {list(study.seeds)}, "
+        f"fingerprint {study.fingerprint()}). Choose another directory with --out, or resume the "
+        "study in it with --resume."
     )
 
 
 def _updated(there: StudyConfig, study: StudyConfig, out: Path, *, margin: bool) -> StudyConfig:
-    """The study that lies there with what the command says of its margin and its seeds; those that were added stay."""
+    """The study in ``out`` with the margin and the seeds that the command asks for; added seeds are kept."""
     names = ("margin", "until", "most_seeds") if study.until is not None else ("margin",) if margin else ()
     said = {name: getattr(study, name) for name in names}
     if all(getattr(there, name) == value for name, value in said.items()):
@@ -171,7 +171,7 @@ def _updated(there: StudyConfig, study: StudyConfig, out: Path, *, margin: bool)
 
 
 def change_study(out: Path, change: Callable[[StudyConfig], StudyConfig]) -> StudyConfig:
-    """Change in the study's file what is no part of its identity, one runner after the other, and return the study."""
+    """Change fields of the study's file that are not part of its identity, under a lock, and return the study."""
     with (out / ".study.lock").open("a") as handle:
         lock(handle, handle.name, wait=True)
         there = study_of(out)
@@ -187,14 +187,14 @@ def _unused(there: StudyConfig, out: Path) -> bool:
 
 
 def _write_study(study: StudyConfig, out: Path, *, new: bool) -> bool:
-    """Write the study's files; with ``new`` only where nobody else has just done so, which the return value tells."""
+    """Write the study's files; with ``new``, return False instead if another process has just written them."""
     plain = study.model_dump(mode="json")
     shown = publishable(plain)
     names = dict(strings(shown))
     local = {"/".join(place): text for place, text in strings(plain) if names.get(place) != text}
     text = StudyConfig.parse(shown, where=STUDY).to_yaml()
     if local:
-        text = f"# Folders are named without the place where they lie on this machine; that stands in {LOCAL}.\n{text}"
+        text = f"# Folders are written without their paths on this machine, which are in {LOCAL}.\n{text}"
     try:
         with atomic_path(out / STUDY, exclusive=new) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -216,7 +216,7 @@ def study_corpus(study: StudyConfig, out: Path, watcher: Watcher | None = None) 
     """The study's prepared text; the first call of a study fixes which text that is.
 
     Raises:
-        ConfigError: the text differs from the one the study was begun with, or another study has taken the directory.
+        ConfigError: the text differs from the one the study was started with, or the directory now holds another study.
     """
     corpus = prepare(study.corpus, progress=None if watcher is None else watcher.corpus)
     if study_of(out).fingerprint() != study.fingerprint():
@@ -225,8 +225,8 @@ def study_corpus(study: StudyConfig, out: Path, watcher: Watcher | None = None) 
     known = _known_corpus(out) if path.exists() else None
     if known is not None and known["content_hash"] != corpus.content_hash:
         raise ConfigError(
-            f"{out} was begun on the text {known['content_hash']}, but {study.corpus.source!r} is now "
-            f"{corpus.content_hash} (a changed file, or other installed versions). Start again in another directory."
+            f"{out} was started on the text {known['content_hash']}, but {study.corpus.source!r} is now "
+            f"{corpus.content_hash} (a file or an installed version has changed). Start again in another directory."
         )
     if known is None or known.get("folder") != corpus.path.name:
         manifest = {key: value for key, value in publishable(corpus.manifest).items() if key != "path"}
@@ -242,8 +242,8 @@ def _known_corpus(out: Path) -> Mapping[str, Any]:
             raise ValueError("content_hash is not a string")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path}: damaged ({type(error).__name__}: {error}). Remove it and run the same command again: runs check "
-            "by its hash that they resume on the text that they were begun on."
+            f"{path}: damaged ({type(error).__name__}: {error}). Remove it and run the same command again: each run "
+            "checks by hash that it resumes on the text that it was started on."
         ) from error
     return dict(manifest)
 
@@ -256,8 +256,8 @@ def opened_corpus(out: Path) -> PackedCorpus:
     corpus = load(cache_directory() / "packed" / str(name)) if name else None
     if corpus is None or corpus.content_hash != manifest["content_hash"]:
         raise ConfigError(
-            f"the prepared text {manifest['content_hash']} is not in the cache ({cache_directory()}), or damaged "
-            "there; `decondense study` with the same arguments prepares it again."
+            f"the prepared text {manifest['content_hash']} is missing or damaged in the cache ({cache_directory()}); "
+            "run `decondense study` with the same arguments to prepare it again."
         )
     return corpus
 
@@ -289,26 +289,26 @@ class Trial:
     task: Task
     end: Row
     loss: float | None
-    """On the documents set aside for the choice; None: it failed."""
+    """Loss on the documents set aside for the choice; None: the trial failed."""
 
     @property
     def setting(self) -> Setting:
-        """What it tried."""
+        """The setting that it tried."""
         assert self.task.setting is not None
         return self.task.setting
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The trials of one arm, and what they say. The only place where a setting is chosen."""
+    """The trials of one arm. The only place where a setting is chosen."""
 
     trials: tuple[Trial, ...]
     expected: int
 
     @property
     def chosen(self) -> Setting | None:
-        """The setting with the least mean loss; None while trials are missing. One failed seed rules a setting out;
-        where every setting failed, the least one is left to say so in the comparison."""
+        """The setting with the lowest mean loss; None while trials are missing. One failed seed rules a setting out;
+        if every setting failed, the smallest one is taken, so that the comparison can report it."""
         if len(self.trials) < self.expected or not self.trials:
             return None
         losses: dict[Setting, list[float | None]] = {}
@@ -404,12 +404,12 @@ def resolved_arm(study: StudyConfig, arm: str, listed: Iterable[Task]) -> ArmCon
         return entry
     chosen = sweep_of(listed, arm).chosen
     if chosen is None:
-        raise StudyFailed(f"{arm}: its trials have not all ended; run the same command again.")
+        raise StudyFailed(f"{arm}: some trials have not ended; run the same command again to finish them.")
     return chosen.of(entry)
 
 
 def collect(study: StudyConfig, out: Path, listed: Iterable[Task] | None = None) -> list[Row]:
-    """The rows of all trials and cells in the order of the plan; what has none contributes none."""
+    """The rows of all trials and cells in the order of the plan; tasks without rows contribute none."""
     listed = tasks(study, out) if listed is None else list(listed)
     rows = trial_rows(study, listed)
     # every row says what the study says now of its margin and of the seeds that were added
@@ -426,7 +426,7 @@ def collect(study: StudyConfig, out: Path, listed: Iterable[Task] | None = None)
 
 
 class Progress:
-    """Where every task is; each call reads only what was written since the last one."""
+    """The state of every task; each call reads only what was written since the last one."""
 
     def __init__(self, listed: Iterable[Task]) -> None:
         self._tasks = {task.folder: task for task in listed}
@@ -465,15 +465,15 @@ def _later(state: CellState, rows: Iterable[Row]) -> CellState:
 
 
 def states(study: StudyConfig, out: Path) -> list[CellState]:
-    """Where every task is, read from its rows."""
+    """The state of every task, read from its rows."""
     return Progress(tasks(study, out)).states()
 
 
 def reset_failed(listed: Iterable[Task]) -> list[Task]:
-    """Forget the failures of a study's tasks, so that they are started again, and return them.
+    """Clear the failures of a study's tasks, so that they are started again, and return these tasks.
 
     Done before any worker starts: a failed row counts as an end, and an arm's cell must not take a setting before the
-    trial that is repeated has spoken. A task that another process holds is left to it.
+    repeated trial has ended. A task that another process holds is not touched.
     """
     forgotten = []
     for task in listed:
@@ -488,7 +488,7 @@ def reset_failed(listed: Iterable[Task]) -> list[Task]:
 
 
 def make_below(out: Path, folder: Path) -> None:
-    """Make a task's folder, but not the study's directory: one that was removed stays removed.
+    """Create a task's folder, but not the study's directory: a removed directory stays removed.
 
     Raises:
         FileNotFoundError: ``out`` does not exist.

@@ -27,14 +27,16 @@ def launches(study: StudyConfig, words: list[str], out: Path) -> list[Launch]:
     """The ways to start ``study``.
 
     Args:
-        study: what is started.
-        words: the arguments of ``decondense study`` that say so: the name and the changes.
+        study: the study to start.
+        words: the arguments of ``decondense study`` for it: the name and the changes.
         out: the study's directory.
     """
     if study.launch == "torchtitan":
         return [Launch("With torchtitan, one run after the other", torchtitan(study, out))]
     found = [
-        Launch("On one machine, all of its GPUs or cores", command(["decondense", "study", *words, "--out", str(out)]))
+        Launch(
+            "On one machine, on all of its GPUs or cores", command(["decondense", "study", *words, "--out", str(out)])
+        )
     ]
     if study.measure is not None:
         found.append(Launch("Or model by model, with figures", measuring(study, out)))
@@ -78,7 +80,7 @@ def _torchrun(study: StudyConfig, words: list[str], out: Path) -> Iterator[Launc
         what = " and ".join(
             name for name, there in (("prepared models", study.prepared), ("trials", study.sweep is not None)) if there
         )
-        needs = [f"# after the {what}, which `decondense study` trains first"]
+        needs = [f"# run this after the {what}, which `decondense study` trains first"]
     if processes > 1:
         yield Launch(
             f"One run on {processes} GPUs",
@@ -88,9 +90,9 @@ def _torchrun(study: StudyConfig, words: list[str], out: Path) -> Iterator[Launc
     if nodes > 1:
         first = ["torchrun", "--nnodes", str(nodes), "--nproc-per-node", str(processes), "--rdzv-backend", "c10d"]
         yield Launch(
-            f"One run on {nodes} machines with {processes} GPUs each: this on every one of them",
+            f"One run on {nodes} machines with {processes} GPUs each: run this on every machine",
             [
-                "HOST=first-machine  # the name of one of them",
+                "HOST=first-machine  # the name of one of the machines",
                 *needs,
                 *_unquoted(command([*first, "--rdzv-endpoint", "HOST:29500", "-m", "decondense", *cell])),
             ],
@@ -111,9 +113,9 @@ def _shared(study: StudyConfig, processes: int) -> bool:
 
 
 def slurm_script(study: StudyConfig, words: list[str], out: Path) -> list[str]:
-    """A job array in which every task runs the whole command and takes whatever run is free.
+    """A job array in which every task runs the whole command and takes the next free run.
 
-    Prepared models and trials come first by themselves: a task waits for the runs that it needs.
+    Prepared models and trials run first without further options: a task waits for the runs that it needs.
     """
     cells = len(study.seeds) * len(study.arms)
     large = study.scale not in ("quick", "tiny")
@@ -128,9 +130,9 @@ def slurm_script(study: StudyConfig, words: list[str], out: Path) -> list[str]:
         *resources,
         "#SBATCH --time=24:00:00  # your limit; submit again to resume",
         f"#SBATCH --output=decondense-{study.name}-%A_%a.log",
-        "# Every task of the array takes the next run that is free, so fewer tasks",
-        "# do as well. Runs are claimed by flock locks: the file system of --out must",
-        "# support flock for all nodes.",
+        "# Each task of the array takes the next free run, so fewer tasks also work.",
+        "# Runs are claimed with flock: the file system of --out must support flock",
+        "# on all nodes.",
         *command(["decondense", "study", *words, "--out", str(out), "--workers", "1"]),
     ]
 
@@ -141,7 +143,7 @@ def measuring(study: StudyConfig, out: Path) -> list[str]:
     settings, lines = study.measure, []
     unlike = [name for name in _NOT_IN_MEASURE if getattr(settings, name) != MeasureConfig.model_fields[name].default]
     if unlike:
-        lines.append(f"# decondense measure has no option for the study's {', '.join(unlike)}: it takes the default")
+        lines.append(f"# decondense measure has no option for the study's {', '.join(unlike)}: it uses the default")
     for arm in study.arms:
         model = study.model_of(arm)
         if model.pretrained is None or model.prepared is not None:
@@ -188,7 +190,7 @@ def torchtitan(study: StudyConfig, out: Path) -> list[str]:
     for arm in study.arms:
         missing = _not_in_torchtitan(arm)
         if missing:
-            lines += ["", f"# {arm.name} is omitted: torchtitan has no {missing} of the study's"]
+            lines += ["", f"# {arm.name} is omitted: torchtitan does not support {missing}"]
             continue
         lines += [
             "",

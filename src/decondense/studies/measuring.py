@@ -32,15 +32,15 @@ def measure_cell(
         arm: one of its arms.
         seed: one of its seeds.
         folder: the cell's own folder.
-        watch: called after every batch; it may raise to stop.
-        retry_failed: measure again what failed before.
+        watch: called after every batch; it may raise an exception to stop.
+        retry_failed: measure failed models again.
 
     Returns:
         The cell's terminal row.
 
     Raises:
         CellBusy: another process holds the cell.
-        ValueError: the text cannot be read, which no model can be measured without.
+        ValueError: the text cannot be read, so no model can be measured.
     """
     from decondense.corpora.passages import sample_passages
     from decondense.stopping import stop_if_requested
@@ -131,7 +131,7 @@ def _measured(
 
 
 def _reason(error: Exception) -> str:
-    """A message of ours as it is; of what a model's own code raises, the type as well."""
+    """The message of an error; with its type, unless the error is our own."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):

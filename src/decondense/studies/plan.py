@@ -1,7 +1,7 @@
-"""What a study trains: its tasks in the order in which they are taken, and the folder of each.
+"""What a study trains: its tasks in the order in which they are run, and the folder of each.
 
 A study is a list of tasks: prepared models, then trials, then cells; a task waits for those that it needs. Only this
-module knows how the folders are called, and nothing is ever read from a name.
+module knows the names of the folders, and nothing is ever read from a name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from decondense.config import ArmConfig, StudyConfig
 
 @dataclass(frozen=True, order=True)
 class Setting:
-    """One point of a sweep's grid; None: the knob is not swept for the arm."""
+    """One point of a sweep's grid; None: the setting is not swept for the arm."""
 
     learning_rate: float
     warmup: float | None = None
@@ -41,7 +41,7 @@ class Task:
 
     kind: Literal["prepared", "trial", "cell"]
     name: str
-    """How progress and messages call it."""
+    """Its name in progress and messages."""
     study: StudyConfig
     """Whose run it is: the study itself, or for a prepared model or a trial the small study made for it."""
     arm: str
@@ -50,7 +50,7 @@ class Task:
     needs: tuple[Path, ...] = ()
     """Folders of the tasks that must have ended."""
     setting: Setting | None = None
-    """Of a trial: what it tries."""
+    """The setting that a trial tries."""
 
     @property
     def steps(self) -> int:
@@ -65,17 +65,17 @@ class Task:
 
 
 def cell_folder(out: Path, arm: str, seed: int) -> Path:
-    """Folder of a cell. Whose a row is stands in the row, not in the name."""
+    """Folder of a cell. A row itself says which cell it belongs to, not the folder's name."""
     return out / "cells" / arm / f"seed-{seed}"
 
 
 def prepared_folder(out: Path, name: str) -> Path:
-    """Folder of a prepared model's run; the model itself lies in ``final`` below it."""
+    """Folder of a prepared model's run; the model itself is in its subfolder ``final``."""
     return out / "prepared" / name
 
 
 def trial_folder(out: Path, arm: str, setting: Setting | float, seed: int | None = None) -> Path:
-    """Folder of a trial: different settings never share one. ``seed`` is named where a setting has several."""
+    """Folder of a trial: different settings never share one. It names ``seed`` if a setting has several."""
     if not isinstance(setting, Setting):
         setting = Setting(float(setting))
     # repr is the shortest text that gives the same number back
@@ -90,7 +90,7 @@ def trial_folder(out: Path, arm: str, setting: Setting | float, seed: int | None
 
 
 def plan(study: StudyConfig) -> list[tuple[str, int]]:
-    """The cells (arm, seed) in the order in which they are taken: pair by pair, so that pairs are complete early."""
+    """The cells (arm, seed) in the order in which they are run: pair by pair, so that pairs are complete early."""
     return [(arm.name, seed) for seed in study.every_seed for arm in study.arms]
 
 
@@ -161,7 +161,7 @@ def _trial_study(study: StudyConfig, arm: ArmConfig, setting: Setting, seed: int
 
 
 def tasks(study: StudyConfig, out: Path) -> list[Task]:
-    """Everything a study trains, in the order in which it is taken."""
+    """Everything a study trains, in the order in which it is run."""
     listed = []
     for name in study.prepared:
         own = _prepared_study(study, name)

@@ -1,4 +1,4 @@
-"""How a worker process of a study is started: tied to whoever starts it, with a log, on a GPU of its own."""
+"""Starts a worker process of a study: tied to the process that starts it, with a log, on its own GPU."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def start_worker(
         out: the study's directory.
         log: name of its log below ``out``/logs.
         lifeline: ties it to this process.
-        arguments: what to run; none: whatever is free.
-        environment: variables of its own.
+        arguments: what to run; none: the next free task.
+        environment: additional variables.
     """
     path = out / "logs" / log
     path.parent.mkdir(exist_ok=True)

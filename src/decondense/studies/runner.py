@@ -77,7 +77,7 @@ __all__ = [
 
 _POLL_SECONDS = 0.5
 _END_SECONDS = 5.0
-"""How long a worker has to end after SIGTERM before it is killed."""
+"""Seconds that a worker has to stop after SIGTERM before it is killed."""
 _WRITING_SHARE = 0.05
 """Share of the runner's time that rewriting the rows of a running study may take."""
 
@@ -91,7 +91,7 @@ class _Silent:
 
 
 def default_workers(study: StudyConfig) -> int:
-    """One run per GPU; without any, as many side by side as there are cores for their threads."""
+    """One run per GPU; without a GPU, as many runs in parallel as the cores allow for their threads."""
     if gpus := visible_gpus():
         return len(gpus)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -99,7 +99,7 @@ def default_workers(study: StudyConfig) -> int:
 
 
 def visible_gpus() -> list[str]:
-    """Names of the GPUs, NVIDIA's or AMD's, that the platform's variables leave to this process."""
+    """Names of the NVIDIA or AMD GPUs that the environment variables leave visible to this process."""
     return devices.gpus()[1]
 
 
@@ -113,33 +113,33 @@ def run_study(
     watcher: Watcher | None = None,
     ray: str | None = None,
 ) -> list[Row]:
-    """Run a study to its end and return all its rows; they also stand in ``out/rows.jsonl``.
+    """Run a study to its end and return all its rows, which are also written to ``out/rows.jsonl``.
 
     Done cells are skipped. After an interruption, a kill or a power cut, call it again with the same arguments: every
     cell resumes from its newest complete checkpoint and the rows come out as if nothing had happened. SIGTERM and
-    SIGHUP end it at once, like Ctrl-C; SIGUSR1 lets every run save a checkpoint first. A study with ``until: decided``
+    SIGHUP stop it at once, like Ctrl-C; SIGUSR1 lets every run save a checkpoint first. A study with ``until: decided``
     adds seeds (:mod:`decondense.studies.deciding`) until its contrasts are decided.
 
     Args:
-        study: what to run.
+        study: the study to run.
         out: the study's directory.
-        workers: processes side by side; None: :func:`default_workers`; 0: in this process.
-        resume: resume the study that lies in ``out``, whatever ``study`` says.
+        workers: number of worker processes; None: :func:`default_workers`; 0: run in this process.
+        resume: resume the study in ``out``, even if ``study`` is another one.
         retry_failed: start failed trials, models and cells again.
-        watcher: shows the progress.
-        ray: address of a Ray cluster that runs the tasks (:mod:`decondense.studies.cluster`); ``workers`` is then how
-            many run side by side at most, and SIGUSR1 ends the study like SIGTERM.
+        watcher: receives the progress.
+        ray: address of a Ray cluster that runs the tasks (:mod:`decondense.studies.cluster`); ``workers`` is then
+            the maximum number of tasks in parallel, and SIGUSR1 stops the study like SIGTERM.
 
     Raises:
         ConfigError: the directory holds another study, or the configuration cannot be run.
-        StudyFailed: a worker stopped early, its log is named; or the directory was removed.
-        Stopped: a signal asked for the end; a SystemExit whose status is 128 + signal.
+        StudyFailed: a worker stopped early (the message names its log), or the directory was removed.
+        Stopped: a signal asked the study to stop; a SystemExit with status 128 + signal.
     """
     out = Path(out)
     watcher = watcher or _Silent()
     if study.launch != "study":
         raise ConfigError(
-            f"{study.name} at scale {study.scale} is too large for this runner: --dry-run prints the commands that run "
+            f"{study.name} at scale {study.scale} is too large for this runner; --dry-run prints the commands that run "
             f"it with {study.launch}."
         )
     check_benchmarks(study.evaluate)
@@ -173,7 +173,7 @@ class _Run:
         self.progress = Progress(listed)
         self.workers: list[WorkerProcess] = []
         self.words: dict[str, str] = {}
-        """What tasks on a cluster ended with."""
+        """Error messages of tasks on a cluster, by task."""
         self._held = HeldFolder(out)
         self._wrote = (0.0, 0.0)  # when, and how long it took
         self._ended = -1
@@ -181,7 +181,7 @@ class _Run:
         self._before = {state_key(state) for state in self.progress.states() if state.status == "finished"}
 
     def in_this_process(self) -> bool:
-        """Do the tasks here, and return whether SIGUSR1 asked for the end."""
+        """Run the tasks in this process, and return whether SIGUSR1 asked to stop."""
         from decondense.studies.worker import work
 
         with stop_on_signals():
@@ -191,7 +191,7 @@ class _Run:
             return save_requested()
 
     def with_workers(self, wanted: int) -> bool:
-        """Let worker processes do the tasks, and return when they have ended: whether SIGUSR1 asked for the end."""
+        """Run the tasks in worker processes, and return whether SIGUSR1 asked to stop."""
         pending = len(self.tasks) - len(self._before)
         with Lifeline() as lifeline, stop_on_signals(forward=self._pass_on):
             try:
@@ -215,7 +215,7 @@ class _Run:
             return save_requested()
 
     def on_cluster(self, cluster: Cluster, most: int) -> bool:
-        """Let a Ray cluster do the tasks: :meth:`with_workers`. SIGUSR1 ends it at once: no machine is told of it."""
+        """Run the tasks on a Ray cluster, as :meth:`with_workers`. SIGUSR1 stops it at once, without checkpoints."""
         with stop_on_signals(save_first=False):
             try:
                 if self.study.measure is None:
@@ -228,14 +228,14 @@ class _Run:
         return False
 
     def show(self) -> None:
-        """Show how far the cells are, if that was not done just now."""
+        """Report the progress of the cells, unless that was done just now."""
         if time.monotonic() - self._shown >= _POLL_SECONDS:
             self.watcher.cells(self.progress.states())
             self._shown = time.monotonic()
 
     def _check_there(self) -> None:
         if not self._held.is_there():
-            raise StudyFailed(f"{self.out} was removed while its study ran; nothing is written there any more.")
+            raise StudyFailed(f"{self.out} was removed while its study was running; nothing more is written there.")
 
     def _pass_on(self, number: int) -> None:
         for worker in self.workers:
@@ -258,7 +258,7 @@ class _Run:
                 time.sleep(_POLL_SECONDS)
 
     def _look(self) -> None:
-        """Show how far the tasks are, and write the rows of those that have ended if that has not just been done."""
+        """Report the progress of the tasks, and write the rows of ended tasks unless that was done just now."""
         self._check_there()
         now = self.progress.states()
         self.watcher.cells(now)
@@ -305,7 +305,7 @@ class _Run:
         return rows
 
     def _tell_ignored(self, now: Iterable[CellState]) -> None:
-        """Say which checkpoints could not be used: the runs are whole, but a disk that damages files is news."""
+        """Warn about unusable checkpoints: the runs are complete, but a disk that damages files should be known."""
         for task, state in zip(self.tasks, now, strict=True):
             if state_key(state) in self._before:
                 continue
@@ -315,15 +315,15 @@ class _Run:
 
 
 def state_key(state: CellState) -> tuple[str, str, int]:
-    """What names a task among those of its study."""
+    """The key of a task within its study."""
     return (state.kind, state.arm, state.seed)
 
 
 def _unfinished(left: Iterable[CellState], words: Mapping[str, str]) -> str:
     names = ", ".join(f"{state.arm} seed {state.seed}" for state in left)
     lines = [f"{who}: {text}" for who, text in words.items() if text]
-    reasons = (" The workers' last words:\n" + "\n".join(lines)) if lines else ""
+    reasons = (" Last messages of the workers:\n" + "\n".join(lines)) if lines else ""
     return (
-        f"not finished: {names}. Rows written so far are valid. Remove the cause, then run the same command again: it "
+        f"not finished: {names}. Rows written so far are valid. Fix the cause, then run the same command again: it "
         f"resumes from the last complete checkpoints.{reasons}"
     )

@@ -46,11 +46,11 @@ def run_task(
     retry_failed: bool = False,
     watch: Callable[[], None] | None = None,
 ) -> Row:
-    """Train one task of a study, from where it was left, and return its terminal row.
+    """Train one task of a study, resuming it if it was started, and return its terminal row.
 
     Raises:
         CellBusy: another process holds it.
-        ConfigError: it cannot be run here.
+        ConfigError: it cannot be run on this machine.
     """
     from decondense.studies.measuring import measure_cell
     from decondense.training.hf import run_cell
@@ -102,7 +102,7 @@ def run_one(
 
     Raises:
         CellBusy: another process holds the cell, or, on several ranks, something that it needs.
-        Stopped: a signal asked for the end; the rows and checkpoints written so far are complete.
+        Stopped: a signal asked the process to stop; the rows and checkpoints written so far are complete.
     """
     from decondense.training.hf import CellBusy, world_size
 
@@ -150,7 +150,7 @@ def _cannot_start(task: Task, reason: str) -> Row:
 
 
 def work(out: Path, told: Callable[[], None] | None = None, *, only: str | None = None) -> None:
-    """Run every task of the study in ``out`` that nobody else runs, and return when all of them are done.
+    """Run every task of the study in ``out`` that no other process runs, and return when all of them are done.
 
     A task that cannot be run does not keep the others from being run; the first such error is raised at the end.
 
@@ -162,7 +162,7 @@ def work(out: Path, told: Callable[[], None] | None = None, *, only: str | None 
     Raises:
         StudyFailed: ``out`` was removed while its study ran.
         Stopped: SIGUSR1 asked for the end, and a checkpoint was saved.
-        ConfigError: a task cannot be run here.
+        ConfigError: a task cannot be run on this machine.
         OSError: rows or checkpoints cannot be written.
     """
     from decondense.training.hf import CellBusy
@@ -171,7 +171,7 @@ def work(out: Path, told: Callable[[], None] | None = None, *, only: str | None 
 
     def watch() -> None:
         if not held.is_there():
-            raise StudyFailed(f"{out} was removed while its study ran; nothing is written there any more.")
+            raise StudyFailed(f"{out} was removed while its study was running; nothing more is written there.")
         if told is not None:
             told()
 
@@ -231,7 +231,7 @@ def main() -> int:
         with stop_on_signals(at_once=False):  # SIGTERM ends a worker where it stands: that is safe at every moment
             work(arguments.out, only=arguments.task)
     except Stopped as stopped:
-        print(f"{stopped.signal.name}: stopped where the run can be resumed.", file=sys.stderr)
+        print(f"{stopped.signal.name}: stopped; the run can be resumed.", file=sys.stderr)
         return int(stopped.code or 0)
     except Exception as error:
         if not isinstance(error, (ValueError, OSError, RuntimeError)):

@@ -66,7 +66,10 @@ class Cell:
     def check_there(self) -> None:
         """Raise when the folder was removed: neither rows nor a checkpoint may make it again."""
         if is_main_process() and not self.folder.is_dir():
-            raise RuntimeError(f"{self.folder} was removed while its run was training; nothing is written there.")
+            raise RuntimeError(
+                f"{self.folder} was removed while its run was training, so nothing is written there. Start the run "
+                "again."
+            )
 
     def write(self, *rows: Row) -> None:
         """Append rows; on the main process only."""
@@ -79,7 +82,7 @@ class Cell:
         """Condensation on held-out passages and held-out loss; the last step's is kept document by document.
 
         Raises:
-            Diverged: states or losses are NaN or infinite. Whatever else cannot be measured is an error of its own.
+            Diverged: states or losses are NaN or infinite. Other failures of the measurement raise their own errors.
         """
         settings = self.study.evaluate
         began = time.perf_counter()

@@ -1,9 +1,9 @@
-"""Checkpoints that a run may resume from: one counts only with a mark, and the mark with what it lists.
+"""Checkpoints that a run may resume from: one counts only with a mark, and only if it matches what the mark lists.
 
 The mark is the file ``COMPLETE``, written after everything else. It holds the step, an inventory of the checkpoint's
 files (name, size, SHA-256) and the number and hash of the rows that the run had written up to that step. Resuming from
-a checkpoint with a file missing or changed, or beside rows that were cut, would give other results without a word; so
-such a checkpoint is passed over, with the reason, for an older one or for the start.
+a checkpoint with a missing or changed file, or with truncated rows, would silently give different results; so such a
+checkpoint is skipped, with the reason, in favour of an older one or of the start.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def fault(folder: Path, step: int, rows: Path) -> str | None:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         return f"its {COMPLETE} is damaged ({type(error).__name__}: {error})"
     if marked != step:
-        return f"its {COMPLETE} is that of step {marked}"
+        return f"its {COMPLETE} belongs to step {marked}"
     for name, (size, _) in files.items():
         file = folder / name
         if not file.is_file():
@@ -95,9 +95,9 @@ def fault(folder: Path, step: int, rows: Path) -> str | None:
         return f"{error.filename or folder.name} cannot be read ({error.strerror or error})"
     count, digest = _rows_up_to(rows, step)
     if count != kept[0]:
-        return f"{rows.name} has {count} rows up to step {step}, it was saved beside {kept[0]}"
+        return f"{rows.name} has {count} rows up to step {step}, but the checkpoint was saved with {kept[0]}"
     if digest != kept[1]:
-        return f"rows of {rows.name} up to step {step} have changed since it was saved"
+        return f"rows of {rows.name} up to step {step} have changed since the checkpoint was saved"
     return None
 
 

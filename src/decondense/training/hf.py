@@ -63,7 +63,7 @@ def run_cell(
     prepared: Mapping[str, Path] | None = None,
     with_profile: bool = False,
 ) -> Row:
-    """Train one arm with one seed, from where it was left, and return its terminal run row.
+    """Train one arm with one seed, resuming if it was interrupted, and return its terminal run row.
 
     Args:
         study: the whole study; its fingerprint goes into every row.
@@ -74,7 +74,7 @@ def run_cell(
         retry_failed: start a failed cell again instead of returning its row.
         watch: called whenever rows are written; it may raise to stop the run where it can be resumed.
         prepared: directories of the study's prepared models, by name.
-        with_profile: keep the trained model's profile in its directory, for those who take a target from it.
+        with_profile: keep the trained model's profile in its directory, so that other arms can take a target from it.
 
     Raises:
         CellBusy: another process holds the cell.
@@ -147,10 +147,10 @@ def _train(cell: Cell, rows: list[Row]) -> Row:
         **cell.setting,
     }
     if cell.model.lora is not None and train.fsdp and world_size() > 1:
-        raise ConfigError("train.fsdp with model.lora is not supported; adapters are small, use DDP (fsdp: false).")
+        raise ConfigError("train.fsdp with model.lora is not supported; adapters are small, so use DDP (fsdp: false).")
     if train.optimizer == "muon" and train.fsdp and world_size() > 1:
         raise ConfigError(
-            "train.fsdp with optimizer: muon is not supported, as a shard is not a whole matrix; use DDP."
+            "train.fsdp with optimizer: muon is not supported, because a shard is not a whole matrix; use DDP."
         )
     resume = _prepare_rows(cell, rows, described)
 
@@ -308,8 +308,8 @@ def _prepare_rows(cell: Cell, rows: list[Row], described: dict[str, Any]) -> Pat
     for key in ("init_hash", "order_hash", "corpus_hash"):
         if started[0][key] != described[key]:
             raise ConfigError(
-                f"{cell.folder} cannot be resumed: its {key} was {started[0][key]} and is now {described[key]} "
-                "(another version of torch, transformers or of the text?). Start again in another directory."
+                f"{cell.folder} cannot be resumed: its {key} was {started[0][key]} and is now {described[key]} (has "
+                "the version of torch, of transformers or of the text changed?). Start again in another directory."
             )
     kept = [row for row in rows if row["kind"] == "run" or row["step"] <= step]
     timing = {"from_step": step, **timing}

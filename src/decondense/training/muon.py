@@ -79,7 +79,10 @@ def optimizer_of(model: nn.Module, train: TrainConfig, decay: Collection[str]) -
         ]
 
     if not of(True) or not of(False):
-        raise ConfigError("train.optimizer: muon divides matrices of the blocks from the rest; one of them is empty.")
+        raise ConfigError(
+            "train.optimizer: muon needs trainable matrices in the blocks and other trainable parameters, and this "
+            "model has only one of the two; use adamw."
+        )
     rate = train.learning_rate if train.muon_learning_rate is None else train.muon_learning_rate
     return MuonWithAdamW(
         torch.optim.AdamW(of(False), lr=train.learning_rate, betas=train.betas),

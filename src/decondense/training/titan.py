@@ -5,8 +5,8 @@ r"""Pre-training with torchtitan 0.3: its own trainer and configurations, the di
 
 The gradient of one optimizer step is that of the token mean of the cross-entropy plus lambda times the mean dispersion
 over all packed documents of the step, over all micro-batches and data-parallel ranks. Data parallelism only (FSDP2,
-HSDP): this tie was never run with pipeline or tensor parallelism, which :class:`decondense.attaching.Part` describes,
-and with context parallelism a rank does not hold whole sequences; the trainer refuses all three.
+HSDP): this integration was never run with pipeline or tensor parallelism, for which :class:`decondense.attaching.Part`
+exists, and with context parallelism a rank does not hold whole sequences; the trainer refuses all three.
 
 :func:`to_huggingface` turns a checkpoint into a directory that ``decondense measure`` and transformers read.
 """
@@ -52,8 +52,8 @@ class DispersionTrainer(Trainer):  # type: ignore[misc]
         settings = config.dispersion.config()
         if settings.target is not None:
             raise ConfigError(
-                "dispersion.target is not supported: torchtitan's checkpoints would not hold the weights that it has "
-                "moved, so a resumed run would be another one. Give a weight and a schedule."
+                "dispersion.target is not supported: torchtitan's checkpoints do not store the weights that a target "
+                "adjusts, so a resumed run would differ. Set a weight and a schedule."
             )
         if not config.training.disable_cuda_graphs:
             raise ConfigError(
@@ -62,7 +62,7 @@ class DispersionTrainer(Trainer):  # type: ignore[misc]
             )
         super().__init__(config)  # applies checkpointing, compile and FSDP2
         dims = self.parallel_dims
-        causes = dict.fromkeys(("pp", "tp"), "this tie was never verified with it")
+        causes = dict.fromkeys(("pp", "tp"), "this integration has not been tested with it")
         for name, cause in {**causes, "cp": "a rank does not hold whole sequences"}.items():
             if getattr(dims, f"{name}_enabled"):
                 raise AttachError(f"{name.upper()} parallelism is not supported: {cause}; use data parallelism.")
@@ -121,8 +121,8 @@ def qwen3_0_6b_dispersion() -> DispersionTrainer.Config:
     """Qwen3-0.6B from scratch on C4 with dispersion loss (Liu et al. 2026, arXiv:2602.00217, table 5).
 
     From the paper: model, corpus, 156 billion tokens, lambda .1, tau 1, all layers. AdamW (.9, .95), weight decay .1
-    and the peak rate 3e-4 are torchtitan's for this model. Ours: 1,048,576 tokens a step, 2,000 steps of warm-up,
-    cosine decay to a tenth. A control arm is the same with ``--dispersion.weight 0``
+    and the peak rate 3e-4 are torchtitan's for this model. Our choices: 1,048,576 tokens per step, 2,000 steps of
+    warm-up, cosine decay to a tenth. A control arm is the same with ``--dispersion.weight 0``
     (:func:`qwen3_0_6b_cross_entropy`).
     """
     base = qwen3_0_6b()
@@ -179,7 +179,7 @@ def to_huggingface(
 
     checkpoint, out = Path(checkpoint), Path(out)
     if not (checkpoint / ".metadata").is_file():
-        raise ConfigError(f"{checkpoint} is not a torchtitan checkpoint (no .metadata); name a step-... folder.")
+        raise ConfigError(f"{checkpoint} is not a torchtitan checkpoint (no .metadata); give a step-... folder.")
     spec = model_registry(flavor)
     titan = spec.model
     with torch.device("meta"):
@@ -187,7 +187,10 @@ def to_huggingface(
     saved = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
     missing = [name for name in state if name not in saved]
     if missing:
-        raise ConfigError(f"{checkpoint} lacks {missing[0]!r}; is it a checkpoint of flavor {flavor!r}?")
+        raise ConfigError(
+            f"{checkpoint} lacks {missing[0]!r}; is it a checkpoint of flavor {flavor!r}? Pass the flavor that was "
+            "trained."
+        )
     state = {name: torch.empty_like(value, device="cpu") for name, value in state.items()}
     load(state, storage_reader=FileSystemReader(str(checkpoint)))
     weights = spec.state_dict_adapter(titan, None).to_hf(state)

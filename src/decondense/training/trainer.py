@@ -124,8 +124,9 @@ def training_arguments(train: TrainConfig, folder: Path, seed: int) -> TrainingA
     micro = min(train.micro_batch_size or per_rank, per_rank)
     if rest or micro < 1 or per_rank % micro:
         raise ConfigError(
-            f"train.batch_size {train.batch_size} cannot be shared by {world} processes in micro-batches of "
-            f"{train.micro_batch_size or per_rank}."
+            f"train.batch_size {train.batch_size} cannot be split over {world} processes in micro-batches of "
+            f"{train.micro_batch_size or per_rank}; it must be a multiple of the processes times "
+            "train.micro_batch_size."
         )
     return TrainingArguments(
         output_dir=str(folder),
@@ -180,7 +181,7 @@ def whole_state(model: PreTrainedModel) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The Trainer warns about what is meant here (no tokenizer, aligned special tokens); keep the terminal readable."""
+    """Silence the Trainer's warnings about intended settings (no tokenizer, aligned special tokens)."""
     logger = logging.getLogger("transformers")
     level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)

@@ -38,7 +38,7 @@ __all__ = [
 
 
 class Treatments(Config):
-    """The treatments of an arm by id. None: the arm does without.
+    """The treatments of an arm by id. None: the arm does not have the treatment.
 
     A run prepares them from the last to the first, so that the dispersion loss sees what the others do to the states,
     and what changes that loss comes after it.
@@ -47,13 +47,13 @@ class Treatments(Config):
     later: ClassVar[frozenset[str]] = frozenset({"gradient_noise"})
 
     gradient_noise: GradientNoiseConfig | None = None
-    """Noise in the place of the dispersion loss's gradient."""
+    """Noise instead of the gradient of the dispersion loss."""
     dispersion: DispersionConfig | None = None
     """The dispersion loss."""
     noisy_embedding: NoisyEmbeddingConfig | None = None
     """Noise on the token embeddings."""
     active_forgetting: ActiveForgettingConfig | None = None
-    """An input embedding that is drawn anew in periods."""
+    """An input embedding that is periodically reinitialised."""
     distillation: DistillationConfig | None = None
     """A larger model as the teacher."""
 
@@ -64,21 +64,21 @@ class Treatments(Config):
         if self.dispersion is None:
             raise ValueError("gradient_noise takes its norm from the dispersion loss of the same arm; add dispersion.")
         if self.dispersion.target is not None and self.dispersion.loss.form != "profile":
-            raise ValueError("gradient_noise and dispersion.target: noise does not follow a target; give a weight.")
+            raise ValueError("gradient_noise cannot follow dispersion.target; give a weight instead of the target.")
         return self
 
     @model_validator(mode="after")
     def _has_its_teacher(self) -> Treatments:
         if self.dispersion is not None and self.dispersion.loss.info.teacher and self.distillation is None:
             raise ValueError(
-                f"dispersion.loss.form {self.dispersion.loss.form!r} needs the teacher of distillation in the same "
-                "arm; with distillation.weight: 0 its predictions have no part."
+                f"dispersion.loss.form {self.dispersion.loss.form!r} needs a teacher: add distillation to the same "
+                "arm, with distillation.weight: 0 if its predictions should not be used."
             )
         return self
 
     @property
     def treatments(self) -> dict[str, Treatment]:
-        """Those of this arm by id, in the order of the registry."""
+        """The treatments of this arm by id, in the order of the registry."""
         return {name: value for name in TREATMENTS if (value := getattr(self, name)) is not None}
 
 

@@ -10,12 +10,12 @@ from decondense.config.treatment import Treatment
 
 
 class ActiveForgettingConfig(Treatment):
-    """Baseline: the input embedding is initialised again every ``every`` steps (Chen et al. 2023; paper, table 2)."""
+    """Baseline: the input embedding is reinitialised every ``every`` steps (Chen et al. 2023; paper, table 2)."""
 
     title: ClassVar[str] = "active forgetting"
 
     every: int = Field(default=1000, ge=2)
-    """Optimizer steps of a period. Paper: 1000."""
+    """Optimizer steps per period. Paper: 1000."""
     std: float = Field(default=0.02, gt=0)
     """Standard deviation of the new embedding. Paper: 0.02."""
     warmup: float = Field(default=0.1, ge=0, lt=1)

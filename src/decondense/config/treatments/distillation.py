@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class DistillationConfig(Treatment):
-    """Knowledge distillation from a larger model of the same tokenizer, beside the cross-entropy (paper, figure 5)."""
+    """Knowledge distillation from a larger model with the same tokenizer (paper, figure 5); cross-entropy is kept."""
 
     title: ClassVar[str] = "distillation"
 
@@ -25,9 +25,9 @@ class DistillationConfig(Treatment):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     temperature: float = Field(default=1.0, gt=0)
-    """T of the softened predictions; the loss carries T^2, so that its gradient does not shrink with T."""
+    """Temperature T of the softened predictions; scaling the loss by T^2 keeps its gradient from shrinking with T."""
     weight: float = Field(default=1.0, ge=0)
-    """Weight of the distillation loss; the cross-entropy keeps 1."""
+    """Weight of the distillation loss; the cross-entropy has weight 1."""
 
     @property
     def prepared(self) -> str | None:
@@ -40,7 +40,7 @@ class DistillationConfig(Treatment):
         return () if self.prepared is None else (self.prepared,)
 
     def located(self, folders: Mapping[str, Path]) -> Self:
-        """The same with the teacher's directory."""
+        """A copy that names the teacher's directory."""
         return self if self.prepared is None else self.model_copy(update={"teacher": str(folders[self.prepared])})
 
     def extra_flops(self, run: RunCost) -> float:

@@ -80,17 +80,17 @@ def _load_tasks(requests: list[dict[str, Any]], source: Tasks, events: Events) -
 
 
 def _lacks_token(lm: Model, loaded: LoadedTask, shots: int | None) -> str | None:
-    """Which token that a task needs the tokenizer lacks; None: none."""
+    """Why the task cannot be scored with a tokenizer that lacks a token; None: nothing is missing."""
     if lm.prefix_token_id is None and scores_text_alone(loaded, shots):
         missing = "neither bos_token nor eos_token"
-        use = "scores texts from their first token, which follows one of these"
+        use = "needs one of them to score the first token of a text"
     elif lm.eot_token_id is None and any(task.OUTPUT_TYPE == "generate_until" for task in loaded.parts):
-        missing, use = "no eos_token", "generates text up to that token"
+        missing, use = "no eos_token", "needs it to end generated text"
     else:
         return None
     return (
-        f"the tokenizer of {lm.source} has {missing}, and the task {use}. Name the token that separated texts "
-        "in training in the tokenizer_config.json, give another tokenizer with --tokenizer, or omit the task with "
+        f"the tokenizer of {lm.source} has {missing}, and the task {use}. Set it in tokenizer_config.json to "
+        "the token that separated texts in training, give another tokenizer with --tokenizer, or omit the task with "
         "--tasks."
     )
 
@@ -157,13 +157,13 @@ def _no_data(name: str, error: Exception) -> dict[str, str]:
     source = TASKS[name].source if name in TASKS else "its data set"
     return {
         "message": f"{name}: {source} cannot be read from the hub ({type(error).__name__}: {first_line(error)}).",
-        "remedy": "Without network, give the rows in local files (--data-dir DIR), or fill a cache on a machine with "
-        "network and set HF_HOME to it; a gated data set needs its form filled in and `hf auth login`.",
+        "remedy": "Without network access, give the rows in local files (--data-dir DIR), or fill a cache on a machine "
+        "with network access and set HF_HOME to it. For a gated data set, request access and run `hf auth login`.",
     }
 
 
 def _stay_offline() -> None:
-    """Look for data sets in the cache only: each failed request takes half a minute."""
+    """Look for data sets only in the cache: each failed request takes half a minute."""
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     datasets.config.HF_HUB_OFFLINE = True
 

@@ -19,7 +19,7 @@ from decondense.evaluate.worker.events import Events
 from decondense.limits import model_positions
 
 _UNLIMITED = HFLM._DEFAULT_MAX_LENGTH
-"""Context in tokens of a model that declares no limit: the harness's own choice."""
+"""Context length of a model that declares no limit, as in the harness."""
 
 
 class Model(HFLM):  # type: ignore[misc]
@@ -89,7 +89,10 @@ class Model(HFLM):  # type: ignore[misc]
         scored = super()._loglikelihood_tokens(pieces, disable_tqdm=True, override_bs=override_bs)
         for owner, (value, is_greedy) in zip(owners, scored, strict=True):
             if math.isnan(value):
-                raise EvaluationError("the model's log-likelihoods are NaN: so are its weights or its logits.")
+                raise EvaluationError(
+                    "the model's log-likelihoods are NaN, because its weights or logits are NaN. Check the "
+                    "checkpoint, or try --dtype float32."
+                )
             values[owner] += float(value)
             greedy[owner] &= bool(is_greedy)
         return list(zip(values, greedy, strict=True))

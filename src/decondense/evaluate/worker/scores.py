@@ -88,7 +88,7 @@ def _pair(entry: Any) -> tuple[float, float] | None:
 
 
 def _standard_error(values: Sequence[float], weights: Sequence[float], mean: float) -> float | None:
-    r"""Of a weighted mean of I items: sqrt(I / (I - 1) \sum w_i^2 (x_i - mean)^2) / \sum w_i; s / sqrt(I) if equal."""
+    r"""Error of a weighted mean of I items: sqrt(I / (I - 1) \sum w_i^2 (x_i - mean)^2) / \sum w_i; or s / sqrt(I)."""
     n = len(values)
     if n < 2:
         return None

@@ -73,7 +73,7 @@ class Tasks:
             return [name]
         members = entry.cfg["task"] if isinstance(entry.cfg["task"], list) else [entry.cfg["task"]]
         if not all(isinstance(member, str) for member in members):
-            raise EvaluationError(f"{name} is a group with definitions of its own; name its tasks one by one.")
+            raise EvaluationError(f"{name} is a group with its own definitions; name its tasks one by one.")
         return [leaf for member in members for leaf in self.leaves(member)]
 
     def group(self, name: str) -> Any:
@@ -152,7 +152,9 @@ class Tasks:
         scored = config.get("test_split") or config.get("validation_split")
         override: dict[str, Any] = {"task": leaf, "custom_dataset": loader}
         if scored not in splits:
-            raise EvaluationError(f"{leaf} is scored on the split {scored!r}; there are {', '.join(sorted(splits))}.")
+            raise EvaluationError(
+                f"{leaf} is scored on the split {scored!r}, but the data have only {', '.join(sorted(splits))}."
+            )
         for key in ("training_split", "validation_split", "fewshot_split"):
             if config.get(key) not in splits and (key != "fewshot_split" or config.get(key) is not None):
                 override[key] = None
@@ -162,7 +164,7 @@ class Tasks:
             override["fewshot_split"] = local["few_shot_split"]
         elif examples and examples not in splits:
             raise EvaluationError(
-                f"{leaf} takes its examples from {examples!r}; there are {', '.join(sorted(splits))}."
+                f"{leaf} takes its examples from {examples!r}, but the data have only {', '.join(sorted(splits))}."
             )
         return override
 

@@ -7,7 +7,7 @@ every token* of a sequence: the states are shifted against their mean as one, an
 stay. In ``mean_cosine`` every token has a force of its own, tangent to the sphere, :math:`\propto (\bar u - \langle
 \bar u, \hat z_i \rangle \hat z_i)/|z_i|` with the mean :math:`\bar u` of the unit vectors: it turns tokens relative to
 each other, which is repulsion. (The mean of unit vectors alone would be no control: :math:`|\bar u|^2` is the mean
-cosine but for the diagonal.) For states of equal length C is that mean cosine too, so the two fall together, by
+cosine except for the diagonal.) For states of equal length C is that mean cosine too, so the two fall together, by
 different means.
 """
 

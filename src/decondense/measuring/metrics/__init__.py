@@ -1,4 +1,5 @@
-"""Side metrics of token vectors, each by its cheapest exact route. :mod:`decondense.metrics` is their registry.
+"""Side metrics of token vectors, each computed by its cheapest exact method. :mod:`decondense.metrics` is their
+registry.
 
 A metric's function takes a :class:`Cloud` (the tokens of a passage) or a :class:`Corpus` (those of all passages), which
 share Gram matrices and spectra between the metrics that need them.
@@ -80,7 +81,8 @@ METRICS: Mapping[str, Metric] = _Metrics()
 
 
 def resolve_metrics(names: str | Iterable[str]) -> dict[str, Metric]:
-    """The metrics of a choice of names (or ``"all"``); an unknown name raises ValueError and says what was meant."""
+    """The metrics with these names (or ``"all"``); an unknown name raises a ValueError that suggests the closest
+    one."""
     chosen = [names] if isinstance(names, str) else list(names)
     known = metric_names() if chosen else ()  # looking for other packages' takes a moment
     for name in chosen:

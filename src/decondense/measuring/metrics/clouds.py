@@ -1,4 +1,4 @@
-r"""A set of tokens as the side metrics see it: Gram matrices, spectra, sums, each computed once, if asked for.
+r"""A set of tokens as the side metrics see it: Gram matrices, spectra and sums, each computed once on demand.
 
 Nothing here needs an SVD of Z: the smaller of :math:`Z^T Z` and :math:`Z Z^T` has the squared singular values as its
 eigenvalues. All arithmetic is in float64.
@@ -34,7 +34,7 @@ class Cloud:
 
     Args:
         z_ND: States, any floating dtype.
-        unit_ND: Their unit rows, where they are there already.
+        unit_ND: Their unit rows, if they are already computed.
     """
 
     def __init__(self, z_ND: Tensor, unit_ND: Tensor | None = None) -> None:
@@ -80,7 +80,7 @@ class Cloud:
         return self._grams[centred]
 
     def spectrum(self, centred: bool) -> Array:
-        r"""Eigenvalues :math:`\lambda_k` of the smaller Gram matrix, falling, none negative."""
+        r"""Eigenvalues :math:`\lambda_k` of the smaller Gram matrix, in descending order, none negative."""
         if centred not in self._spectra:
             values = torch.linalg.eigvalsh(self.gram(centred)).clamp_min(0).cpu().numpy()[::-1].copy()
             values[self.n - centred :] = 0  # beyond the rank there is rounding only

@@ -1,6 +1,6 @@
 """What a study will cost, before it starts: its runs, parameters, tokens, floating point operations, time and disk.
 
-A small step is timed on this machine; for a large one the operations are divided by 40 % of a GPU's peak.
+A small training step is timed on this machine; for a large one the operations are divided by 40 % of a GPU's peak.
 """
 
 from __future__ import annotations

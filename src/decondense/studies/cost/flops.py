@@ -2,15 +2,15 @@ r"""Floating point operations of training, of the dispersion loss and of evaluat
 
 **Training.** A token costs :math:`6 N` operations for the :math:`N` parameters that it is multiplied with (2 forward,
 4 backward; Kaplan et al. 2020, arXiv:2001.08361, section 2.1): the embedding tables are looked up and do not count,
-the language model head does, tied or not; of a mixture of experts the share that a token is sent to. Attention adds
-:math:`12 L D T` for L layers, D = heads x features of a head and sequences of T tokens (Chowdhery et al. 2022,
-arXiv:2204.02311, appendix B), half of it because a causal mask needs half of the pairs. A forward pass alone is a
+the language model head does, tied or not; in a mixture of experts, only the experts that a token is routed to count.
+Attention adds :math:`12 L D T` for L layers, D = heads x features per head and sequences of T tokens (Chowdhery et al.
+2022, arXiv:2204.02311, appendix B), half of it because a causal mask needs half of the pairs. A forward pass alone is a
 third. Gradient checkpointing adds one forward pass. With adapters (LoRA) the frozen weights need no gradient of their
 own: 4 N instead of 6 N.
 
-**Dispersion loss.** :math:`3 T^2 F` a sequence and layer for F features: the products of all pairs once, by symmetry
-(:math:`T^2 F`), and the gradient that is made of them in the same sweep (:math:`2 T^2 F`; docs/math.md). It counts for
-the layers that are dispersed and the steps in which its weight is not zero.
+**Dispersion loss.** :math:`3 T^2 F` per sequence and layer for F features: the products of all pairs once, by symmetry
+(:math:`T^2 F`), and the gradient that is computed from them in the same pass (:math:`2 T^2 F`; docs/math.md). It counts
+for the layers that are dispersed and the steps in which its weight is not zero.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def training_flops(
 
     Args:
         size: the model.
-        tokens: tokens in all.
-        length: tokens of a sequence.
+        tokens: total number of tokens.
+        length: tokens per sequence.
         causal: count the half of attention that a causal mask needs; False: what dense kernels execute.
         checkpointing: activations are computed a second time.
     """
@@ -61,8 +61,8 @@ def dispersion_flops(
     Args:
         dispersion: layers and loss.
         size: the model.
-        sequences: sequences in all.
-        length: tokens of a sequence.
+        sequences: total number of sequences.
+        length: tokens per sequence.
         together: sequences whose tokens are paired with each other (``within`` other than ``sequence``).
     """
     if not size.layers:
@@ -91,7 +91,7 @@ def dispersion_flops(
 
 
 def share_of_steps(dispersion: DispersionConfig, steps: int) -> float:
-    """Share of the optimizer steps in which the loss is computed; a weight of 0 is watched in all of them."""
+    """Share of the optimizer steps in which the loss is computed; with a weight of 0 all of them, for the log."""
     if steps < 1:
         return 0.0
     if dispersion.weight == 0 or dispersion.schedule.is_constant:

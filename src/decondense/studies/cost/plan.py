@@ -32,13 +32,13 @@ class Line:
     what: str
     runs: int
     steps: int
-    """Of one run."""
+    """Steps of one run."""
     size: Size
     tokens: float
     flops: float
     """nan: unknown."""
     seconds: float | None
-    """Of computing, one run after the other; None: not timed on this machine."""
+    """Computing time of the runs, one after the other; None: not timed on this machine."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Plan:
     lines: list[Line]
     workers: int
     final_bytes: float
-    """Disk that the trained models need in the end."""
+    """Disk space for the trained models."""
     checkpoint_bytes: float
-    """Disk that the two checkpoints of the largest run need while it is trained."""
+    """Disk space for the two checkpoints of the largest run while it trains."""
     how: str
     """How the times were found."""
     notes: list[str] = field(default_factory=list)
@@ -74,13 +74,13 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Time of the timed runs with the workers side by side."""
+        """Time of the timed runs, with the workers in parallel."""
         timed = [line for line in self.lines if line.seconds is not None]
         longest = max((line.seconds / line.runs for line in timed if line.seconds), default=0.0)
         return max(sum(line.seconds or 0.0 for line in timed) / self.workers, longest)
 
     def with_seeds(self, seeds: int) -> Plan:
-        """The same for another number of seeds."""
+        """The plan for another number of seeds."""
         factor = seeds / len(self.study.every_seed)
         lines = [
             line
@@ -98,7 +98,7 @@ class Plan:
 
 
 def _together(notes: Iterable[str]) -> list[str]:
-    """Notes ``NAME: what is said of it``, one for all names of which the same is said."""
+    """Notes ``NAME: text``, merged into one note for all names with the same text."""
     said: dict[str, list[str]] = {}
     for note in dict.fromkeys(note for note in notes if note):
         name, _, words = note.partition(": ")
@@ -107,14 +107,14 @@ def _together(notes: Iterable[str]) -> list[str]:
 
 
 def plan_of(study: StudyConfig, *, workers: int | None = None, budget: float = 3.0) -> Plan:
-    """Everything that a study will do, counted, and timed where a step is small.
+    """Count everything that a study will do, and time small steps.
 
-    Nothing is read over the network and no random state is moved.
+    Nothing is read over the network, and random states are left unchanged.
 
     Args:
         study: the study.
-        workers: runs side by side; None: as many as the runner takes.
-        budget: seconds after which no further model is timed; the rest is taken to be as fast as what was timed.
+        workers: runs in parallel; None: the runner's default.
+        budget: seconds after which no further model is timed; the others are estimated at the measured speed.
 
     Raises:
         ConfigError: an architecture or one of its fields does not exist.
@@ -218,7 +218,7 @@ def _line(study: StudyConfig, models: Models, timer: Timer, runs: list[Run]) -> 
 
 
 def describe(run: Run, study: StudyConfig) -> str:
-    """What a run is, in few words: the arm's label, and how it differs from training."""
+    """A short description of a run: the arm's label, and how it differs from training."""
     arm, words = run.arm, []
     if run.kind == "prepared":
         words.append("trained first")
@@ -234,7 +234,7 @@ def describe(run: Run, study: StudyConfig) -> str:
 
 
 def time_of(line: Line) -> str:
-    """The time of a line of the table: timed, or in hours of the first GPU that is known."""
+    """The time in a line of the table: as timed, or in hours of the first GPU in :data:`GPUS`."""
     if line.seconds is not None:
         return duration(line.seconds)
     gpu = next(iter(GPUS))
@@ -259,7 +259,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def totals(plan: Plan) -> list[str]:
-    """What stands below the table: sums, time, disk, and what is not known."""
+    """The lines below the table: sums, time, disk, and what is unknown."""
     study, kinds = plan.study, [run.kind for run in plan.runs]
     names = {"prepared": "prepared model", "trial": "trial", "cell": "run", "measured": "measured model"}
     parts = [plural(kinds.count(kind), name) for kind, name in names.items() if kind in kinds]
@@ -274,11 +274,11 @@ def totals(plan: Plan) -> list[str]:
             f"({peaks} TFLOP/s)."
         )
         if study.measure is None and study.train.precision == "fp32":
-            lines.append("The study trains in fp32, which is slower than that; --set train.precision=bf16.")
+            lines.append("The study trains in fp32, which is slower; use bf16 with --set train.precision=bf16.")
     if plan.final_bytes:
         lines.append(
             f"Disk: {storage(plan.final_bytes)} for the trained models, up to {storage(plan.checkpoint_bytes)} of "
-            "checkpoints for each run while it is trained."
+            "checkpoints for each run while it trains."
         )
     if study.until is not None:
         ends = [plan.with_seeds(seeds) for seeds in (max(len(study.every_seed), FEWEST_SEEDS), study.most_seeds)]
@@ -287,6 +287,6 @@ def totals(plan: Plan) -> list[str]:
         lines.append(
             f"Until decided: {runs[0] // len(study.arms)} to {study.most_seeds} seeds, that is {runs[0]} to {runs[1]} "
             f"runs, {count(ends[0].tokens, short=True)} to {count(ends[1].tokens, short=True)} tokens and {time[0]} to "
-            f"{time[1]} with what comes before them."
+            f"{time[1]}, including the models and trials before them."
         )
     return [*lines, *plan.notes]

@@ -1,4 +1,4 @@
-"""The runs of a study, as far as their cost goes. Needs no torch."""
+"""The runs of a study, with what determines their cost. Needs no torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Run:
     """Checkpoints that are evaluated on held-out text."""
     arm: ArmConfig | None = None
     learning_rate: float | None = None
-    """The rate of a trial."""
+    """The learning rate of a trial."""
 
     @property
     def tokens(self) -> int:
@@ -35,7 +35,7 @@ class Run:
 
 
 def runs_of(study: StudyConfig) -> list[Run]:
-    """The tasks of the runner, as far as their cost goes. Needs no torch."""
+    """The tasks of the runner, with what determines their cost. Needs no torch."""
     found = []
     for task in tasks(study, Path()):
         arm = None if task.kind == "prepared" else study.arm(task.arm)
@@ -55,7 +55,7 @@ def runs_of(study: StudyConfig) -> list[Run]:
 def short_form(study: StudyConfig) -> list[str]:
     """Two or three lines for a run that is about to start: its runs and its tokens.
 
-    The command that starts the workers does without torch; :func:`plan_of` estimates sizes and times.
+    The command that starts the workers does not import torch; :func:`plan_of` estimates sizes and times.
     """
     runs = runs_of(study)
     cells = [run for run in runs if run.kind in ("cell", "measured")]
@@ -76,5 +76,5 @@ def short_form(study: StudyConfig) -> list[str]:
     else:
         trained = {run.tokens for run in cells if run.steps}
         total = f"{count(sum(run.tokens for run in runs), short=True)} tokens in all"
-        lines.append(f"{total}, {count(trained.pop(), short=True)} a run." if len(trained) == 1 else f"{total}.")
+        lines.append(f"{total}, {count(trained.pop(), short=True)} per run." if len(trained) == 1 else f"{total}.")
     return [*lines, "--dry-run estimates the time."]

@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Size:
-    """A model, as far as its cost goes."""
+    """The sizes of a model that determine its cost."""
 
     total: float | None
     """Parameters, tied ones once; None: unknown."""
     without_embeddings: float | None
     """Parameters without embedding tables and head."""
     computing: float | None
-    """Parameters that every token is multiplied with: without embedding tables, with the head."""
+    """Parameters that multiply every token: without embedding tables, with the head."""
     layers: int = 0
     features: int = 0
-    """Of a hidden state."""
+    """Width of a hidden state."""
     attention: int = 0
-    """Heads times features of a head."""
+    """Heads times features per head."""
     adapters: float | None = None
     """Parameters of the adapters, the only ones that are trained; None: all are trained."""
     note: str = ""
-    """Why it is no exact count."""
+    """Why the count is not exact."""
 
     @property
     def trained(self) -> float | None:
@@ -42,7 +42,7 @@ UNKNOWN = Size(None, None, None, note="unknown")
 
 
 def size_of_module(model: nn.Module, config: ModelConfig | None = None) -> Size:
-    """Count a built Hugging Face model; the meta device will do.
+    """Count the parameters of a Hugging Face model, which may be on the meta device.
 
     Args:
         model: with ``config`` and ``get_output_embeddings``.
@@ -118,7 +118,7 @@ class Models:
         return model if name is None else self.study.prepared[name].model.model_copy(update={"lora": model.lora})
 
     def size(self, model: ModelConfig, positions: int) -> Size:
-        """The size of a model, from its architecture, its files, the hub's cache or what the study says."""
+        """The size of a model, from its architecture, its files, the hub's cache or the study."""
         model = self.resolved(model)
         key = f"{model.model_dump_json()} {positions}"
         if key not in self.sizes:
@@ -136,20 +136,20 @@ class Models:
             longest = model_positions(built)
             if self.study.measure is None and longest is not None and longest < positions:
                 raise ConfigError(
-                    f"model.pretrained {model.pretrained!r} has {longest} positions, less than "
-                    f"train.max_seq_length {positions}."
+                    f"model.pretrained {model.pretrained!r} has {longest} positions, fewer than "
+                    f"train.max_seq_length {positions}; lower train.max_seq_length."
                 )
             return size_of_module(built, model)
         if model.parameters is not None:
             note = (
-                f"{model.pretrained}: parameters as the study says; attention and the pairs of the dispersion loss "
-                "are not counted"
+                f"{model.pretrained}: parameters as stated in the study; attention and the pairs of the dispersion "
+                "loss are not counted"
             )
             return Size(model.parameters, None, model.parameters, note=note)
-        return Size(None, None, None, note=f"{model.pretrained}: not on this machine, size and cost unknown")
+        return Size(None, None, None, note=f"{model.pretrained}: not on this machine, so its size and cost are unknown")
 
     def build(self, model: ModelConfig, positions: int) -> nn.Module | None:
-        """The model with random weights on the current default device; None: nothing here says what it looks like."""
+        """The model with random weights on the current default device; None: no configuration on this machine."""
         from transformers import AutoConfig
 
         from decondense.models import build_model, empty_model, load_config
@@ -178,5 +178,7 @@ class Models:
         try:
             return vocabulary_of(read_tokenizer(name, local_files_only=True))
         except (OSError, ValueError, KeyError, ImportError, AttributeError):
-            self.notes.append(f"The tokenizer {name} is not on this machine: the architecture's own vocabulary counts.")
+            self.notes.append(
+                f"The tokenizer {name} is not on this machine; the architecture's own vocabulary is used."
+            )
             return None

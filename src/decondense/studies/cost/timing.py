@@ -13,9 +13,9 @@ from decondense.studies.cost.runs import Run
 from decondense.studies.cost.sizes import Models, Size
 
 SMALL_STEP = 3e12
-"""Operations of an optimizer step below which it is timed instead of estimated."""
+"""An optimizer step with fewer operations is timed instead of estimated."""
 _TIMED_PASS = 2.5e10
-"""Operations of a timed pass at most on a CPU; a larger batch is timed on some of its sequences."""
+"""Maximum operations of a timed pass on a CPU; a larger batch is timed on some of its sequences."""
 
 
 class Timer:
@@ -25,9 +25,9 @@ class Timer:
         self.models, self.budget = models, budget
         self.until = math.inf
         self.steps: dict[str, float] = {}
-        """Seconds of a step by what is timed."""
+        """Seconds per step, by what was timed."""
         self.speeds: list[tuple[float, float]] = []
-        """(operations of a step, operations a second) of what was timed."""
+        """(operations per step, operations per second) of what was timed."""
         self.parts, self.carried = False, False
 
     def seconds(self, run: Run, size: Size, plain: float, extra: float, share: float) -> float | None:
@@ -54,9 +54,9 @@ class Timer:
             return ""
         words = "timed on this machine"
         if self.parts:
-            words += ", on a part of the batch"
+            words += ", on part of the batch"
         if self.carried:
-            words += ", some runs taken to be as fast as those timed"
+            words += ", other runs estimated at the same speed"
         return words
 
     def _speed(self, step: float) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 GPUS = {"A100": 312e12, "H100": 989e12}
 """Peak operations a second in bfloat16 without sparsity, from the makers' data sheets."""
 UTILISATION = 0.4
-"""Share of the peak that training is assumed to reach."""
+"""Fraction of the peak that training is assumed to reach."""
 
 
 def gpu_hours(flops: float, gpu: str) -> float:
@@ -19,5 +19,5 @@ def gpu_hours_of(flops: float) -> str:
 
 
 def hours(value: float) -> str:
-    """Hours in two digits."""
+    """Hours with two digits."""
     return "<0.01" if value < 0.01 else f"{value:,.0f}" if value >= 99.5 else f"{value:.2g}"

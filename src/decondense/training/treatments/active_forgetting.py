@@ -86,8 +86,8 @@ def prepare(
     """Refused for adapters, which freeze the embedding, and for sharded parameters."""
     if cell.model.lora is not None:
         raise ConfigError(
-            f"arm {cell.arm.name!r}: active forgetting trains the input embedding, which model.lora freezes; "
-            "use one of them."
+            f"arm {cell.arm.name!r}: active forgetting trains the input embedding, which model.lora freezes; use only "
+            "one of the two."
         )
     return ActiveForgetting(model, config, cell.seed)
 

@@ -40,11 +40,14 @@ class Teacher(Applied):
         except ModelError as error:
             raise ConfigError(f"distillation.teacher {config.teacher!r} cannot be loaded: {error}") from error
         if theirs is None:
-            raise ConfigError(f"distillation.teacher {config.teacher!r} comes without a tokenizer to compare.")
+            raise ConfigError(
+                f"distillation.teacher {config.teacher!r} has no tokenizer to compare with the student's; use a model "
+                "with its tokenizer."
+            )
         if theirs.get_vocab() != tokenizer.get_vocab():
             raise ConfigError(
-                f"distillation.teacher {config.teacher!r} has another tokenizer than the student (vocabularies of "
-                f"{len(theirs)} and {len(tokenizer)} entries): their predictions are not over the same tokens. "
+                f"distillation.teacher {config.teacher!r} has a different tokenizer than the student (vocabularies of "
+                f"{len(theirs)} and {len(tokenizer)} entries), so their predictions are not over the same tokens. "
                 "Train both on one corpus with one vocabulary."
             )
         self.model = teacher.train(False).requires_grad_(False)

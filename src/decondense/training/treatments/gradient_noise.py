@@ -6,9 +6,9 @@ one) at one layer, all of its real tokens and features as one vector. The layer 
 .. math:: \tilde g_s = |g_s| \, \epsilon_s / |\epsilon_s|, \quad \epsilon_s \sim N(0, I)
 
 instead, drawn anew for each layer, sequence and micro-batch: as much disturbance at the same places, in a direction
-that says nothing of the other tokens. The norm is equal per sequence and layer; where gradients of sequences add up in
-the weights, noise adds up to less than gradients that agree. Where the loss is computed is where its gradient branches
-off, so the cross-entropy's gradient is not touched. The value that is logged is that of the loss.
+that does not depend on the other tokens. The norm is equal per sequence and layer; where gradients of sequences add up
+in the weights, noise adds up to less than gradients that agree. Where the loss is computed is where its gradient
+branches off, so the cross-entropy's gradient is not touched. The value that is logged is that of the loss.
 
 Draws are a function of (seed, rank, step, number of the draw within the step), so that a resumed run draws what it
 would have drawn, and a second backward pass through one graph the same again.
