@@ -115,8 +115,8 @@ def _added() -> str:
     outcomes = {d.outcome for d in scores if d is not None}
     mean_score = "has not been measured" if not outcomes else f"is {' and '.join(sorted(outcomes))}"
     return (
-        f"held-out loss less that of cross-entropy: {'; '.join(said)}. The mean score over the ten benchmarks of the "
-        f"second {mean_score}."
+        f"held-out loss less that of cross-entropy: {'; '.join(said)}. The mean score of the Llama over the ten "
+        f"benchmarks {mean_score}."
     )
 
 
