@@ -434,7 +434,7 @@ def test_state_goes_on_where_it_stood():
         assert second.weight == weight < 0.5
     with (
         attach(tiny(), 0.4, schedule=schedule) as third,
-        pytest.raises(AttachError, match=r"weight: 0\.5 then, 0\.4 now"),
+        pytest.raises(AttachError, match=r"weight: saved 0\.5, now 0\.4"),
     ):
         third.load_state_dict(state)
 

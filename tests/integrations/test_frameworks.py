@@ -335,7 +335,7 @@ def test_lightning_state_and_module(tmp_path):
     assert state["step"] == 3
     other = DispersionCallback(0.4, schedule=WeightSchedule(kind="linear"))
     other.load_state_dict(state)
-    with pytest.raises(AttachError, match=r"weight: 0\.5 then, 0\.4 now"):
+    with pytest.raises(AttachError, match=r"weight: saved 0\.5, now 0\.4"):
         lightning_fit(tmp_path, other)
     with pytest.raises(AttachError, match=r"no module 'net'.*It has: model"):
         lightning_fit(tmp_path, DispersionCallback(module="net"))

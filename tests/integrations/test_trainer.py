@@ -438,7 +438,7 @@ def test_checkpoints_keep_the_settings_and_a_resume_notices_others(tmp_path):
 
     other = make()
     attach_trainer(other, 0.4, schedule=WeightSchedule(kind="cosine"))
-    with pytest.warns(UserWarning, match="settings differ: weight"):
+    with pytest.warns(UserWarning, match="differs from that of the checkpoint in these settings: weight"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

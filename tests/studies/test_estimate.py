@@ -445,7 +445,7 @@ def test_the_short_form_needs_no_torch_and_no_time() -> None:
     took, lines = json.loads(done.stdout)
     assert took < 2
     assert lines[0] == "8 runs to train: 4 arms x 2 seeds, after 1 prepared model and 4 trials."
-    assert lines[1] == "20.5K tokens in all, 1,280 a run."
+    assert lines[1] == "20.5K tokens in all, 1,280 per run."
     assert "--dry-run" in lines[2]
 
 

@@ -80,7 +80,7 @@ def _torchrun(study: StudyConfig, words: list[str], out: Path) -> Iterator[Launc
         what = " and ".join(
             name for name, there in (("prepared models", study.prepared), ("trials", study.sweep is not None)) if there
         )
-        needs = [f"# run this after the {what}, which `decondense study` trains first"]
+        needs = [f"# run after the {what}, trained first by `decondense study`"]
     if processes > 1:
         yield Launch(
             f"One run on {processes} GPUs",
