@@ -118,6 +118,7 @@ def together(
     """Two ranks under ``deepspeed.initialize``; ``folder``: saved after the first step, continued by another engine."""
 
     def start():
+        unset_hf_deepspeed_config()  # a Trainer's, if one is still alive: stage 3 would build the model in pieces
         made = model()
         handle = attach(made, weight) if first and weight is not None else None
         engine = engine_of(made, stage, **options)
