@@ -60,25 +60,22 @@ def train(model, target, steps, *, lr=3e-3, layers="last", weight=0.1, data=zipf
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "target", "least", "turn"),
-    [("gpt2", 0.05, 0.5, 5.0), ("llama", 0.1, 0.95, 2.0), ("qwen3", 0.1, 0.95, 2.0)],
+    ("family", "target", "within"), [("gpt2", 0.05, 0.2), ("llama", 0.1, 0.1), ("qwen3", 0.1, 0.1)]
 )
-def test_the_target_is_reached_and_held_without_oscillation(family, target, least, turn):
+def test_the_target_is_reached_and_held_without_oscillation(family, target, within):
     """A cosine that would be .99 comes within 5 % of its target and stays.
 
-    The criterion: over the last 160 of 400 steps the mean cosine is at most 5 % above the target, in each 40 of them at
-    most 20 %, and not below the share ``least`` of it. This GPT-2 stays low once it is low, whatever the weight, so its
-    share is smaller. The weight, averaged over 40 steps, stays below its first peak after step 200, and successive
-    averages differ by a factor below ``turn``. Trajectories in float32 differ between processors: no tighter bound
-    holds on all of them.
+    The criterion: over the last 160 of 400 steps the mean cosine is within 5 % of the target, in each 40 of them within
+    10 % (20 % at the smaller target, where batches differ more), and the weight, averaged over 40 steps, turns at most
+    twice after step 200.
     """
     found = train(at_rest(family), target, 400)
-    cosine, weight = found["dispersion_cosine"], found["dispersion_weight"].reshape(10, 40).mean(axis=1)
+    cosine, weight = found["dispersion_cosine"], found["dispersion_weight"]
     assert cosine[:30].max() > 0.8
-    assert least * target < cosine[-160:].mean() < 1.05 * target
-    assert cosine[-160:].reshape(4, 40).mean(axis=1).max() < 1.2 * target
-    assert weight[5:].max() < weight[:5].max()
-    assert np.abs(np.diff(np.log(weight[5:]))).max() < math.log(turn)
+    assert cosine[-160:].mean() == pytest.approx(target, rel=0.05)
+    assert cosine[-160:].reshape(4, 40).mean(axis=1) == pytest.approx([target] * 4, rel=within)
+    slope = np.sign(np.diff(weight[200:].reshape(5, 40).mean(axis=1)))
+    assert (slope[1:] != slope[:-1]).sum() <= 2
 
 
 @pytest.mark.slow
@@ -368,7 +365,7 @@ def test_a_reference_gives_its_deep_half():
         ("GPT2-xl", "target 'GPT2-xl': this reference has no mean cosine .* These have: SmolLM2-135M-Instruct Q4_1"),
         ("missing/profile.json", "no file missing/profile.json; expected profile.json"),
         ("profile.npz", "no file profile.json; expected profile.json"),
-        ("missing/directory", "no file missing/directory; expected profile.json"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "no reference 'HuggingFaceTB/SmolLM2-135M-Instruct'"),
     ],
 )
 def test_targets_that_are_none(target, message):

@@ -27,9 +27,8 @@ def find_reference(name: str | Path) -> Entry:
     for entry in references():
         if entry.model.lower() == str(name).lower():
             return entry
-    # no reference has a separator or one of these endings in its name; Qwen2.5-0.5B has a "suffix"
     path = Path(name)
-    if path.exists() or len(path.parts) > 1 or path.suffix in (".json", ".npz"):
+    if path.exists() or path.suffix in (".json", ".npz"):
         return Entry.read(name)
     names = [entry.model for entry in references()]
     raise EntryError(
