@@ -18,7 +18,7 @@ from decondense.formatting import NONE
 from decondense.records import read_rows
 from decondense.report import interval, number, probability, words
 from sections import section, trial_cells
-from study_rows import FOLDER, Committed, blocks, committed, loss_difference, paired, shown
+from study_rows import CONTROLS, Committed, blocks, committed, loss_difference, paired, shown
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def mediation(f: Committed) -> str:
 def held() -> str:
     """The runs of a controller on a pretrained model: how near its target each of them brought the layers."""
     lines = []
-    for path in sorted((FOLDER.parent / "controls").glob("target-smollm2*.jsonl.gz")):
+    for path in sorted(CONTROLS.glob("target-smollm2*.jsonl.gz")):
         study = Study.from_rows(read_rows(path))
         assert study.config is not None
         train, (arm,) = study.config.train, study.config.arms

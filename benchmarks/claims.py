@@ -151,24 +151,25 @@ def over_training(title: str, of: Callable[[Cell, int], float]) -> Callable[[Com
     """The end less the start of cross-entropy."""
 
     def made(f: Committed) -> list[Contrast]:
-        ends = [(of(cell, 0), of(cell, cell.final_step or 0)) for cell in f.cells(f.comparison.baseline)]
-        context = f"{number(mean([a for a, _ in ends]), 2)} to {number(mean([b for _, b in ends]), 2)}"
+        ends, context = _ends(f, of)
         return [Contrast(f"{title}, end less start", estimate([b - a for a, b in ends], of=f), context)]
 
     return made
+
+
+def _ends(f: Committed, of: Callable[[Cell, int], float]) -> tuple[list[tuple[float, float]], str]:
+    """Start and end of cross-entropy, seed by seed, and their means as text."""
+    ends = [(of(cell, 0), of(cell, cell.final_step or 0)) for cell in f.cells(f.comparison.baseline)]
+    return ends, f"{number(mean([a for a, _ in ends]), 2)} to {number(mean([b for _, b in ends]), 2)}"
 
 
 def _depth_at(cell: Cell, step: int) -> float:
     return float(cell.profiles[step]["spearman"])
 
 
-def _last_at(cell: Cell, step: int) -> float:
-    return float(cell.profiles[step]["mean_cosine"][-1])
-
-
 def at_start(f: Committed) -> list[Contrast]:
     cells = f.cells(f.comparison.baseline)
-    cosine = number(mean([_last_at(cell, 0) for cell in cells]), 2)
+    cosine = number(mean([last(cell, 0) for cell in cells]), 2)
     d = estimate([_depth_at(cell, 0) for cell in cells], of=f)
     return [Contrast("Spearman with depth at the start", d, f"the mean cosine of the last layer is {cosine} there")]
 
@@ -191,9 +192,8 @@ def kept_in_training(bound: float) -> Callable[[Committed], list[Contrast]]:
 
     def made(f: Committed) -> list[Contrast]:
         contrasts = []
-        for title, of in (("last L/2 layers", deep_half), ("last layer", _last_at)):
-            ends = [(of(cell, 0), of(cell, cell.final_step or 0)) for cell in f.cells(f.comparison.baseline)]
-            context = f"{number(mean([a for a, _ in ends]), 2)} to {number(mean([b for _, b in ends]), 2)}"
+        for title, of in (("last L/2 layers", deep_half), ("last layer", last)):
+            ends, context = _ends(f, of)
             label = f"relative change of the mean cosine of the {title}, less {number(bound, 2, sign=True)}"
             contrasts.append(Contrast(label, estimate([b / a - 1 for a, b in ends], of=f, null=bound), context))
         return contrasts

@@ -21,7 +21,7 @@ from scipy import special
 from decondense.compare import CONFIDENCE, VALIDATION, Cell, Difference, Study, compare, holm, profiles
 from decondense.records import read_rows
 from decondense.report import interval, number, probability
-from study_rows import FOLDER, Committed, blocks, deep_half, estimate, every_committed, loss_difference, mean
+from study_rows import CONTROLS, Committed, blocks, deep_half, estimate, every_committed, loss_difference, mean
 from within_seed import Array, Mediation, mediation, permutation_p, rank_correlations
 
 ALPHA = 1 - CONFIDENCE
@@ -122,7 +122,7 @@ def _control(path: Path) -> Committed | None:
 @cache
 def all_doses() -> tuple[Doses, ...]:
     rows: list[Committed | None] = [*every_committed()]
-    rows += [_control(path) for path in sorted((FOLDER.parent / "controls").glob("*.jsonl.gz"))]
+    rows += [_control(path) for path in sorted(CONTROLS.glob("*.jsonl.gz"))]
     return tuple(found for each in rows if each is not None and (found := doses_of(each)) is not None)
 
 

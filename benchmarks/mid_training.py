@@ -7,13 +7,11 @@ from pipes import pipe_table
 
 import numpy as np
 
-from decondense.compare import VALIDATION, Cell, Difference, Study
+from decondense.compare import Difference, Study
 from decondense.records import read_rows
 from decondense.report import interval, number, words
 from sections import base, losses, noted, sweep_table
-from study_rows import FOLDER, committed, deep_half, last, mean, paired, shown
-
-CONTROLS = FOLDER.parent / "controls"
+from study_rows import CONTROLS, committed, deep_half, last, mean, paired, shown
 
 
 def condensed_start() -> str:
@@ -27,7 +25,7 @@ def condensed_start() -> str:
         cells = f.cells(arm)
         over = [number(mean([deep_half(cell, step) for cell in cells])) for step in steps]
         less = "" if arm == f.comparison.baseline else shown(paired(f, arm, f.comparison.baseline, deep_half))
-        ends = [number(mean([_last_at(cell, step) for cell in cells])) for step in (steps[0], steps[-1])]
+        ends = [number(mean([last(cell, step) for cell in cells])) for step in (steps[0], steps[-1])]
         lines.append([f.label(arm), *over, less, " to ".join(ends)])
     header = ("arm", *(f"step {step}" for step in steps), "less the baseline's, at the end", "last layer")
     geometry = pipe_table(header, lines, right=range(1, len(header)))
@@ -41,42 +39,19 @@ def condensed_start() -> str:
     )
 
 
-def _last_at(cell: Cell, step: int) -> float:
-    return float(cell.profiles[step]["mean_cosine"][-1])
-
-
 def settings() -> str:
-    """The settings of the baseline, and whether the lower precision of the study changes what it measures."""
-    if not (CONTROLS / "smollm2-settings.jsonl.gz").exists():
+    """The learning rate and the warm-up of the baseline."""
+    path = CONTROLS / "smollm2-settings.jsonl.gz"
+    if not path.exists():
         return "Not run yet: `decondense study benchmarks/studies/smollm2-settings.yaml`."
-    said = sweep_table("smollm2-settings") + (
-        "\n\nLoss on the tuning documents after 60 steps, one seed; the least is bold. Rows: "
+    config = Study.from_rows(read_rows(path)).config
+    assert config is not None
+    assert config.sweep is not None
+    return sweep_table("smollm2-settings") + (
+        f"\n\nLoss on the tuning documents after {config.sweep.steps} steps, one seed; the least is bold. Rows: "
         "`benchmarks/results/controls/smollm2-settings.jsonl.gz`, `decondense study "
         "benchmarks/studies/smollm2-settings.yaml`."
     )
-    if not (CONTROLS / "smollm2-fp32.jsonl.gz").exists():
-        return said
-    low, full = (_only_run(name) for name in ("smollm2-settings", "smollm2-fp32"))
-    ends = [(_loss(cell), deep_half(cell), last(cell)) for cell in (low, full)]
-    losses_of, deep, end = ([number(value) for value in values] for values in zip(*ends, strict=True))
-    times = [cell.run["timing"]["step_cpu_ms"] for cell in (low, full)]
-    return said + (
-        f" The run at the chosen setting was repeated in float32: held-out loss {losses_of[0]} in bfloat16 and "
-        f"{losses_of[1]} in float32, mean cosine of the last L/2 layers {deep[0]} and {deep[1]}, of the last layer "
-        f"{end[0]} and {end[1]}; a step took {times[1] / times[0]:.1f} times the CPU time in float32. Rows: "
-        "`benchmarks/results/controls/smollm2-fp32.jsonl.gz`."
-    )
-
-
-def _only_run(control: str) -> Cell:
-    (cell,) = Study.from_rows(read_rows(CONTROLS / f"{control}.jsonl.gz")).cells.values()
-    return cell
-
-
-def _loss(cell: Cell) -> float:
-    value = cell.final_score(VALIDATION)
-    assert value is not None
-    return value
 
 
 Items = dict[str, dict[str, tuple[float, float]]]

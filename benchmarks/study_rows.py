@@ -15,10 +15,11 @@ import numpy as np
 from decondense.compare import VALIDATION, Cell, Comparison, Difference, Study, compare, paired_difference, profiles
 from decondense.compare.sequential import anytime
 from decondense.config import StudyConfig
-from decondense.records import read_rows
+from decondense.records import Row, read_rows
 from decondense.report import interval, number
 
 FOLDER = Path(__file__).resolve().parent / "results" / "studies"
+CONTROLS = FOLDER.parent / "controls"
 SCALES = ("quick", "tiny", "gpu", "paper")
 
 
@@ -101,18 +102,20 @@ def blocks(cell: Cell) -> float:
     return value
 
 
-def last(cell: Cell) -> float:
-    """Mean cosine of the last layer of the final checkpoint."""
-    value = profiles.LAST.of(cell)
-    assert value is not None
-    return value
+def last(cell: Cell, step: int | None = None) -> float:
+    """Mean cosine of the last layer, of the final checkpoint or at a step."""
+    return profiles.last(_profile(cell, step))
 
 
 def deep_half(cell: Cell, step: int | None = None) -> float:
     """Mean cosine of the last L/2 layers: the paper's alternative metric."""
+    return profiles.deep(_profile(cell, step))
+
+
+def _profile(cell: Cell, step: int | None) -> Row:
     profile = cell.final_profile() if step is None else cell.profiles[step]
     assert profile is not None
-    return profiles.deep(profile)
+    return profile
 
 
 def depth(cell: Cell) -> float:
@@ -174,7 +177,7 @@ def shown(d: Difference, digits: int = 3, *, sign: bool = True) -> str:
 def sweep_of(control: str) -> dict[tuple[str, float], dict[float, list[float]]]:
     """The trials of a control: (arm, warm-up) -> rate -> losses, one a seed."""
     tried: dict[tuple[str, float], dict[float, list[float]]] = {}
-    for row in read_rows(FOLDER.parent / "controls" / f"{control}.jsonl.gz"):
+    for row in read_rows(CONTROLS / f"{control}.jsonl.gz"):
         if row["kind"] == "trial" and row["value"] is not None:
             tried.setdefault((row["arm"], row["warmup"]), {}).setdefault(row["learning_rate"], []).append(row["value"])
     return tried
@@ -182,7 +185,7 @@ def sweep_of(control: str) -> dict[tuple[str, float], dict[float, list[float]]]:
 
 def warm_up_control() -> tuple[StudyConfig, dict[tuple[float, bool], dict[int, float]]]:
     """The control of the schedule study, and its final held-out losses: (rate, dispersed) -> seed -> loss."""
-    study = Study.from_rows(read_rows(FOLDER.parent / "controls" / "warm-up.jsonl.gz"))
+    study = Study.from_rows(read_rows(CONTROLS / "warm-up.jsonl.gz"))
     assert study.config is not None
     last: dict[tuple[float, bool], dict[int, float]] = {}
     for cell in study.cells.values():
