@@ -136,11 +136,11 @@ def _load(
     if eight_bit:
         if is_gguf(name):
             raise ModelError(
-                f"{name} is a GGUF file, which is dequantised when it is loaded: omit --8bit, or pass --dtype bfloat16 "
-                "to save memory."
+                f"{name} is a GGUF file, which is dequantised when it is loaded: omit 8-bit weights (--8bit), or "
+                "load it in bfloat16 to save memory (--dtype, dtype=)."
             )
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise ModelError("8-bit weights need bitsandbytes: pip install bitsandbytes, or omit --8bit.")
+            raise ModelError("8-bit weights (--8bit) need bitsandbytes: pip install bitsandbytes, or omit them.")
         import transformers
 
         quantised: Any = transformers.BitsAndBytesConfig

@@ -43,7 +43,7 @@ def _from_gguf(name: str, revision: str | None, local_files_only: bool) -> PreTr
         except Exception as error:  # a damaged file shows as whatever the first reader that trips over it raises
             if isinstance(error, KeyError):
                 raise ModelError(
-                    f"{name} holds no tokenizer; give its directory or hub id with --tokenizer."
+                    f"{name} holds no tokenizer; give its directory or hub id (--tokenizer, tokenizer=)."
                 ) from error
             raise ModelError(f"the tokenizer in {name} cannot be loaded: {remedy(path, error)}") from error
     loaded.name_or_path = name
@@ -63,7 +63,7 @@ def load_tokenizer(
         ModelError: there is none and it is ``required``; or the directory has tokenizer files that do not load, or only
             load by running custom code.
     """
-    remedy = "Give the directory or hub id of the tokenizer with --tokenizer."
+    remedy = "Give the directory or hub id of the tokenizer (--tokenizer, tokenizer=)."
     try:
         loaded = read_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
         # a wrong type in its configuration shows when it is first used

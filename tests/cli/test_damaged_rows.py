@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from decondense.cli import main
+from decondense.records.writing import configuration_hash
 
 DEMO = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "demo.jsonl"
 Row = dict[str, Any]
@@ -29,9 +30,15 @@ def complaint(capsys: pytest.CaptureFixture[str], status: int, *arguments: objec
 
 
 def test_reasons_and_titles_with_brackets_are_shown_as_they_are(tmp_path: Path, capsys) -> None:
+    names: dict[str, str] = {}
+
     def fail(row: Row) -> Row:
         if row["kind"] == "configuration":
             row["config"]["title"] = "A [/red] title"
+            names[row["hash"]] = configuration_hash(row["config"])
+            row["hash"] = names[row["hash"]]
+        if row["kind"] == "run":
+            row["config"] = names[row["config"]]
         if row["kind"] == "run" and row["status"] == "finished":
             row |= {"status": "failed", "error": "out of [memory] [/foo]" if row["seed"] else None}
         return row

@@ -88,9 +88,12 @@ def engine_of(made: torch.nn.Module, stage: int, **options: bool):
 def accelerated(stage: int, weight: float | None, rank: int, **options: bool):
     """Two ranks under ``accelerator.prepare`` with a plugin, in a loop as Accelerate's guide has it."""
     from accelerate import Accelerator, DeepSpeedPlugin
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
+    # a Trainer's: stopped amid an epoch by its number of steps, it leaves its last batch as the end of the data, at
+    # which every micro-batch is a step
+    GradientState._reset_state()
     unset_hf_deepspeed_config()
     settings = settings_of(stage, **options)
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings))

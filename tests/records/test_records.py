@@ -95,6 +95,22 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path) -> None:
         read_rows(tmp_path / "missing.jsonl")
 
 
+@pytest.mark.parametrize("change", [("0.3", "0.4"), ("rate", "rat")])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_configuration_that_was_changed_is_named(tmp_path, change: tuple[str, str], suffix: str) -> None:
+    """A flipped bit in a value would compare other settings than those that ran, and say nothing."""
+    path = tmp_path / f"r.jsonl{suffix}"
+    write_rows(path, [make_row("run", **CELL, status="started", config={"rate": 0.3, "name": "ü"}), step(1)])
+    assert len(read_rows(path)) == 2
+    opened = gzip.open if suffix else open
+    with opened(path, "rt", encoding="utf-8") as handle:
+        text = handle.read()
+    with opened(path, "wt", encoding="utf-8") as handle:
+        handle.write(text.replace(*change, 1))
+    with pytest.raises(RecordError, match=rf"r\.jsonl{suffix}, line 1: the configuration does not have the hash"):
+        read_rows(path)
+
+
 def test_text_with_line_separators_stays_one_row(tmp_path) -> None:
     row = make_row("run", **CELL, status="failed", config={}, error="a\u2028b\x85c\nd")
     append_rows(tmp_path / "r.jsonl", [row])

@@ -50,7 +50,7 @@ class Atlas:
                 raise EntryError(
                     f"{self.folder / name}.json {'would be written twice' if twice else 'exists'}: "
                     f"{entries[place].model!r} on {entries[place].text!r}. Give the model or the text a different name "
-                    "(--model, --text-name), or replace the entry (--replace)."
+                    "(--model, --text-name), or replace the entry (--replace, replace=True)."
                 )
         paths = [self.folder / f"{name}.json" for name in names]
         for path, entry in zip(paths, entries, strict=True):
@@ -58,7 +58,7 @@ class Atlas:
                 with atomic_path(path, exclusive=not replace) as temporary:
                     temporary.write_text(entry.to_json(), encoding="utf-8")
             except FileExistsError as error:  # another process added it at the same moment
-                raise EntryError(f"{path} exists; replace the entry with --replace.") from error
+                raise EntryError(f"{path} exists; replace the entry (--replace, replace=True).") from error
         return paths
 
     def find(self, name: str) -> Entry:

@@ -227,8 +227,8 @@ def _embedded() -> list[str]:
 
 def _hub(hub_id: str, configuration: str | None, split: str, field: str | None) -> Sequence[str]:
     remedy = (
-        f"Without network access, use a local file (--text FILE), the embedded corpus (--dataset {EMBEDDED}), or set "
-        "HF_HOME to a cache that contains the data set."
+        f"Without network access, use a local file (--text FILE), use the embedded corpus (--dataset {EMBEDDED}), or "
+        "set HF_HOME to a cache that contains the data set."
     )
     return hub.Column(hub.open_rows(hub.find(hub_id, configuration, split, remedy=remedy), field))
 

@@ -362,7 +362,10 @@ def _run(
             if progress is not None:
                 progress("measuring", done, len(order))
     if any(np.isnan(row.cosine_P).any() for row in layers.values()):
-        raise MeasureError("the model did not run the same layers for every passage; it cannot be measured.")
+        raise MeasureError(
+            "the model did not run the same layers for every passage, so they have no common profile: switch off early "
+            "exit, layer dropping and depth routing."
+        )
     return layers, between, size
 
 

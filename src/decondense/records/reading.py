@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple
 from pydantic_core import from_json
 
 from decondense.records.schema import SCHEMA_VERSION, RecordError, Row, check_row
-from decondense.records.writing import LONGEST_LINE
+from decondense.records.writing import LONGEST_LINE, configuration_hash
 
 
 class ItemRows(NamedTuple):
@@ -46,10 +46,12 @@ _SHARED_CONFIGURATIONS: dict[str, dict[str, Any]] = {}
 _MOST_SHARED = 16
 
 
-def _shared(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """One object for a configuration that many files hold, as the cells of a study do."""
+def _shared(name: str, config: dict[str, Any]) -> dict[str, Any] | None:
+    """One object for a configuration that many files hold, as the cells of a study do; None: it is not of this hash."""
     if _SHARED_CONFIGURATIONS.get(name) == config:
         return _SHARED_CONFIGURATIONS[name]
+    if configuration_hash(config) != name:
+        return None
     while len(_SHARED_CONFIGURATIONS) >= _MOST_SHARED:
         del _SHARED_CONFIGURATIONS[next(iter(_SHARED_CONFIGURATIONS))]
     _SHARED_CONFIGURATIONS[name] = config
@@ -139,7 +141,12 @@ class _Parser:
                 f"{self}: written by a newer decondense (schema {version}, this one reads up to {SCHEMA_VERSION}); "
                 "update decondense."
             )
-        self.configs[name] = _shared(name, config)
+        if (shared := _shared(name, config)) is None:
+            raise RecordError(
+                f"{self}: the configuration does not have the hash {name!r}; the file was damaged or edited. Restore "
+                "it, or run the study again."
+            )
+        self.configs[name] = shared
 
 
 def _together(ends: list[bytes]) -> list[tuple[Any, ...]] | None:

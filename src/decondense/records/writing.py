@@ -25,6 +25,13 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
 
 
+def configuration_hash(config: Mapping[str, Any]) -> str:
+    """The name of a configuration in a file of rows: a hash of its content as the file holds it."""
+    held = json.loads(_line(config).encode(errors=_ERRORS))
+    text = json.dumps(held, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _stated(rows: Iterable[Mapping[str, Any]], known: set[str]) -> Iterator[str]:
     """The lines of rows; a configuration that is not ``known`` to the file yet comes once, before its first row."""
     names: dict[int, tuple[Any, str]] = {}  # the object is kept, so that its id stays its own
@@ -32,8 +39,7 @@ def _stated(rows: Iterable[Mapping[str, Any]], known: set[str]) -> Iterator[str]
         config = row.get("config")
         if row.get("kind") == "run" and isinstance(config, dict) and config:
             if id(config) not in names:
-                text = json.dumps(config, sort_keys=True, separators=(",", ":"), allow_nan=False)
-                names[id(config)] = (config, hashlib.sha256(text.encode()).hexdigest()[:16])
+                names[id(config)] = (config, configuration_hash(config))
             name = names[id(config)][1]
             if name not in known:
                 known.add(name)

@@ -21,5 +21,5 @@ def claim(folder: Path) -> Iterator[None]:
         try:
             lock(handle, handle.name)
         except BlockingIOError as error:
-            raise CellBusy(f"{folder}: another process is training this cell.") from error
+            raise CellBusy(f"{folder}: another process is training this cell; wait for it, or stop it.") from error
         yield
