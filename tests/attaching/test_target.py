@@ -58,37 +58,60 @@ def train(model, target, steps, *, lr=3e-3, layers="last", weight=0.1, data=zipf
 # ---- what it holds ---------------------------------------------------------------------------------------------------
 
 
+STREAMS = 3
+"""Independent data of one run each: a run's own path also depends on how the processor rounds."""
+
+
+def held(family: str, target: float, steps: int) -> np.ndarray:
+    """Mean cosines of 40 steps each, over the target, ``[streams, steps / 40]``."""
+    found = []
+    for stream in range(STREAMS):
+        run = train(at_rest(family), target, steps, data=lambda step, s=stream: zipf(step + 1000 * s))
+        cosine = run["dispersion_cosine"]
+        assert cosine[:30].max() > 0.8
+        found.append(cosine.reshape(-1, 40).mean(axis=1) / target)
+    return np.array(found)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "target", "within"), [("gpt2", 0.05, 0.2), ("llama", 0.1, 0.1), ("qwen3", 0.1, 0.1)]
-)
-def test_the_target_is_reached_and_held_without_oscillation(family, target, within):
+@pytest.mark.parametrize(("family", "target"), [("llama", 0.1), ("qwen3", 0.1), ("llama", 0.05)])
+def test_the_target_is_reached_and_held_without_oscillation(family, target):
     """A cosine that would be .99 comes within 5 % of its target and stays.
 
-    The criterion: over the last 160 of 400 steps the mean cosine is within 5 % of the target, in each 40 of them within
-    10 % (20 % at the smaller target, where batches differ more), and the weight, averaged over 40 steps, turns at most
-    twice after step 200.
+    The criterion: over the last 160 of 400 steps the mean cosine is within 5 % of the target, averaged over three
+    streams of data, and within 8 % in each; each 40 of these steps are within 15 %; and the cosine, which comes from
+    above, has at no time been further below the target than that. (Found: 2 %, 3 %, 9 %, 9 %.) A GPT-2 is no case of
+    this: once kept from condensing it stays below its target by itself, as a test below shows.
     """
-    found = train(at_rest(family), target, 400)
-    cosine, weight = found["dispersion_cosine"], found["dispersion_weight"]
-    assert cosine[:30].max() > 0.8
-    assert cosine[-160:].mean() == pytest.approx(target, rel=0.05)
-    assert cosine[-160:].reshape(4, 40).mean(axis=1) == pytest.approx([target] * 4, rel=within)
-    slope = np.sign(np.diff(weight[200:].reshape(5, 40).mean(axis=1)))
-    assert (slope[1:] != slope[:-1]).sum() <= 2
+    found = held(family, target, 400)
+    assert found[:, -4:].mean() == pytest.approx(1, abs=0.05)
+    assert found[:, -4:].mean(axis=1) == pytest.approx(1, abs=0.08)
+    assert found[:, -4:] == pytest.approx(np.ones((STREAMS, 4)), abs=0.15)
+    assert found.min() > 0.85
+
+
+@pytest.mark.slow
+def test_without_its_second_term_the_rule_oscillates(monkeypatch):
+    """The same criterion tells the rule from the integral term alone, which ends at half the target and below."""
+    monkeypatch.setattr("decondense.attaching.target.BRAKE", 0.0)
+    assert (held("llama", 0.1, 240).min(axis=1) < 0.6).all()
 
 
 @pytest.mark.slow
 def test_a_model_that_stays_below_without_help_is_let_go():
     """A GPT-2 that was kept from condensing at the start does not condense later.
 
-    The criterion: no 40 of the last 200 steps have a mean cosine above the target by more than 5 %, and the weight ends
-    below a third of its start, having been above ten times its start.
+    The criterion, in each of three streams of data: over the last 200 of 400 steps the mean cosine is below the target,
+    no 40 of them are above it by more than 15 %, and the weight ends below a third of its start, having been above ten
+    times its start.
     """
-    found = train(at_rest("gpt2"), 0.1, 400)
-    assert found["dispersion_cosine"][200:].reshape(5, 40).mean(axis=1).max() < 0.105
-    assert found["dispersion_weight"].max() > 1
-    assert found["dispersion_weight"][-40:].mean() < 0.033
+    for stream in range(STREAMS):
+        found = train(at_rest("gpt2"), 0.1, 400, data=lambda step, s=stream: zipf(step + 1000 * s))
+        cosine = found["dispersion_cosine"][200:]
+        assert cosine.mean() < 0.1
+        assert cosine.reshape(5, 40).mean(axis=1).max() < 0.115
+        assert found["dispersion_weight"].max() > 1
+        assert found["dispersion_weight"][-40:].mean() < 0.033
 
 
 def test_a_layer_below_its_target_is_let_go():
