@@ -187,6 +187,28 @@ def test_every_verb_ends_with_a_sentence_and_the_status_of_the_signal(tmp_path: 
     assert b"Traceback" not in error
 
 
+AMID_AN_IMPORT = """
+import sys
+import decondense.cli
+from decondense.__main__ import main
+
+def run():
+    try:
+        exec("raise KeyboardInterrupt")  # where Ctrl-C meets the code that dataclasses makes from a string
+    except KeyboardInterrupt:
+        return 130
+
+decondense.cli.main = run
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_amid_code_from_a_string_keeps_the_status(tmp_path: Path) -> None:
+    (tmp_path / "amid.py").write_text(AMID_AN_IMPORT)
+    # under -m, as launchers start it, Python would end by the signal: -2
+    assert subprocess.run([sys.executable, "-m", "amid"], cwd=tmp_path).returncode == 130
+
+
 def test_every_process_that_lasts_is_started_with_a_lifeline() -> None:
     source = Path(lifeline.__file__).parent
     starts = [

@@ -17,6 +17,9 @@ def main() -> int:
     signal.signal(signal.SIGINT, before)
     status = run()
     if status > 128:  # a signal ended it; a second one must not change the status that tells which
+        # Python under -m ends by SIGINT itself, whatever its status, if a Ctrl-C met the last code run from a string
+        # (an import of dataclasses, say), even though the exception was caught; this is now the last such code
+        exec("")
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
