@@ -57,6 +57,14 @@ ODD: dict[str, Callable[[Row], Row]] = {
     "another schema": lambda row: {**row, "schema_version": row["schema_version"] + 1},
     "layers without values": lambda row: {**row, "mean_cosine": row["mean_cosine"][:2]} if "layers" in row else row,
     "no layers": lambda row: {**row, "layers": [], "mean_cosine": []} if "layers" in row else row,
+    "bins cut off": lambda row: (
+        {**row, "histogram": [row["histogram"][0][:9], *row["histogram"][1:]]} if row.get("histogram") else row
+    ),
+    "no bins": lambda row: {**row, "histogram": [[] for _ in row["histogram"]]} if row.get("histogram") else row,
+    "counts below 0": lambda row: (
+        {**row, "histogram": [[-1, *counts[1:]] for counts in row["histogram"]]} if row.get("histogram") else row
+    ),
+    "no cosine": lambda row: {**row, "mean_cosine": [5.3, *row["mean_cosine"][1:]]} if "layers" in row else row,
 }
 
 

@@ -147,6 +147,11 @@ class ProfileRow(_CellRow):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.layers):
                 raise ValueError(f"{name} has {len(values)} values for {len(self.layers)} layers")
+        bins = {len(counts) for counts in self.histogram or ()}
+        if len(bins) > 1 or 0 in bins or any(count < 0 for counts in self.histogram or () for count in counts):
+            raise ValueError("histogram needs counts of 0 or more in the same number of bins for each layer")
+        if any(abs(cosine) > 1.001 for cosine in self.mean_cosine):
+            raise ValueError("mean_cosine needs values from -1 to 1")
         return self
 
 
