@@ -23,7 +23,7 @@ help:
 	@echo "make bench     the benchmarks; rows go to benchmarks/results/"
 	@echo "make kernels   the Triton kernels compiled for four GPUs, none needed: registers, spills, shared memory"
 	@echo "make gpu       on one GPU, under 9 minutes, resumable: tests, speed, memory (GPU_PART=attach: one part)"
-	@echo "make trial     kills, damaged files and hostile folders: one table (about 10 minutes on 2 cores)"
+	@echo "make trial     kills, damaged files and hostile folders: one table (4 to 15 minutes on 2 cores)"
 	@echo "make figures   the README's figure and every generated table, from committed rows"
 	@echo "make docs      the documentation, into site/ (docs-serve: on a local port, rebuilt on every change)"
 	@echo "make build     wheel and source distribution"

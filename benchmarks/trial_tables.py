@@ -30,7 +30,7 @@ def trial() -> str:
         cells.append(counts["code_run"] if part == "folders" else "")
         lines.append(f"| {_WHAT[part]} | " + " | ".join(map(str, cells)) + " |")
     made = next(iter(rows.values()))
-    minutes = " + ".join(f"{row['metrics']['seconds'] / 60:.0f}" for row in rows.values())
+    minutes = f"{sum(row['metrics']['seconds'] for row in rows.values()) / 60:.0f}"
     made_at = made["provenance"]
     note = f"Seed {made['params']['seed']}, {minutes} minutes on {made_at['cpu']}, commit `{made_at['commit']}`."
     if "kills" in rows:
