@@ -74,6 +74,10 @@ def _run(words: list[str]) -> int:
     except BrokenPipeError:  # `decondense ... | head`
         sys.stderr.close()
         return 0
+    except SystemExit as ended:  # what click makes of it
+        if not isinstance(ended.__context__, BrokenPipeError):
+            raise
+        return 0
     except Exception as error:
         # usage errors; typer carries its own copy of click in some releases, so they are known by what they can do
         if hasattr(error, "show") and hasattr(error, "exit_code"):
@@ -127,7 +131,7 @@ def _say(error: Exception) -> str:
 
 
 def _complain(message: str) -> None:
-    from rich.console import Console
+    from decondense.cli.console import Console
 
     shown = _escape(without_credentials(message))  # a refused argument may hold some
     Console(stderr=True).print(f"[bold red]error:[/] {shown}", highlight=False, soft_wrap=True)

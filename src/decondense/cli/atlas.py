@@ -48,9 +48,8 @@ def add(
 @app.command()
 def show(atlas: Folder = Path("atlas")) -> None:
     """Print an atlas and rebuild its page."""
-    from rich.console import Console
-
     from decondense.atlas import Atlas
+    from decondense.cli.console import Console
     from decondense.report.atlas import terminal_entries
 
     found = Atlas(atlas)
@@ -71,9 +70,8 @@ def compare(
     atlas: Folder = Path("atlas"),
 ) -> None:
     """Compare two models, and say what makes the comparison unreliable."""
-    from rich.console import Console
-
     from decondense.atlas import Atlas, EntryError, caution, describe, find_reference, relate
+    from decondense.cli.console import Console
     from decondense.report.atlas import comparison_table
 
     def find(name: str) -> object:

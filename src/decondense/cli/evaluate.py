@@ -10,8 +10,7 @@ import typer
 from decondense.cli import options
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from decondense.cli.console import Console
     from decondense.evaluate import Evaluation
 
 
@@ -71,8 +70,7 @@ def evaluate_command(
     as_json: options.Json = False,
 ) -> None:
     """Score a model on the paper's benchmarks, or any of lm-evaluation-harness, from the hub or from local files."""
-    from rich.console import Console
-
+    from decondense.cli.console import Console
     from decondense.cli.display import Display, EvaluationDisplay
     from decondense.config import EvaluateConfig
     from decondense.evaluate import evaluate

@@ -13,8 +13,7 @@ import typer
 from decondense.cli import options
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from decondense.cli.console import Console
     from decondense.compare import Comparison
     from decondense.records import ItemRows, Row
 
@@ -39,9 +38,8 @@ def compare(
     ] = None,
 ) -> None:
     """Compare the arms of a study pair by pair."""
-    from rich.console import Console
-
     from decondense import compare as comparing
+    from decondense.cli.console import Console
 
     with named(where):
         comparison = comparing.compare(rows_at(where), baseline=baseline, incomplete="omit" if omit else "refuse")
@@ -66,7 +64,7 @@ def report(
     as_json: options.Json = False,
 ) -> None:
     """Write report.html, its figures and tables from a study's rows alone."""
-    from rich.console import Console
+    from decondense.cli.console import Console
 
     rows = rows_at(where)
     folder = out or (where if where.is_dir() else where.parent)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from decondense.cli.options import slug
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from transformers import PreTrainedTokenizerBase
+
+    from decondense.cli.console import Console
 
 
 def named_models(

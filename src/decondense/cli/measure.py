@@ -10,9 +10,8 @@ import typer
 from decondense.cli import inputs, options
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from decondense.atlas import Entry
+    from decondense.cli.console import Console
     from decondense.measuring import Profile
 
 _WHAT = "What is measured"
@@ -150,8 +149,7 @@ def measure_command(
     as_json: options.Json = False,
 ) -> None:
     """Measure embedding condensation: how alike a model's token vectors become, layer by layer."""
-    from rich.console import Console
-
+    from decondense.cli.console import Console
     from decondense.cli.display import Display
     from decondense.config import MeasureConfig, one_of
     from decondense.hashing import hash_texts

@@ -13,8 +13,7 @@ import typer
 from decondense.cli import options
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from decondense.cli.console import Console
     from decondense.config import StudyConfig
     from decondense.studies.runner import Task
     from decondense.table import Entry
@@ -215,9 +214,9 @@ def _show_plan(
     chosen: StudyConfig, words: list[str], folder: Path, workers: int | None, pilot: Path | None, as_json: bool
 ) -> None:
     """What ``--dry-run`` prints: what the study is, what it costs and how to start it."""
-    from rich.console import Console
     from rich.markup import escape
 
+    from decondense.cli.console import Console
     from decondense.cli.display import Display
     from decondense.studies.cost import plan_of, plan_table, totals
     from decondense.studies.launch import launches
@@ -314,8 +313,7 @@ def _write_slurm(chosen: StudyConfig, words: list[str], folder: Path, path: Path
 
 def _list() -> None:
     """The shipped studies, their scales and what they are about."""
-    from rich.console import Console
-
+    from decondense.cli.console import Console
     from decondense.studies import load_study, shipped_studies
     from decondense.studies.catalogue import scales_of
     from decondense.table import Table
@@ -350,8 +348,7 @@ def train(
     Models and learning rates that the cell needs are trained and tried first, once for all cells of the directory.
     Cells trained into the same --out make up the study: compare and report read them once all are done.
     """
-    from rich.console import Console
-
+    from decondense.cli.console import Console
     from decondense.cli.display import Display, StudyDisplay
     from decondense.config import ConfigError
     from decondense.records import RowReader, write_rows
@@ -403,8 +400,7 @@ def _run(
     chosen: StudyConfig, out: Path, workers: int | None, resume: bool, retry_failed: bool, json_of: str | None,
     ray: str | None = None,
 ) -> None:  # fmt: skip
-    from rich.console import Console
-
+    from decondense.cli.console import Console
     from decondense.cli.display import Display, StudyDisplay
     from decondense.cli.evidence import present
     from decondense.config import ConfigError
