@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from pipes import pipe_table
 
+from bench_attach import aim
 from decondense.records import read_rows
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -29,8 +30,10 @@ def attach(name: str, command: str) -> str:
     for (model, how, place, variant), metrics in newest.items():
         over = "" if variant == "none" else f"{metrics['overhead_percent']:+.1f} %"
         peak = [f"{metrics['peak_bytes'] / 1e9:.2f}"] if "peak_bytes" in metrics else []
+        # only a GPU's rows have a peak
         lines.append([model, how, place, variant, f"{metrics['step_ms']:.1f} ms", over, *peak])
-    head = ["model, step", "precision, impl", "machine", "loss", "step", "overhead", "peak, GB"][: len(lines[0])]
+        lines[-1] += [aim(variant, metrics["overhead_percent"])] if peak else []
+    head = ["model, step", "precision, impl", "machine", "loss", "step", "overhead", "peak, GB", "aim"][: len(lines[0])]
     return (
         pipe_table(head, lines, (4, 5, 6))
         + f"\n\nMedians over rounds in which every variant takes one step; rows: `benchmarks/results/{name}.jsonl`."

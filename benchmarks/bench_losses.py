@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from decondense.losses import dispersion_loss, vectors
-from decondense.records import Row, append_rows, make_row, provenance
+from decondense.records import append_rows, make_row, provenance
 
 CPU_SHAPES = ((8, 256, 768), (8, 1024, 768), (4, 2048, 1024))
 GPU_SHAPES = tuple((max(1, 32 * 1024 // t), t, d) for t in (256, 1024, 4096, 8192) for d in (768, 1024, 4096))
@@ -91,14 +91,17 @@ def once(loss: Callable[[Tensor], Tensor], z: Tensor) -> float:
 
 
 def make(shape: tuple[int, ...], arguments: argparse.Namespace) -> Tensor:
-    z = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 0.3
-    return z.to(arguments.device, getattr(torch, arguments.dtype))
+    # on the device: a processor would need longer for a large shape than the GPU for all its rounds
+    draw = torch.Generator(arguments.device).manual_seed(0)
+    z = torch.randn(shape, generator=draw, device=arguments.device) + 0.3
+    return z.to(getattr(torch, arguments.dtype))
 
 
-def peak_bytes(name: str, shape: tuple[int, ...], arguments: argparse.Namespace) -> int | None:
+def peak_bytes(name: str, z: Tensor, arguments: argparse.Namespace) -> int | None:
     """Peak memory of one call beyond the input (CPU: in a child process, where nothing has been freed for reuse)."""
+    shape = tuple(z.shape)
     if arguments.device == "cuda":
-        z = make(shape, arguments).requires_grad_()
+        z = z.detach().requires_grad_()
         loss = variant(name, "cuda")
         loss(z).backward()
         z.grad = None
@@ -130,20 +133,20 @@ def child_peak(name: str, shape: tuple[int, ...], threads: int) -> int:
     return status("VmHWM") - before
 
 
-def row(what: str, name: str, params: dict[str, Any], metrics: dict[str, Any], arguments: argparse.Namespace) -> Row:
+def row(what: str, name: str, params: dict[str, Any], metrics: dict[str, Any], arguments: argparse.Namespace) -> None:
     extra: dict[str, Any] = {}
     if arguments.device == "cuda":
         extra["gpu"] = torch.cuda.get_device_name()
     made = make_row(
         "benchmark", name=what, variant=name, params=params, metrics=metrics, provenance=provenance(**extra)
     )
+    if arguments.out:  # at once: a run that is stopped keeps what it has measured
+        append_rows(arguments.out, [made])
     shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, (int, float)))
     print(f"{json.dumps(params)}  {name:20s} {shown}", flush=True)
-    return made
 
 
-def bench_time(arguments: argparse.Namespace) -> list[Row]:
-    rows = []
+def bench_time(arguments: argparse.Namespace) -> None:
     shapes = [tuple(map(int, s.split("x"))) for s in arguments.shapes] or (
         GPU_SHAPES if arguments.device == "cuda" else CPU_SHAPES
     )
@@ -152,7 +155,7 @@ def bench_time(arguments: argparse.Namespace) -> list[Row]:
         peaks: dict[str, int | None] = {}
         for name in variants(arguments.device):
             try:
-                peaks[name] = peak_bytes(name, shape, arguments)
+                peaks[name] = peak_bytes(name, z, arguments)
             except torch.OutOfMemoryError:  # said again below, where the row is made
                 peaks[name] = None
         for threads in arguments.threads if arguments.device == "cpu" else [0]:
@@ -166,7 +169,7 @@ def bench_time(arguments: argparse.Namespace) -> list[Row]:
                     losses[name] = loss
                 except torch.OutOfMemoryError:
                     params = {"shape": list(shape), "dtype": arguments.dtype, "device": arguments.device}
-                    rows.append(row("losses", name, params, {"out_of_memory": True}, arguments))
+                    row("losses", name, params, {"out_of_memory": True}, arguments)
             rounds = arguments.rounds * (4 if shape[1] <= 256 else 1)
             names = list(losses)
             times: dict[str, list[float]] = {name: [] for name in names}
@@ -188,11 +191,10 @@ def bench_time(arguments: argparse.Namespace) -> list[Row]:
                     metrics["peak_bytes"] = peaks[name]
                     if base := peaks.get("naive"):
                         metrics["peak_ratio_to_naive"] = peaks[name] / base
-                rows.append(row("losses", name, params, metrics, arguments))
-    return rows
+                row("losses", name, params, metrics, arguments)
 
 
-def bench_step(arguments: argparse.Namespace) -> list[Row]:
+def bench_step(arguments: argparse.Namespace) -> None:
     """Twelve calls against one GPT2-124M training step (AdamW, bfloat16 autocast, compiled)."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -217,7 +219,6 @@ def bench_step(arguments: argparse.Namespace) -> list[Row]:
     for _ in range(3):
         step()
     step_ms = statistics.median(step() for _ in range(arguments.rounds))
-    rows = []
     z = make((b, t, d), arguments)
     for name in ("fused", "chunked", "groups of 64", "subset of 256", "mean cosine"):
         if name == "fused" and arguments.device != "cuda":
@@ -229,8 +230,7 @@ def bench_step(arguments: argparse.Namespace) -> list[Row]:
         metrics = {"step_ms": step_ms, "call_ms": call, "share_all_percent": 1200 * call / step_ms}
         metrics["share_deep_percent"] = metrics["share_all_percent"] / 2
         params = {"shape": [b, t, d], "dtype": arguments.dtype, "device": arguments.device}
-        rows.append(row("losses-step", name, params, metrics, arguments))
-    return rows
+        row("losses-step", name, params, metrics, arguments)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -299,8 +299,7 @@ class _RoundedProducts:
         vectors.rounds_products = self.asked
 
 
-def bench_precision(arguments: argparse.Namespace) -> list[Row]:
-    rows = []
+def bench_precision(arguments: argparse.Namespace) -> None:
     shape = arguments.precision_shape
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     for tau in (1.0, 0.1):
@@ -318,7 +317,7 @@ def bench_precision(arguments: argparse.Namespace) -> list[Row]:
                 "value_error": abs(smooth_value - exact_value),
                 "gradient_error": ((smooth - exact).norm() / (typical if zero else scale)).item(),
             }
-            rows.append(row("losses-precision", "smoothing (float64)", params, metrics, arguments))
+            row("losses-precision", "smoothing (float64)", params, metrics, arguments)
             runs: dict[str, tuple[torch.dtype, dict[str, Any], bool]] = {
                 "reference, float32": (torch.float32, {"impl": "reference"}, False),
                 "chunked, float32": (torch.float32, {"impl": "chunked"}, False),
@@ -346,8 +345,7 @@ def bench_precision(arguments: argparse.Namespace) -> list[Row]:
                     "worst_element": ((made - want).abs().max() / want.abs().max().clamp(min=1e-6 * typical)).item(),
                     "not_a_number": int(made.isnan().sum()),
                 }
-                rows.append(row("losses-precision", label, params, metrics, arguments))
-    return rows
+                row("losses-precision", label, params, metrics, arguments)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -370,8 +368,7 @@ def texts(t: int, d: int) -> dict[str, Tensor]:
     }
 
 
-def bench_pairs(arguments: argparse.Namespace) -> list[Row]:
-    rows = []
+def bench_pairs(arguments: argparse.Namespace) -> None:
     t, d = arguments.pairs_shape
     choices: dict[str, dict[str, Any]] = {
         "groups of 64": {"pairs": "grouped", "group_size": 64},
@@ -409,8 +406,7 @@ def bench_pairs(arguments: argparse.Namespace) -> list[Row]:
                     "value_bias": statistics.mean(values) - want_value,
                     "value_deviation": statistics.stdev(values),
                 }
-                rows.append(row("losses-pairs", label, params, metrics, arguments))
-    return rows
+                row("losses-pairs", label, params, metrics, arguments)
 
 
 def main() -> None:
@@ -432,9 +428,7 @@ def main() -> None:
     parser.add_argument("--out", default=None, help="append rows to this .jsonl file")
     arguments = parser.parse_args()
     bench = {"time": bench_time, "step": bench_step, "precision": bench_precision, "pairs": bench_pairs}
-    rows = bench[arguments.what](arguments)
-    if arguments.out:
-        append_rows(arguments.out, rows)
+    bench[arguments.what](arguments)
 
 
 if __name__ == "__main__":

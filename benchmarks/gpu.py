@@ -36,7 +36,7 @@ GPT2 = "--layers 12 --width 768 --tokens 1024 --batch 32 --vocabulary 50257 --ro
 TINY = "--threads 1 --rounds 1 --shapes 1x18x12 --no-memory"
 TINY_GPT2 = "--layers 2 --width 32 --tokens 16 --batch 2 --vocabulary 64 --rounds 1 --warm-up 1 --threads 1"
 TINY_MEASURE = "--width 32 --passages 1 --rounds 1 --threads 1 --memory-passages 0 --no-metrics"
-NEEDED = ("torch", "triton", "transformers", "pydantic", "pytest")
+NEEDED = ("torch", "triton", "transformers", "pydantic", "scipy", "pytest")
 
 # seconds at most on a GPU; the command there, and with --small: words after the interpreter, OUT the folder of the rows
 PARTS: dict[str, tuple[int, str, str | None]] = {
@@ -62,7 +62,8 @@ PARTS: dict[str, tuple[int, str, str | None]] = {
     ),
     "measure": (
         45,
-        "bench_measure.py --device cuda --width 768 --rounds 5 --out OUT/measure-gpu.jsonl",
+        "bench_measure.py --device cuda --width 768 --passages 40 --rounds 5 --memory-passages 4 "
+        "--out OUT/measure-gpu.jsonl",
         f"bench_measure.py {TINY_MEASURE} --out OUT/measure-gpu.jsonl",
     ),
     "compiled": (400, f"bench_attach.py --device cuda {GPT2} --compile --out OUT/attach-gpu.jsonl", None),
@@ -93,7 +94,8 @@ def code_hash() -> str:
 def run(part: str, device: str, out: Path) -> tuple[bool, float]:
     """(passed, seconds) of one part."""
     limit, on_gpu, small = PARTS[part]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    paths = filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")])  # wheels may lie in a folder of their own
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     if device == "cpu":
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = on_gpu if device == "cuda" else small

@@ -22,8 +22,13 @@ def _machine(row: Row) -> str:
 
 
 def _last(rows: list[Row]) -> list[Row]:
-    """The newest row of each (variant, params)."""
-    return list({(row["variant"], repr(sorted(row["params"].items()))): row for row in rows}.values())
+    """The newest row of each variant, params (rounds aside: a row without memory has none) and GPU."""
+
+    def place(row: Row) -> tuple[str, str, str]:
+        params = sorted((name, value) for name, value in row["params"].items() if name != "rounds")
+        return row["variant"], repr(params), str(row["provenance"].get("gpu"))
+
+    return list({place(row): row for row in rows}.values())
 
 
 def _number(value: float) -> str:
@@ -79,6 +84,11 @@ def gpu() -> str:
     rows = [row for row in _last(_rows("losses-gpu")) if row["name"] == "losses"]
     if not rows:
         return "Not run: no row in `benchmarks/results/losses-gpu.jsonl`; `make gpu` makes them.\n"
+    machines = list(dict.fromkeys(map(_machine, rows)))
+    return "\n".join(f"{_gpu([row for row in rows if _machine(row) == one])}\n\n{one}\n" for one in machines)
+
+
+def _gpu(rows: list[Row]) -> str:
     body = []
     for row in rows:
         params, metrics = row["params"], row["metrics"]
@@ -90,7 +100,7 @@ def gpu() -> str:
             cells = [f"{metrics['wall_ms']:.2f}", ratio, peak]
         body.append([" x ".join(map(str, params["shape"])), params["dtype"], row["variant"], *cells])
     head = ["B x T x D", "dtype", "variant", "forward + backward, ms", "ratio to naive", "peak memory, MB"]
-    return pipe_table(head, body, (3, 4, 5)) + f"\n\n{_machine(rows[-1])}\n"
+    return pipe_table(head, body, (3, 4, 5))
 
 
 def precision() -> str:

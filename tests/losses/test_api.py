@@ -139,6 +139,23 @@ def test_autocast_changes_nothing(form: str) -> None:
     assert torch.equal(plain, inside)
 
 
+# visreg's gradient and the reference's are plain autograd, whose products a backward inside autocast rounds
+@pytest.mark.parametrize("form", [name for name in ALONE if FORMS[name].tiled and name != "visreg"])
+@pytest.mark.parametrize("gradient", ["forward", "recompute"])
+@pytest.mark.parametrize("tau", [1.0, 0.004])  # the small one is summed with a running maximum
+def test_a_backward_inside_autocast_changes_nothing(form: str, gradient: str, tau: float) -> None:
+    found = []
+    for inside in (False, True):
+        z = Z.float().requires_grad_()
+        options = {"tau": tau} if "tau" in FORMS[form].uses else {}
+        draws = torch.Generator().manual_seed(0)
+        value = dispersion_loss(z, form=form, impl="chunked", gradient=gradient, generator=draws, **options)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            value.backward()
+        found.append(z.grad)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("form", [name for name in ALONE if FORMS[name].kind != "features" and FORMS[name].tiled])
 def test_a_second_derivative_raises_or_is_right(form: str) -> None:
     z = Z.clone().requires_grad_()

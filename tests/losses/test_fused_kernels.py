@@ -7,6 +7,8 @@ import os
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from loss_inputs import INPUTS, randn, with_duplicates
 from torch import Tensor
 
@@ -212,18 +214,71 @@ def test_full_size_on_a_gpu(shape: tuple[int, int, int], dtype: torch.dtype, imp
 
 
 @pytest.mark.gpu
-def test_no_wait_for_the_device() -> None:
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("pairs", ["all", "subset", "grouped"])
+def test_no_wait_for_the_device(pairs: str) -> None:
     z = torch.randn(2, 300, 64, device="cuda", requires_grad=True)
     mask = torch.ones(2, 300, dtype=torch.bool, device="cuda")
-    for impl in ("chunked", "fused"):
-        dispersion_loss(z, mask, impl=impl).backward()
+    losses = [DispersionLoss(impl=impl, pairs=pairs) for impl in ("chunked", "fused")]
+    for loss in losses:
+        loss(z, mask).backward()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
-        for impl in ("chunked", "fused"):
-            dispersion_loss(z, mask, impl=impl).backward()
+        torch.cuda.set_sync_debug_mode("error")
+        for loss in losses:
+            loss(z, mask).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_states_on_another_than_the_current_device() -> None:
+    z = (torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(0)) + 0.4).to("cuda:1")
+    with torch.cuda.device(0):
+        value, gradient = errors(z)
+    assert (value, gradient) < (1e-6, TOLERANCE[torch.float32])
+
+
+@on_device
+@pytest.mark.parametrize("form", ["angular", "hinge", "uniformity"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero)")  # numpy's, of the interpreter
+def test_a_state_that_is_lost_is_not_hidden(device: str, form: str, dtype: torch.dtype, bad: float) -> None:
+    """One bad value or token makes loss and gradient NaN, as the tiled engine's; a masked one does not."""
+    for place in ((0, 3, 1), (0, 3)):
+        z = randn(2, 37, 20) + 0.4
+        z[place] = bad
+        z = z.to(device, dtype)
+        value, gradient = value_and_gradient(z, "fused", form=form)
+        assert value.isnan()
+        assert gradient[0].isnan().any()
+        mask = torch.ones(2, 37, dtype=torch.bool, device=device)
+        mask[0, 3] = False
+        value, gradient = value_and_gradient(z, "fused", form=form, mask_BT=mask)
+        assert value.isfinite()
+        assert gradient.isfinite().all()
+
+
+@triton.jit
+def _narrowed(bits_p, bf16_p, tf32_p, N: tl.constexpr):
+    at = tl.arange(0, N)
+    x = tl.load(bits_p + at).to(tl.float32, bitcast=True)
+    tl.store(bf16_p + at, fused._narrow(x, tl.bfloat16, False).to(tl.float32))
+    tl.store(tf32_p + at, fused._narrow(x, tl.float32, True))
+
+
+@on_device
+def test_rounding_keeps_every_nan(device: str) -> None:
+    """NVIDIA's arithmetic gives 0x7FFFFFFF, a CPU's 0x7FC00000; 0x7F800000 is infinity, 0x7F7FFFFF rounds to it."""
+    bits = [0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1, 0x7F800000, 0x7F7FFFFF, 0x3F800000, 0]
+    source = torch.tensor(bits, dtype=torch.int32, device=device)
+    narrow, tf32 = torch.empty(2, 8, device=device)
+    _narrowed[(1,)](source, narrow, tf32, N=8)
+    for found in (narrow.tolist(), tf32.tolist()):
+        assert all(math.isnan(value) for value in found[:4])
+        assert found[4:] == [math.inf, math.inf, 1.0, 0.0]
 
 
 @on_device

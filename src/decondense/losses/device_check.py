@@ -64,7 +64,10 @@ def check_device(
             found.milliseconds[impl] = statistics.median(taken[1:])
     except Exception as error:  # a compiler, a driver or a kernel can raise anything
         found.broken = engine.failure(error)
-    found.auto = {name: engine.choose(LossConfig(), z.to(device, getattr(torch, name))) for name in ALLOWED}
+    try:
+        found.auto = {name: engine.choose(LossConfig(), z.to(device, getattr(torch, name))) for name in ALLOWED}
+    except Exception as error:  # after an illegal access nothing runs on the device any more
+        found.broken = found.broken or engine.failure(error)
     return found
 
 
@@ -95,7 +98,7 @@ def _milliseconds(z: Tensor, impl: Impl) -> float:
 def sentences(found: DeviceCheck) -> list[str]:
     """The check in plain sentences, the verdict last."""
     auto = ", ".join(f"{impl} for {name}" for name, impl in found.auto.items())
-    end = f"impl='auto', the default, selects {auto} here."
+    end = f"impl='auto', the default, selects {auto} here." if auto else "The device does not work after that error."
     if found.broken is not None:
         return [f"The fused kernels do not run on {found.device}: {found.broken}.", end]
     errors = ", ".join(f"{name} {error:.1e}" for name, error in found.errors.items())

@@ -12,7 +12,7 @@ from torch import Tensor
 from decondense.config import CallOptions, LossConfig
 from decondense.geometry import statistics_dtype
 from decondense.losses import engine, world
-from decondense.losses.pair_mask import PairMask, gather_rows
+from decondense.losses.pair_mask import PairMask, gather_rows, to_device
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -141,7 +141,7 @@ def configured_sum_and_count(
     if s.pairs == "subset" and z.shape[1] > s.subset_size:
         assert generator is not None
         places = torch.rand(z.shape[1], generator=generator, device=generator.device).argsort()[: s.subset_size]
-        places = places.sort().values.to(z.device)
+        places = to_device(places.sort().values, z.device)
         z = z[:, places]
         mask = None if mask is None else mask[:, places]
         segments = None if segments is None else segments[:, places]

@@ -99,15 +99,16 @@ def _narrow(x, dtype: tl.constexpr, TF32: tl.constexpr):
     """x in the dtype of its destination, rounded to nearest even (the interpreter's own cast to bfloat16 truncates).
 
     TF32: a float32 destination gets what a TF32 product would make of it anyway, so that the sums see the same number.
+    NaN stays NaN: NVIDIA's own has all bits set, which the addition would turn into zero.
     """
     if dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        x = bits.to(tl.float32, bitcast=True)
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), float("nan"))
     elif TF32:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0xFFF + ((bits >> 13) & 1)) & -8192
-        x = bits.to(tl.float32, bitcast=True)
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), float("nan"))
     return x.to(dtype)
 
 
@@ -122,11 +123,13 @@ def _norms(
     here = i < N
     base = z_p + (row * N + i[:, None]) * D
     largest = tl.zeros((BM,), tl.float32)
+    lost = tl.zeros((BM,), tl.int32)  # maxima ignore NaN, which must not pass for a zero vector
     for k in range(0, D, BC):
         d = k + tl.arange(0, BC)
         z = tl.load(base + d[None, :], mask=here[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(z), 1))
-    present = (largest > _ZERO_NORM) & here
+        lost += tl.sum((z != z).to(tl.int32), 1)
+    present = ((largest > _ZERO_NORM) | (lost > 0)) & here
     if HAS_VALID:
         present = present & (tl.load(valid_p + row * N + i, mask=here, other=0) != 0)
     scale = 1.0 / tl.where(present, largest, 1.0)
@@ -227,9 +230,9 @@ def _weights(
         if not DIAGONAL:
             counts = counts & (i[:, None] != j[None, :])
         # 1 - c; the first term is 0 unless a vector is zero, whose cosines are 0
-        gap = (1.0 - 0.5 * (unit_i[:, None] + unit_j[None, :])) + tl.maximum(
-            0.5 * (square_i[:, None] + square_j[None, :]) - s, 0.0
-        )
+        excess = 0.5 * (square_i[:, None] + square_j[None, :]) - s
+        lost = excess != excess  # NaN, which maxima and minima ignore on a GPU
+        gap = (1.0 - 0.5 * (unit_i[:, None] + unit_j[None, :])) + tl.maximum(excess, 0.0)
         if KIND == _EXPONENTIAL:
             f = tl.exp(-rate * gap)
             w = f
@@ -249,8 +252,10 @@ def _weights(
                 push = tl.maximum(0.5 - theta / _PI, 0.0)
                 f = push * push
                 w = push * slope
+        f = tl.where(lost, excess, f)
         total += tl.sum(tl.where(counts, f, 0.0), 1)
         if GRADIENT:
+            w = tl.where(lost, excess, w)
             w = _narrow(tl.where(counts, w, 0.0), w_p.dtype.element_ty, TF32)
             tl.store(w_p + place, w, mask=inside)
             w = w.to(tl.float32)
@@ -345,6 +350,21 @@ def sweep(
 
     ``run(kernel, grid, *arguments, **constants)`` starts a kernel; with one that only compiles, z may be on ``meta``.
     """
+    if z_RND.is_cuda:
+        # Triton starts kernels on the current device, which need not be that of a layer of a model on several
+        with torch.cuda.device(z_RND.device):
+            return _sweep(z_RND, valid_RN, label_RN, form, want_gradient, run)
+    return _sweep(z_RND, valid_RN, label_RN, form, want_gradient, run)
+
+
+def _sweep(
+    z_RND: Tensor,
+    valid_RN: Tensor | None,
+    label_RN: Tensor | None,
+    form: PairForm,
+    want_gradient: bool,
+    run: Callable[..., Any],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     kernel = form.kernel()
     assert kernel is not None, form
     assert z_RND.dtype != torch.float64

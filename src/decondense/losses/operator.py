@@ -41,14 +41,16 @@ def _pair_sums(
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     pair = _pair_form(form, tuple(options), compat)
-    if engine == "fused":
-        from decondense.losses import fused
+    # also in a backward that recomputes and is called inside autocast
+    with torch.autocast(z.device.type, enabled=False):
+        if engine == "fused":
+            from decondense.losses import fused
 
-        sums, gradient, factor = fused.sweep(z, valid, label, pair, want_gradient)
-    else:
-        sums, gradient, factor = chunked.sweep(z, valid, label, pair, want_gradient)
-        if factor is None and want_gradient:
-            factor = torch.ones_like(sums)
+            sums, gradient, factor = fused.sweep(z, valid, label, pair, want_gradient)
+        else:
+            sums, gradient, factor = chunked.sweep(z, valid, label, pair, want_gradient)
+            if factor is None and want_gradient:
+                factor = torch.ones_like(sums)
     return sums, sums.new_empty(0) if gradient is None else gradient, sums.new_empty(0) if factor is None else factor
 
 

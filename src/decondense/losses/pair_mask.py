@@ -27,15 +27,24 @@ Backward = Callable[..., "tuple[Tensor | None, ...]"]
 
 
 def differentiated_once(backward: Backward) -> Backward:
-    """Make a backward refuse ``create_graph=True``."""
+    """Make a backward refuse ``create_graph=True``, and keep its dtypes inside autocast."""
 
     @wraps(backward)
     def checked(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(DOUBLE_BACKWARD)
-        return backward(ctx, *grad_outputs)
+        # recomputed products, where backward() is called inside autocast, would be taken in half precision
+        with torch.autocast(grad_outputs[0].device.type, enabled=False):
+            return backward(ctx, *grad_outputs)
 
     return checked
+
+
+def to_device(drawn: Tensor, device: torch.device) -> Tensor:
+    """What was drawn by a generator of the CPU, on ``device``; the CPU does not wait for a GPU."""
+    if device.type == "cuda" and drawn.device.type == "cpu" and not torch.compiler.is_compiling():
+        return drawn.pin_memory().to(device, non_blocking=True)
+    return drawn.to(device)
 
 
 def _dense(label_BT: Tensor) -> Tensor:
@@ -147,7 +156,8 @@ class PairMask:
         """
         assert self.segment_RN is None or self.label_RN is not None
         rows, size = self.rows, self.row_size
-        key = torch.rand(rows, size, generator=generator, device=generator.device, dtype=torch.float64).to(device)
+        key = torch.rand(rows, size, generator=generator, device=generator.device, dtype=torch.float64)
+        key = to_device(key, device)
         if self.label_RN is not None:
             key = key + self.label_RN
         if self.valid_RN is not None:

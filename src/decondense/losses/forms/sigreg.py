@@ -11,7 +11,7 @@ from decondense.config import LossConfig
 from decondense.geometry import statistics_dtype
 from decondense.losses import features
 from decondense.losses.form import Form
-from decondense.losses.pair_mask import PairMask, differentiated_once
+from decondense.losses.pair_mask import PairMask, differentiated_once, to_device
 
 
 def _knots(knots: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +81,7 @@ def draw(width: int, s: LossConfig, generator: torch.Generator, like: Tensor) ->
     """Random unit directions ``[D, M]``."""
     directions = torch.randn(width, s.slices, generator=generator, device=generator.device, dtype=torch.float64)
     directions = torch.nn.functional.normalize(directions, dim=0)
-    return directions.to(device=like.device, dtype=statistics_dtype(like.dtype))
+    return to_device(directions.to(statistics_dtype(like.dtype)), like.device)
 
 
 FORM = Form(definition=definition, per_segment=per_segment, draw=draw)
