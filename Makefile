@@ -12,7 +12,7 @@ OLDEST_TORCH ?= 2.6.0
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_PART ?=
 
-.PHONY: help setup demo test test-all test-oldest check format bench gpu kernels trial figures docs docs-serve build clean
+.PHONY: help setup demo test test-all test-oldest test-engines check format bench gpu kernels trial figures docs docs-serve build clean
 
 help:
 	@echo "make demo      train with and without dispersion loss, compare, report (4 to 6 minutes on 2 cores)"
@@ -20,6 +20,7 @@ help:
 	@echo "make check     ruff, mypy, import contracts"
 	@echo "make test-all  the default and the slow tests"
 	@echo "make test-oldest  a handful of tests and the quick demo with the oldest supported versions, in .venv-oldest"
+	@echo "make test-engines  DeepSpeed on two processes and a local Ray cluster; installs both into .venv"
 	@echo "make bench     the benchmarks; rows go to benchmarks/results/"
 	@echo "make kernels   the Triton kernels compiled for four GPUs, none needed: registers, spills, shared memory"
 	@echo "make gpu       on one GPU, under 9 minutes, resumable: tests, speed, memory (GPU_PART=attach: one part)"
@@ -59,6 +60,12 @@ test-oldest:
 	$(OLDEST)/bin/decondense demo --quick --out $(OLDEST)/demo
 	$(OLDEST)/bin/decondense compare $(OLDEST)/demo
 	$(OLDEST)/bin/decondense measure $(OLDEST)/demo/cells/dispersion/seed-0/final --out $(OLDEST)/measured --passages 8
+
+# what the default tests skip because nothing installs it unasked
+test-engines: $(STAMP)
+	$(BIN)/python -m pip install --quiet wheel setuptools ninja py-cpuinfo hjson einops msgpack nvidia-ml-py "ray>=2.40"
+	$(BIN)/python -m pip install --quiet --no-build-isolation deepspeed==0.19.8
+	$(BIN)/python -m pytest -q tests/integrations/test_deepspeed.py tests/studies/test_cluster.py
 
 check: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks docs/hooks

@@ -6,8 +6,9 @@
 ``decondense.losses.fused.sweep`` runs on tensors of the device ``meta``, with a launcher that compiles what it is
 asked to start: the specialisations are those of real calls. All functions of a pair, dtypes and both alignments at full
 block sizes, with and without gradient, with no mask and with all; every combination of masks of the angular loss; every
-smaller block once. A row is one (target, kernel, dtype, function of the pair, block sizes): the worst
-of its specialisations. Ends with 1 if one spills registers or needs more shared memory than a block may have.
+smaller block and the addresses beyond 2 GiB with every dtype, the smaller blocks with every function too. A row is one
+(target, kernel, dtype, function of the pair, block sizes): the worst of its specialisations. Ends with 1 if one spills
+registers or needs more shared memory than a block may have.
 
 Registers, stack (spilled registers, in bytes) of a cubin: ``cuobjdump -res-usage``; of AMD code: the metadata of the
 assembly, in which spills are registers. Both tools are Triton's own.
@@ -16,6 +17,7 @@ assembly, in which spills are registers. Both tools are Triton's own.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import re
 import subprocess
@@ -132,8 +134,16 @@ def cases() -> Iterator[Case]:
                 # masks only decide which pairs count, in the same way for every function: all of them for one
                 if form == forms[0] or (masked == segments and (masked or shape == ALIGNED)):
                     yield Case(dtype, form, shape, masked, segments, gradient)
-    for shape in (*NARROW, LARGE):
-        yield Case("float32", forms[0], shape)
+        yield Case(dtype, forms[0], LARGE)
+        for form, shape in itertools.product(forms, NARROW):
+            yield Case(dtype, form, shape)
+
+
+def kernels_hash() -> str:
+    """Of the kernels and how they are launched: rows of other kernels say nothing about these."""
+    jitted = sorted(name for name, one in vars(fused).items() if isinstance(one, triton.JITFunction))
+    text = [getattr(fused, name).src for name in jitted] + [repr(sorted(fused.LAUNCHES.items()))]
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
 
 _usages: dict[str, tuple[int, int]] = {}
@@ -212,7 +222,7 @@ def rows_of(target: str, chosen: list[Case]) -> tuple[list[Row], list[str]]:
             "shared_bytes": max(one.shared for one in these),
             "shared_limit_bytes": TARGETS[target][1],
         }
-        made = provenance(triton=triton.__version__)
+        made = provenance(triton=triton.__version__, kernels=kernels_hash())
         rows.append(
             make_row(
                 "benchmark",

@@ -52,7 +52,10 @@ def test_committed_rows_are_those_of_the_launch_table() -> None:
         params = [row["params"] for row in rows if row["variant"] == name]
         assert {(one["tokens"], one["warps"], one["stages"]) for one in params} == {(launch[0], *launch[2:])}
         assert max(one["across"] for one in params) == launch.across
-    assert all(row["metrics"]["spills"] == 0 for row in rows)
+    assert {row["provenance"]["kernels"] for row in rows} == {static.kernels_hash()}, "run `make kernels` again"
+    for row in rows:
+        assert row["metrics"]["spills"] == 0, row
+        assert row["metrics"]["shared_bytes"] <= static.TARGETS[row["params"]["target"]][1], row
 
 
 @pytest.mark.slow
