@@ -14,14 +14,15 @@ from real_tables import measured_rows
 from study_rows import blocks, committed, estimate, loss_difference, mean, paired, shown, warm_up_control
 
 KINDS = {
-    "agrees": "agree",
-    "disagrees": "disagree",
-    "equivalent": "show no difference that matters",
-    "undecided": "are undecided",
-    "not tested": "cannot be tested by an interval (every seed gives one value)",
-    "not testable": "cannot be tested at this scale (the statistic is at its bound)",
-    "not run": "have not been run",
+    "agrees": ("agrees", "agree"),
+    "disagrees": ("disagrees", "disagree"),
+    "equivalent": ("shows no difference that matters", "show no difference that matters"),
+    "undecided": ("is undecided", "are undecided"),
+    "not tested": ("cannot be tested by an interval (every seed gives one value)",) * 2,
+    "not testable": ("cannot be tested at this scale (the statistic is at its bound)",) * 2,
+    "not run": ("has not been run", "have not been run"),
 }
+"""What is said of one claim, and of several."""
 
 
 def front() -> str:
@@ -32,7 +33,7 @@ def front() -> str:
 
 def _claims() -> str:
     found = [verdict for _, verdict in judged("tiny").values()]
-    counts = [f"{found.count(kind)} {said}" for kind, said in KINDS.items() if kind in found]
+    counts = [f"{found.count(kind)} {said[found.count(kind) > 1]}" for kind, said in KINDS.items() if kind in found]
     return f"**The published claims, at the scale of minutes:** of {len(CLAIMS)}, {', '.join(counts)}."
 
 
