@@ -527,3 +527,17 @@ def test_teachers_that_are_none():
         attach(model, form="gram", teacher=tiny(seed=1), target=0.1)
     with pytest.raises(ConfigError, match="needs a teacher: add distillation to the same arm"):
         ArmConfig.parse({"name": "a", "dispersion": {"loss": {"form": "gram"}}}, where="study.yaml")
+
+
+@pytest.mark.parametrize(("key", "value"), [("all_layers", None), ("all_layers", ...), ("mean_cosine_others", ...)])
+def test_a_profile_that_lacks_what_a_target_needs_is_refused(tmp_path, key, value):
+    path = measure(tiny(), input_ids=tokens()).save(tmp_path / "profile")
+    document = json.loads(path.read_text())
+    summary = document["summary"]
+    if value is ...:
+        del summary[key]
+    else:
+        summary[key] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(AttachError, match=r"lacks the mean cosines .* measure again"):
+        attach(tiny(), target=str(path))

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from decondense.layers import parse
 from decondense.privacy import without_credentials, without_folder
 
 _LARGEST = 1 << 26
 """Bytes of a file at most; a summary of a model of 200 layers has 1 MB."""
+
+_MOST = 10**18
+"""Parameters, passages, tokens and counts at most: a figure cannot show every number that JSON can hold."""
+
+_AGAIN = "Measure again (decondense measure MODEL), or give another file."
+_RENAME = "Choose another name (--model, --text-name, --family, --source)."
 
 
 class EntryError(ValueError):
@@ -28,6 +36,8 @@ def _line(text: str) -> str:
 Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_line)]
 Words = Annotated[str, Field(max_length=400), AfterValidator(_line)]
 Cosine = Annotated[float, Field(ge=-1.000001, le=1.000001)]
+Count = Annotated[int, Field(gt=0, le=_MOST)]
+M = TypeVar("M", bound=BaseModel)
 
 
 class Entry(BaseModel):
@@ -44,12 +54,12 @@ class Entry(BaseModel):
     """Name of the models that differ in size only: ``Qwen2.5``."""
     model_type: Words | None = None
     """Architecture as transformers calls it: ``qwen2``."""
-    parameters: int | None = Field(default=None, gt=0)
+    parameters: Count | None = None
     text: Name
     text_hash: Words | None = None
     """Hash of the passages; None: the text is known only by its name."""
-    passages: int | None = Field(default=None, gt=0)
-    tokens: int | None = Field(default=None, gt=1)
+    passages: Count | None = None
+    tokens: int | None = Field(default=None, gt=1, le=_MOST)
     """Tokens of the longest passage."""
     final: Literal["after", "before"] = "after"
     """Whether the last state is taken after or before the final norm."""
@@ -74,38 +84,46 @@ class Entry(BaseModel):
 
     @classmethod
     def from_summary(
-        cls, summary: Mapping[str, Any], *, model: str = "", family: str = "", text: str = "", source: str = ""
+        cls,
+        summary: Mapping[str, Any],
+        *,
+        model: str = "",
+        family: str = "",
+        text: str = "",
+        source: str = "",
+        where: str = "this profile",
     ) -> Entry:
         """The entry of :meth:`decondense.measuring.Profile.summary`; what is given replaces what the profile says.
 
-        Names do not contain folders of this machine.
+        Names do not contain folders of this machine. ``where``: what messages call the profile.
+
+        Raises:
+            EntryError: the summary is damaged, or a name cannot be printed or is too long.
         """
-        info = summary["info"]
-        name = model or info.get("name") or without_folder(str(info.get("model") or "model"))
-        if not model and info.get("step") is not None:
-            name = f"{without_folder(str(info.get('model') or 'model'))} step {info['step']}"
-        interval = summary.get("spearman_interval")
-        return _validated(
-            "this profile",
-            {
-                "model": _public(name),
-                "family": family,
-                "model_type": info.get("model_type"),
-                "parameters": info.get("parameters"),
-                "text": _public(text or info.get("source") or "unknown"),
-                "text_hash": info.get("text_hash") if not text else None,
-                "passages": summary["passages"],
-                "tokens": summary["passage_tokens"],
-                "final": summary["final"],
-                "mean_cosine": summary["mean_cosine"],
-                "deep_half": summary["last"]["half"],
-                "last": summary["mean_cosine"][-1],
-                "spearman": summary["spearman"],
-                "kendall": summary["kendall"],
-                "spearman_interval": interval if interval and None not in interval else None,
-                "source": source or "measured with decondense",
-            },
-        )
+        found = _validated(_Summary, where, summary, _AGAIN)
+        info, interval = found.info, found.spearman_interval
+        name = model or info.name or without_folder(info.model or "model")
+        if not model and info.step is not None:
+            name = f"{without_folder(info.model or 'model')} step {info.step}"
+        fields = {
+            "model": public_name(name),
+            "family": family,
+            "model_type": info.model_type,
+            "parameters": info.parameters,
+            "text": public_name(text or info.source or "unknown"),
+            "text_hash": info.text_hash if not text else None,
+            "passages": found.passages,
+            "tokens": found.passage_tokens,
+            "final": found.final,
+            "mean_cosine": found.mean_cosine,
+            "deep_half": found.last.half,
+            "last": found.mean_cosine[-1],
+            "spearman": found.spearman,
+            "kendall": found.kendall,
+            "spearman_interval": interval if interval and None not in interval else None,
+            "source": source or "measured with decondense",
+        }
+        return _validated(cls, where, fields, _RENAME)
 
     @classmethod
     def read(cls, path: str | Path, **names: str) -> Entry:
@@ -120,12 +138,70 @@ class Entry(BaseModel):
         """
         document = _document(path)
         if "summary" in document:
-            return cls.from_summary(_summary(document, path), **names)
-        return _validated(str(path), {**document, **{name: value for name, value in names.items() if value}})
+            return cls.from_summary(_summary(document, path), where=str(path), **names)
+        given = {name: value for name, value in names.items() if value}
+        return _validated(cls, str(path), {**document, **given}, "Correct the file, or add its profile again.")
 
     def to_json(self) -> str:
         """The text of an entry file."""
         return json.dumps(self.model_dump(exclude_none=True), ensure_ascii=False, indent=1) + "\n"
+
+
+class _Part(BaseModel):
+    """A part of a summary: values of the wrong type are refused, and keys that nothing here reads are ignored."""
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+
+class _Info(_Part):
+    name: str | None = None
+    model: str | None = None
+    step: int | None = None
+    model_type: Words | None = None
+    parameters: Annotated[Count, Field(strict=False)] | None = None
+    source: str | None = None
+    text_hash: Words | None = None
+
+
+class _Last(_Part):
+    half: Cosine
+
+
+class _State(_Part):
+    mean_cosine: Cosine
+
+
+Label = Annotated[str, AfterValidator(lambda label: parse(label).label)]
+
+
+class _Summary(_Part):
+    """What verdicts, cards, atlases and targets read of a profile's summary."""
+
+    layers: list[Label]
+    mean_cosine: list[Cosine] = Field(min_length=2)
+    mean_cosine_others: list[Cosine] | None = None
+    last: _Last
+    spearman: Cosine | None
+    kendall: Cosine | None
+    spearman_interval: Annotated[list[Cosine | None], Field(min_length=2, max_length=2)] | None = None
+    passages: Count
+    passage_tokens: int = Field(gt=1, le=_MOST)
+    final: Literal["after", "before"]
+    histogram: list[list[Annotated[int, Field(ge=0, le=_MOST)]]] | None = None
+    quantiles: list[Annotated[list[Cosine], Field(min_length=1)]] | None = None
+    metrics: dict[str, list[float | None]] | None = None
+    all_layers: dict[Label, _State] | None = None
+    info: _Info
+
+    @model_validator(mode="after")
+    def _fits(self) -> _Summary:
+        for name in ("mean_cosine", "mean_cosine_others", "histogram", "quantiles"):
+            rows = getattr(self, name)
+            if rows is not None and len(rows) != len(self.layers):
+                raise ValueError(f"{name} has {len(rows)} values, but there are {len(self.layers)} layers")
+        if self.histogram and (len({len(row) for row in self.histogram}) > 1 or not all(map(any, self.histogram))):
+            raise ValueError("histogram has rows of different lengths, or without counts")
+        return self
 
 
 def read_summary(path: str | Path) -> dict[str, Any]:
@@ -134,15 +210,16 @@ def read_summary(path: str | Path) -> dict[str, Any]:
     Raises:
         EntryError: there is no profile, or it is damaged.
     """
-    return _summary(_document(path), path)
+    summary = _summary(_document(path), path)
+    Entry.from_summary(summary, where=str(path))
+    return summary
 
 
 def _summary(document: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     summary = document.get("summary")
-    needed = ("layers", "mean_cosine", "last", "spearman", "kendall", "passages", "passage_tokens", "final", "info")
-    if document.get("format") != 1 or not isinstance(summary, dict) or any(key not in summary for key in needed):
+    if document.get("format") != 1 or not isinstance(summary, dict):
         raise EntryError(f"{path} is not a profile; decondense measure MODEL writes one (profile.json).")
-    if summary["final"] == "all":
+    if summary.get("final") == "all":
         raise EntryError(
             f"{path} lists every state, so the last layer is ambiguous; save profile.at('after') or "
             "profile.at('before')."
@@ -169,14 +246,25 @@ def _document(path: str | Path) -> dict[str, Any]:
     return document
 
 
-def _public(name: str) -> str:
+def public_name(name: str) -> str:
+    """A name without folders of this machine and without credentials."""
     return without_credentials(without_folder(name))
 
 
-def _validated(where: str, fields: Mapping[str, Any]) -> Entry:
+def check_names(where: str, *, model: str, text: str, remedy: str) -> None:
+    """Refuse names of a model and a text that no entry can have, before they are measured.
+
+    Raises:
+        EntryError: a name is too long or cannot be printed; the message begins with ``where``.
+    """
+    _validated(Entry, where, {"model": public_name(model), "text": public_name(text)}, remedy)
+
+
+def _validated(kind: type[M], where: str, fields: Mapping[str, Any], remedy: str) -> M:
     try:
-        return Entry.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "entry"
-        raise EntryError(f"{where}: {place}: {first['msg']}.") from error
+        place = ".".join(map(str, first["loc"]))
+        message = re.sub(r"^Value error, | or instance of \w+", "", first["msg"]).rstrip(".")
+        raise EntryError(f"{where}: {place + ': ' if place else ''}{message}. {remedy}") from error

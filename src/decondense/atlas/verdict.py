@@ -143,8 +143,8 @@ def relate(own: Entry, reference: Entry, relation: Relation = "chosen") -> Compa
     if reference.final != own.final:
         raise EntryError(
             f"the last state of {reference.model} is {reference.final} the final norm, that of {own.model} is "
-            f"{own.final} it, so they are different states. Measure with final={reference.final!r} (--final), or "
-            "choose another reference."
+            f"{own.final} it, so they are different states. Measure with final={reference.final!r} "
+            f"(--final {reference.final}), or choose another reference."
         )
     values = {}
     for name, alike in ALIKE.items():

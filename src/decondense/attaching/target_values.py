@@ -87,6 +87,11 @@ def _measured(name: str, summary: Mapping[str, Any]) -> dict[Layer, float]:
             f"target {name!r} was measured without the first {skipped} tokens of each passage, but training includes "
             "them; measure again without skip_tokens."
         )
+    if not summary.get("all_layers") or not summary.get("mean_cosine_others"):
+        raise AttachError(
+            f"target {name!r} lacks the mean cosines over pairs of different tokens (all_layers, mean_cosine_others): "
+            "measure again."
+        )
     tokens = summary["passage_tokens"]
     found = {parse(state): _others(name, v["mean_cosine"], tokens) for state, v in summary["all_layers"].items()}
     return found | {parse(n): c for n, c in zip(summary["layers"], summary["mean_cosine_others"], strict=True)}
@@ -119,7 +124,7 @@ def _interpolated(
         after = layer == FINAL_NORM
         depth = (blocks if after else layer.number) * theirs / blocks
         known = {**inner, theirs: ends[after]} if after in ends else inner
-        if max(known) < depth:
+        if max(known, default=-1) < depth:
             where = "after" if after else "before"
             raise AttachError(
                 f"target {name!r} has no state at the depth of {layer} {where} the final norm; attach with "

@@ -34,15 +34,17 @@ def add(
 ) -> None:
     """Add profiles to an atlas and rebuild its page."""
     from decondense.atlas import Atlas, Entry, EntryError
+    from decondense.report.atlas import page_path, write_page
 
     if model and len(profiles) > 1:
         raise EntryError(f"--model names one profile, but {len(profiles)} are given; add them one by one.")
     names = {"model": model, "family": family, "text": text_name, "source": source}
     entries = [Entry.read(path, **names) for path in profiles]
     found = Atlas(atlas)
+    page_path(found)  # a page that must not be overwritten is refused before entries are written
     for path in found.add(entries, replace=replace):
         typer.echo(f"added {path}")
-    _page(found)
+    typer.echo(f"page: {write_page(found)}")
 
 
 @app.command()
@@ -50,17 +52,12 @@ def show(atlas: Folder = Path("atlas")) -> None:
     """Print an atlas and rebuild its page."""
     from decondense.atlas import Atlas
     from decondense.cli.console import Console
-    from decondense.report.atlas import terminal_entries
+    from decondense.report.atlas import terminal_entries, write_page
 
     found = Atlas(atlas)
+    page = write_page(found)
     Console().print(terminal_entries(found.entries()).to_rich(fold=(0, 2)))
-    _page(found)
-
-
-def _page(atlas: object) -> None:
-    from decondense.report.atlas import write_page
-
-    typer.echo(f"page: {write_page(atlas)}")  # type: ignore[arg-type]
+    typer.echo(f"page: {page}")
 
 
 @app.command()

@@ -149,6 +149,7 @@ def measure_command(
     as_json: options.Json = False,
 ) -> None:
     """Measure embedding condensation: how alike a model's token vectors become, layer by layer."""
+    from decondense.atlas.entry import check_names
     from decondense.cli.console import Console
     from decondense.cli.display import Display
     from decondense.config import MeasureConfig, one_of
@@ -186,8 +187,11 @@ def measure_command(
     labels = [f"step {step:,}" if step is not None else short for (_, step), short in zip(names, labels, strict=True)]
     inputs.check_folder(folder, labels if len(names) > 1 else [])
     compared = _reference(reference, final)
-
     text_source = without_credentials(text or dataset or defaults.dataset)
+    for (source, _), label in zip(names, labels, strict=True):
+        check_names(
+            f"the results of {source!r}", model=label, text=text_source, remedy="Rename the directory or the file."
+        )
     with Display(console) as display:
         display.update("texts", "reading passages")
         texts = inputs.read_texts(
@@ -308,6 +312,7 @@ def _measure_states(
     from decondense.cli.display import Display
     from decondense.measuring import measure_states
     from decondense.measuring.dumps import StateFiles
+    from decondense.measuring.running import MeasureError
 
     compared = _reference(reference, final)
     files = StateFiles(source)
@@ -324,6 +329,11 @@ def _measure_states(
             progress=lambda _, done, total: display.update(name, name, done, total),
             **measuring,
         ).at(final)  # type: ignore[arg-type]
+    if len(profile.layers) < 2:
+        raise MeasureError(
+            f"{source} holds the state of one layer ({profile.layers[0]}), but a trend with depth needs two; write the "
+            "states of more layers."
+        )
     profile.save(folder / "profile")
     _show(console, label, profile, folder, *look)
     _say(console, profile, compared)

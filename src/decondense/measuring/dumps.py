@@ -15,16 +15,19 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import AfterValidator
 
+from decondense.atlas.entry import Count, Name, public_name
 from decondense.config import Config
 from decondense.measuring.running import MeasureError
-from decondense.measuring.supplied import named
+from decondense.measuring.supplied import named, readable
 
 MANIFEST = "manifest.json"
 Layout = Literal["vllm", "passages", "layers"]
+Public = Annotated[Name, AfterValidator(public_name)]
 
 
 class Manifest(Config):
@@ -36,11 +39,11 @@ class Manifest(Config):
     """What the states are, in order: 0 for the embedding, k for the state after block k, or labels."""
     final_norm: bool
     """Whether the last state is after the model's final norm."""
-    model: str
-    """Name of the model."""
-    source: str
-    """What text was read."""
-    parameters: int | None = None
+    model: Public
+    """Name of the model, without folders of this machine and credentials."""
+    source: Public
+    """What text was read, without the same."""
+    parameters: Count | None = None
     """Parameters of the model, for tables and figures."""
     files: tuple[str, ...] = ()
     """Names of the files in their order. Default: all, sorted."""
@@ -69,12 +72,12 @@ class StateFiles:
             raise MeasureError(f"{folder} has no {MANIFEST}, which says what the states are. For example: {_EXAMPLE}")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise MeasureError(f"{path} cannot be read ({error}).") from error
+        except (ValueError, RecursionError, OSError) as error:
+            raise MeasureError(f"{path} cannot be read ({error}). A complete one: {_EXAMPLE}") from error
         try:
             self.manifest = Manifest.parse(data, where=str(path))
         except ValueError as error:
-            raise MeasureError(f"{error} A complete one: {_EXAMPLE}") from error
+            raise MeasureError(f"{str(error).rstrip('.')}. A complete one: {_EXAMPLE}") from error
         named(self.manifest.layers, len(self.manifest.layers), self.manifest.final_norm)
         self._files = self._listed()
         per_layer = self.manifest.layout == "layers"
@@ -114,6 +117,9 @@ class StateFiles:
                     )
         else:
             files = sorted(self.folder.glob(f"*{suffix}"), key=lambda file: _natural(file.name))
+        for file in files:
+            if not file.is_file():
+                raise MeasureError(f"{file} is not a file; move it elsewhere, or name the files in {MANIFEST} (files).")
         if not files:
             raise MeasureError(f"{self.folder} holds no {suffix} files, which layout {self.manifest.layout!r} needs.")
         return files
@@ -133,19 +139,19 @@ class StateFiles:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _array(file: Path) -> np.ndarray[Any, Any]:
     try:
-        array: np.ndarray[Any, Any] = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        array: np.ndarray[Any, Any] = np.lib.format.open_memmap(file, mode="r")  # maps no pickles and no archives
+    except Exception as error:  # a damaged header shows as whatever the first thing that trips over it raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise MeasureError(f"{file} cannot be read: {reason}. Object arrays (pickles) are not loaded.") from error
-    if array.ndim != 3 or array.dtype.kind != "f":
+    if array.ndim != 3 or not readable(array.dtype):
         raise MeasureError(
-            f"{file} holds {array.dtype} of shape {list(array.shape)}; expected floating-point numbers with three "
-            "dimensions."
+            f"{file} holds {array.dtype} of shape {list(array.shape)}; expected floating-point numbers (float16, "
+            "float32 or float64) with three dimensions."
         )
     return array
 
@@ -160,7 +166,8 @@ def _request(file: Path, layers: int) -> Any:
             states = stored.get_tensor("hidden_states") if "hidden_states" in names else None
             ids = stored.get_tensor("token_ids") if "token_ids" in names else None
     except (SafetensorError, OSError, ValueError) as error:
-        raise MeasureError(f"{file} cannot be read: {str(error).rstrip('.')}. Extract it again.") from error
+        reason = re.sub(r" *\(os error \d+\)", "", str(error)).rstrip(".")
+        raise MeasureError(f"{file} cannot be read: {reason}. Extract it again.") from error
     if states is None:
         raise MeasureError(f"{file} has no tensor hidden_states; it holds {', '.join(sorted(names)) or 'nothing'}.")
     if states.ndim != 3 or states.shape[1] != layers:

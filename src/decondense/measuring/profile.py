@@ -17,6 +17,7 @@ from decondense.layers import Layer, deep_half
 from decondense.measuring import depth, files
 from decondense.measuring.sides import Sides, mean_of_known
 from decondense.measuring.sinks import Sinks
+from decondense.privacy import publishable
 
 _D = MeasureConfig()
 
@@ -397,7 +398,7 @@ class Profile:
 
     def summary(self) -> dict[str, Any]:
         """Everything that is human-readable: :meth:`to_row`, intervals, all measured states, side metrics, what was
-        measured."""
+        measured (``info``, without folders of this machine and credentials)."""
         low, high = self.interval("mean_cosine")
         result = self.to_row()
         for kind in ("spearman", "kendall"):
@@ -417,7 +418,7 @@ class Profile:
         }
         result["sinks"] = None if self.sinks is None else self.sinks.summary(self)
         result["final"] = self.final
-        result["info"] = self.info
+        result["info"] = publishable(self.info)
         return result
 
     def save(self, path: str | Path, *, sums: bool = True) -> Path:

@@ -142,8 +142,10 @@ def _states(given: Any, number: int) -> list[Tensor]:
 
 def _state(item: Any, number: int) -> Tensor:
     if isinstance(item, np.ndarray):
-        if item.dtype.kind != "f":
-            raise MeasureError(f"passage {number} holds {item.dtype} values; states are floating-point numbers.")
+        if not readable(item.dtype):
+            raise MeasureError(
+                f"passage {number} holds {item.dtype} values; states are float16, float32 or float64 numbers."
+            )
         item = torch.from_numpy(np.array(item, dtype=item.dtype.newbyteorder("=")))
     if not isinstance(item, Tensor) or not item.is_floating_point():
         kind = str(item.dtype) if isinstance(item, Tensor) else type(item).__name__
@@ -154,6 +156,11 @@ def _state(item: Any, number: int) -> Tensor:
         raise MeasureError(f"passage {number} has a state of shape {list(item.shape)}; expected [tokens, width].")
     state: Tensor = item.detach().contiguous()
     return state
+
+
+def readable(dtype: np.dtype[Any]) -> bool:
+    """Whether torch has the type of an array of states: not integers, and not the longer floats of some machines."""
+    return dtype.kind == "f" and dtype.itemsize <= 8
 
 
 def named(layers: Sequence[str | int | Layer] | None, count: int, final_norm: bool) -> tuple[tuple[Layer, ...], bool]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from decondense import __version__
-from decondense.atlas import SCALE, Atlas, Comparison, Entry, judge, level, sentences
+from decondense.atlas import SCALE, Atlas, Comparison, Entry, EntryError, judge, level, sentences
 from decondense.figures.atlas import size_figure
 from decondense.figures.condensation import heatmap_figure
 from decondense.figures.style import ArmStyle, render
@@ -21,6 +21,8 @@ from decondense.report.pictures import Picture, inline_svg
 from decondense.table import Entry as Cell
 from decondense.table import Table, markdown
 
+_MARKS = (b'<meta name="generator" content="decondense ', b" from the entries alone.")
+"""What every page of an atlas contains (``templates/atlas.html``), and no other page."""
 _SHOWN = ("model", "parameters", "text", "deep half", "level", "last layer", "Spearman", "Kendall")
 
 
@@ -69,12 +71,39 @@ def comparison_table(own: Entry, c: Comparison) -> Table:
     return Table("compare", "", ("", own.model, c.reference.model, "difference", "outcome"), tuple(rows))
 
 
+def page_path(atlas: Atlas) -> Path:
+    """Where the page of an atlas is written.
+
+    Raises:
+        EntryError: another page is there, which this one would overwrite.
+    """
+    path = atlas.folder / "index.html"
+    if path.is_file():
+        held = path.read_bytes()
+        if all(mark in held for mark in _MARKS):
+            return path
+    if path.exists():
+        raise EntryError(
+            f"{path} is not the page of an atlas and would be overwritten; move it, or choose another directory with "
+            "--atlas."
+        )
+    return path
+
+
 def write_page(atlas: Atlas, *, title: str = "Atlas of embedding condensation") -> Path:
-    """Write ``index.html`` into the directory of an atlas: a figure for each text, and a table that can be sorted."""
+    """Write ``index.html`` into the directory of an atlas: a figure for each text, and a table that can be sorted.
+
+    Raises:
+        EntryError: there are no entries, one is damaged, or another page is in the place of this one.
+    """
+    path = page_path(atlas)
     entries = atlas.entries()
+    if not entries:
+        raise EntryError(
+            f"{atlas.folder} has no entries; add one: decondense atlas add PROFILE --atlas {atlas.folder}."
+        )
     script = files("decondense.templates").joinpath("sort.js").read_text(encoding="utf-8")
     texts = sorted({entry.text for entry in entries.values()})
-    path = atlas.folder / "index.html"
     html = page(
         "atlas.html",
         title=title,
