@@ -246,6 +246,7 @@ class Files:
         self._texts()
         self._rows()
         self._profile()
+        self._states()
         self._study()
 
     def _texts(self) -> None:
@@ -280,6 +281,20 @@ class Files:
 
         model, _ = load_model(self.model)
         measure(model, input_ids=torch.arange(60).reshape(3, 20)).save(self.whole / "profile")
+        (self.whole / "entry").mkdir()
+        shutil.copy(self.whole / "profile.json", self.whole / "entry")
+
+    def _states(self) -> None:
+        """Hidden states from elsewhere: three layers of two passages, and the manifest that says so."""
+        import numpy as np
+
+        place = self.whole / "states"
+        place.mkdir()
+        draw = np.random.default_rng(0)
+        for passage in range(2):
+            np.save(place / f"{passage}.npy", draw.normal(size=(3, 12, 8)).astype(np.float32))
+        manifest = {"layout": "passages", "layers": [0, 1, 2], "final_norm": False, "model": "a/b", "source": "text"}
+        (place / "manifest.json").write_text(json.dumps(manifest))
 
     def _study(self) -> None:
         """A study with a finished cell, and one that was stopped behind its second checkpoint."""
@@ -348,6 +363,21 @@ def profile(files: Files, number: int, chance: random.Random) -> tuple[Path, boo
     return folder / "profile", certain, call(lambda: Profile.load(folder).summary())
 
 
+def entry(files: Files, number: int, chance: random.Random) -> tuple[Path, bool, Callable[[], int]]:
+    """A profile as a card and an atlas read it: the readable file alone."""
+    path = files.copy("entry", number) / "profile.json"
+    certain = damage(path, chance)
+    if chance.random() < 0.3:
+        return path, certain, command("atlas", "add", path, "--atlas", path.parent / "atlas")
+    return path, certain, command("card", path, "--out", path.parent / "card")
+
+
+def states(files: Files, number: int, chance: random.Random) -> tuple[Path, bool, Callable[[], int]]:
+    place = files.copy("states", number)
+    certain = damage(chance.choice(sorted(place.iterdir())), chance)
+    return place, certain, command("measure", "--states", place, "--out", place.parent / "measured")
+
+
 def model(files: Files, number: int, chance: random.Random) -> tuple[Path, bool, Callable[[], int]]:
     place = files.copy("model", number)
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "generation_config.json")
@@ -393,12 +423,14 @@ def a_study_directory(files: Files, number: int, chance: random.Random) -> tuple
 
 
 FILES = {
-    a_study_file: 60,
-    rows: 60,
+    a_study_file: 50,
+    rows: 50,
     profile: 30,
-    model: 60,
-    text: 45,
-    benchmark: 30,
+    entry: 30,
+    states: 20,
+    model: 45,
+    text: 35,
+    benchmark: 25,
     a_study_directory: 15,
 }
 """Of 300 files, how many of each kind."""

@@ -5,14 +5,13 @@ No torch here: the process that asks for benchmarks checks a model's directory b
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from decondense.config import ConfigError
 from decondense.gguf_files import fault, hub_parts, is_gguf, only_gguf
+from decondense.records import RecordError, read_json
 
 ADAPTER = "adapter_config.json"
 """The file that makes a directory an adapter of PEFT (LoRA and its relatives)."""
@@ -128,10 +127,10 @@ def adapter_of(folder: str | Path) -> Adapter | None:
     if not path.is_file():
         return None
     try:
-        settings: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path} cannot be read ({error}).") from error
-    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+        settings = read_json(path)
+    except RecordError as error:
+        raise ModelError(f"{error} Copy or download the adapter again.") from error
+    base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ModelError(f"{path} does not name the base model; add it as base_model_name_or_path.")
     if settings.get("megatron_config") is not None:

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import fcntl
 import os
+from pathlib import Path
 from typing import IO
+
+
+def open_lock(path: Path) -> IO[str]:
+    """Open the file of a lock, which is made if it is missing.
+
+    Raises:
+        ValueError: there is a directory in its place.
+    """
+    try:
+        return path.open("a")
+    except IsADirectoryError as error:
+        raise ValueError(
+            f"{path} is a directory, but a lock needs a file there. Remove it and run the same command again."
+        ) from error
 
 
 def lock(handle: IO[str] | int, path: str | os.PathLike[str], *, wait: bool = False) -> None:

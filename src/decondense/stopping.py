@@ -1,7 +1,7 @@
 """Signals that ask a run to stop: SIGTERM and SIGHUP end it as Ctrl-C does, SIGUSR1 saves a checkpoint first.
 
 Slurm, Docker and ``kill`` send SIGTERM, a closed terminal sends SIGHUP, and a Slurm job gets SIGUSR1 before its time
-limit if it asks for it with ``--signal=USR1@120``. Standard library only.
+limit if it asks for it with ``--signal=B:USR1@120``. Standard library only.
 """
 
 from __future__ import annotations

@@ -39,7 +39,9 @@ def _from_gguf(name: str, revision: str | None, local_files_only: bool) -> PreTr
     path = gguf_path(name, revision=revision, local_files_only=local_files_only)
     with alone(path) as there:
         try:
-            loaded: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(**there)
+            loaded: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+                **there, trust_remote_code=False
+            )
         except Exception as error:  # a damaged file shows as whatever the first reader that trips over it raises
             if isinstance(error, KeyError):
                 raise ModelError(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from decondense.cli import main
+from decondense.cli import _say, main
 from decondense.records.writing import configuration_hash
 
 DEMO = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "demo.jsonl"
@@ -72,6 +74,23 @@ ODD: dict[str, Callable[[Row], Row]] = {
 def test_rows_that_do_not_fit_together_are_named(what: str, tmp_path: Path, capsys) -> None:
     path = changed(tmp_path, ODD[what])
     assert f"{path},line" in complaint(capsys, 2, "compare", path)
+
+
+def test_a_directory_in_the_place_of_an_output_is_named_with_the_remedy(tmp_path: Path, capsys) -> None:
+    (tmp_path / "report.html").mkdir()
+    said = complaint(capsys, 2, "report", DEMO, "--out", tmp_path)
+    assert f"{tmp_path / 'report.html'}:Isadirectory." in said
+    assert "removeit,orchooseanotheronewith--out" in said
+
+
+@pytest.mark.parametrize(
+    "number",
+    [errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.ENOSPC],
+)
+def test_every_refusal_of_the_system_has_a_remedy(number: int) -> None:
+    said = _say(OSError(number, os.strerror(number), "some/place"))
+    assert said.startswith(f"some/place: {os.strerror(number)}. ")
+    assert said.endswith(".")
 
 
 def test_a_line_nested_too_deep_is_named(tmp_path: Path, capsys) -> None:

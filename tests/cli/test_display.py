@@ -134,6 +134,14 @@ def test_a_study_shows_what_runs_and_says_what_ended() -> None:
     ]
 
 
+def test_a_damaged_file_of_results_is_said_before_its_task_is_scored_again() -> None:
+    console = log()
+    tell = EvaluationDisplay(Display(console))
+    for what in ("damaged", "running", "done"):
+        tell("piqa", what, 7, 7)
+    assert lines(console) == ["piqa: its file of results is damaged or unreadable: scored again", "piqa: 7 items"]
+
+
 def test_an_evaluation_shows_one_task_at_a_time() -> None:
     console = log()
     shown = Display(console)

@@ -75,3 +75,11 @@ def test_what_is_not_finite_is_null(capsys: pytest.CaptureFixture[str]) -> None:
     emit("compare", value=float("nan"), inside=[{"x": float("inf")}, (1, 2)])
     found = json.loads(capsys.readouterr().out)
     assert (found["value"], found["inside"]) == (None, [{"x": None}, [1, 2]])
+
+
+def test_no_control_character_reaches_the_terminal_and_all_come_back(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "".join(map(chr, range(0xA1)))
+    emit("evaluate", model=name, results="out", scores=[], notes=[])
+    printed = capsys.readouterr().out
+    assert not [mark for mark in printed if mark != "\n" and (mark < " " or "\x7f" <= mark <= "\x9f")]
+    assert json.loads(printed)["model"] == name

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from decondense.config import ConfigError, CorpusConfig
 from decondense.corpora.embedded import Document
-from decondense.corpora.packed import END, _install, is_held_out, load, prepare
+from decondense.corpora.packed import END, _content_hash, _install, _prepared_last, is_held_out, load, prepare
 
 
 def words(seed: int, count: int) -> str:
@@ -80,6 +82,7 @@ def test_the_cache_is_used_and_a_damaged_one_rebuilt(config, tmp_path) -> None:
 
 DAMAGE = {
     **{f"a manifest {text!r}": text for text in ("", "[]", "null", '{"files": []}', '{"files": {"x": 1}}')},
+    **{f"a manifest of {what}": text for what, text in (("lists", "[" * 100_000), ("objects", '{"files":' * 100_000))},
     "no manifest": None,
 }
 
@@ -100,6 +103,46 @@ def test_whatever_lies_in_the_corpus_place_is_replaced_or_named(what: str, corpu
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="DECONDENSE_CACHE"):
         _install(tmp_path / "new", tmp_path / "file")
+
+
+def without(*keys: str) -> Callable[[dict], object]:
+    def change(manifest: dict) -> None:
+        for key in keys[:-1]:
+            manifest = manifest[key]
+        del manifest[keys[-1]]
+
+    return change
+
+
+CHANGES: dict[str, Callable[[dict], object]] = {
+    **{f"no {name}": without(name) for name in ("content_hash", "vocabulary", "files", "revision")},
+    **{f"no {name} among the files": without("files", name) for name in ("train.npy", "tokenizer/tokenizer.json")},
+    "no files": lambda manifest: manifest.update(files={}),
+    "no files, and their hash": lambda manifest: manifest.update(files={}, content_hash=_content_hash({})),
+    "another hash": lambda manifest: manifest.update(content_hash="0" * 16),
+    "a hash that is no text": lambda manifest: manifest.update(content_hash=None),
+    "a vocabulary that is no number": lambda manifest: manifest.update(vocabulary="400"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_manifest_that_was_changed_is_prepared_again(what: str, config, corpus, tmp_path) -> None:
+    place = tmp_path / "packed" / corpus.path.name
+    shutil.copytree(corpus.path, place)
+    manifest = json.loads((place / "manifest.json").read_text())
+    CHANGES[what](manifest)
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    assert load(place) is None
+    again = prepare(config, cache=tmp_path)
+    assert again.path == place
+    assert (again.content_hash, again.vocabulary) == (corpus.content_hash, corpus.vocabulary)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "", '{"request": "r"}'])
+def test_a_damaged_manifest_is_not_the_last_one_that_was_prepared(text: str, tmp_path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "manifest.json").write_text(text)
+    assert _prepared_last(tmp_path, "r") is None
 
 
 def test_two_that_prepare_the_same_text_at_once_get_the_same_corpus(config, tmp_path) -> None:

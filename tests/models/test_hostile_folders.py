@@ -195,8 +195,11 @@ ALLOWED = {
     "load_dataset": {"corpora", "evaluate/worker/tasks.py"},
     "load_dataset_builder": {"corpora"},
     "load_from_disk": {"corpora"},
+    "get_dataset_config_names": {"corpora"},
+    "get_dataset_split_names": {"corpora"},
     "for_model": {"models.py", "studies"},  # a name, no file
 }
+MAY_RUN_CODE = {*ALLOWED} - {"load_from_disk", "for_model"}
 FORBIDDEN = {
     *("torch.load", "pickle.load", "pickle.loads", "yaml.unsafe_load", "yaml.full_load", "joblib.load"),
     *("np.load", "numpy.load"),
@@ -212,6 +215,15 @@ def _calls() -> list[tuple[Path, ast.Call, str]]:
     return calls
 
 
+def _options_that_say_it(path: Path) -> set[str]:
+    """The names of a file's mappings that may hold trust_remote_code, for ``**name``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value and "'trust_remote_code'" in ast.unparse(node):
+            found |= {ast.unparse(target) for target in getattr(node, "targets", None) or [node.target]}
+    return found
+
+
 def test_only_the_loader_loads() -> None:
     seen = set()
     for path, node, name in _calls():
@@ -220,10 +232,12 @@ def test_only_the_loader_loads() -> None:
         if last in ALLOWED:
             seen.add(last)
             assert {str(place), place.parts[0]} & ALLOWED[last], f"{place}:{node.lineno} calls {name}"
-        keywords = {item.arg for item in node.keywords}
-        if last in ("from_pretrained", "load_dataset", "load_dataset_builder") and "PeftModel" not in name:
-            # None is a ** of options; the loader's hold trust_remote_code, as the folders above prove
-            assert keywords & {"trust_remote_code", None}, f"{place}:{node.lineno} leaves it open whether code runs"
+        if last in MAY_RUN_CODE and "PeftModel" not in name:
+            said = {item.arg for item in node.keywords if item.arg}
+            spread = {ast.unparse(item.value) for item in node.keywords if not item.arg}
+            assert "trust_remote_code" in said or spread & _options_that_say_it(path), (
+                f"{place}:{node.lineno} leaves it open whether code runs"
+            )
         if name in ("np.load", "numpy.load"):
             assert not any(item.arg == "allow_pickle" and ast.unparse(item.value) != "False" for item in node.keywords)
         elif name in FORBIDDEN:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,19 @@ def remove(name: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).unlink()
 
 
+def marked(change: Callable[[dict], object]) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        mark = json.loads((folder / "COMPLETE").read_text())
+        change(mark)
+        (folder / "COMPLETE").write_text(json.dumps(mark).replace("Infinity", "1e999"))
+
+    return damage
+
+
+def without_weights(mark: dict) -> None:
+    mark["files"] = [entry for entry in mark["files"] if not entry["name"].endswith((".safetensors", ".distcp"))]
+
+
 def flip(name: str) -> Callable[[Path], object]:
     def change(folder: Path) -> None:
         data = bytearray((folder / name).read_bytes())
@@ -58,6 +72,18 @@ DAMAGE = {
         lambda folder: shutil.copy(folder.parent / "checkpoint-4" / "COMPLETE", folder),
         "belongs to step 4",
     ),
+    "a mark nested too deeply": (lambda folder: (folder / "COMPLETE").write_text("[" * 100_000), "COMPLETE is damaged"),
+    "a mark that is a list": (lambda folder: (folder / "COMPLETE").write_text("[]"), "COMPLETE is damaged"),
+    "a mark that is not text": (lambda folder: (folder / "COMPLETE").write_bytes(b"\xff"), "COMPLETE is damaged"),
+    "an infinite step": (marked(lambda mark: mark.update(step=math.inf)), "COMPLETE is damaged"),
+    "an infinite size": (marked(lambda mark: mark["files"][0].update(size=math.inf)), "COMPLETE is damaged"),
+    "infinitely many rows": (marked(lambda mark: mark["rows"].update(count=math.inf)), "COMPLETE is damaged"),
+    "a name that no file can have": (
+        marked(lambda mark: mark["files"].insert(0, {"name": "n" * 999, "size": 1, "sha256": ""})),
+        "n" * 999,
+    ),
+    "no files": (marked(lambda mark: mark.update(files=[])), "lists no weights"),
+    "files without weights": (marked(without_weights), "lists no weights"),
 }
 
 
@@ -74,6 +100,30 @@ def test_a_damaged_checkpoint_gives_way_to_the_older_one(cell: Path, what: str) 
     assert [reason in text and "checkpoint-8" in text for text in ignored] == [True]
     checkpoints.discard(cell, keep=cell / "checkpoint-4")
     assert sorted(path.name for path in cell.glob("checkpoint-*")) == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model-00001-of-00002.safetensors",
+        "adapter_model.safetensors",
+        "pytorch_model_fsdp.bin",
+        "pytorch_model_fsdp_0/__0_0.distcp",
+    ],
+)
+def test_weights_are_known_by_every_name_that_the_trainer_gives_them(cell: Path, name: str) -> None:
+    for path in (cell / "checkpoint-8").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    (cell / "checkpoint-8" / name).parent.mkdir(exist_ok=True)
+    (cell / "checkpoint-8" / name).write_bytes(b"weights")
+    checkpoints.mark(cell / "checkpoint-8", 8, cell / "rows.jsonl")
+    assert checkpoints.newest(cell, cell / "rows.jsonl") == ((8, cell / "checkpoint-8"), [])
+
+
+def test_a_folder_whose_number_is_none_is_passed_over(cell: Path) -> None:
+    (cell / "checkpoint-8").rename(cell / "checkpoint-\u00b2")
+    assert checkpoints.newest(cell, cell / "rows.jsonl") == ((4, cell / "checkpoint-4"), [])
 
 
 @pytest.mark.parametrize("mark", [True, False])

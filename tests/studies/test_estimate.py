@@ -456,6 +456,7 @@ def commands_of(text: str) -> list[list[str]]:
     """The decondense commands among printed shell lines, without what launches them."""
     found = []
     for line in text.replace("\\\n", " ").splitlines():
+        line = line.removeprefix("exec ")
         if line.startswith(("decondense ", "torchrun ")):
             words = shlex.split(line.replace('"$folder"', "folder"), comments=True)
             if words[0] == "torchrun" and "decondense" in words:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from decondense.config import ConfigError, StudyConfig
-from decondense.records import Row, append_rows, make_row, write_rows
+from decondense.records import Row, append_rows, make_row, read_rows, rows_hash, write_rows
 from decondense.studies.devices import gpus
 from decondense.studies.directory import (
     Progress,
     collect,
+    make_below,
     open_directory,
     opened_corpus,
     reset_failed,
@@ -21,9 +22,11 @@ from decondense.studies.directory import (
     study_corpus,
     study_of,
     sweep_of,
+    task_end,
     trial_rows,
 )
 from decondense.studies.plan import Setting, Task, settings_of, tasks, trial_folder
+from decondense.training.claim import claim
 from studies.conftest import SMALL, small_study
 
 GRID = {"learning_rates": [0.003, 0.001], "warmups": [0.5, 0.0], "max_grad_norms": [1.0, 0.5], "seeds": [77, 78]}
@@ -37,7 +40,8 @@ def ended(task: Task, loss: float | None) -> None:
     ]
     if loss is not None:
         score = {"task": "validation", "metric": "loss", "higher_is_better": False, "items": 1}
-        rows = [make_row("eval", **cell, step=task.steps, tokens=1, value=loss, **score), *rows]
+        scores = [make_row("eval", **cell, step=task.steps, tokens=1, value=loss, **score)]
+        rows = [*scores, {**rows[0], "rows_hash": rows_hash(scores)}]
     write_rows(task.rows, rows)
 
 
@@ -170,6 +174,21 @@ def test_a_repeated_failure_is_forgotten_before_anything_starts(tmp_path) -> Non
     assert settings_of(study, study.arms[0]) == [Setting(0.01), Setting(0.02)]
 
 
+def test_a_trial_whose_score_was_changed_is_tried_again(tmp_path) -> None:
+    study = small_study(sweep={"learning_rates": [0.01, 0.02]})
+    listed = tasks(study, tmp_path)
+    first, second = (task for task in listed if (task.kind, task.arm) == ("trial", study.arms[0].name))
+    ended(first, 2.0)
+    ended(second, 1.0)
+    progress = Progress(listed)
+    assert progress.state(first.folder).ended
+    assert sweep_of(listed, first.arm).chosen == second.setting
+    write_rows(first.rows, [{**row, "value": 0.5} if row["kind"] == "eval" else row for row in read_rows(first.rows)])
+    assert sweep_of(listed, first.arm).chosen is None
+    assert task_end(first.folder) is None
+    assert {p.state(first.folder).status for p in (progress, Progress(listed))} == {"waiting"}
+
+
 def test_progress_follows_the_rows_and_their_replacement(tmp_path) -> None:
     study = small_study()
     (task, *_) = listed = tasks(study, tmp_path)
@@ -200,12 +219,16 @@ def test_progress_reads_only_what_is_new(tmp_path) -> None:
     progress = Progress(listed)
     append_rows(task.rows, rows(*range(200)))
     assert progress.state(task.folder).step == 199
+    begin = task.rows.read_bytes()[:4000]
     with task.rows.open("r+b") as handle:  # whoever reads the file from its start finds no row there
         handle.write(b"\0" * 4000)
     append_rows(task.rows, rows(200))
     for _ in range(2):
         assert progress.states()[0].step == 200
     append_rows(task.rows, [make_row("run", **cell, status="finished", config={})])
+    assert not progress.state(task.folder).ended, "what has ended is read as a whole"
+    with task.rows.open("r+b") as handle:
+        handle.write(begin)
     assert progress.state(task.folder).ended
     assert [state.ended for state in progress.states()].count(True) == 1
 
@@ -248,13 +271,48 @@ def test_a_moved_cache_is_followed_and_a_damaged_file_named(tmp_path, monkeypatc
         opened_corpus(out)
     (tmp_path / "one").rename(tmp_path / "two")
     assert opened_corpus(out).content_hash == first.content_hash
-    for damage in ("", "{", "[]", '{"content_hash": 3}', "null"):
+    for damage in ("", "{", "[]", '{"content_hash": 3}', "{}", "null", "[" * 100_000):
         (out / "corpus.json").write_text(damage)
         for call in (lambda: opened_corpus(out), lambda: study_corpus(study, out)):
-            with pytest.raises(ConfigError, match=r"corpus\.json: damaged"):
+            with pytest.raises(ConfigError, match=r"corpus\.json is damaged: .* Remove it"):
                 call()
     (out / "corpus.json").unlink()  # the remedy that the message names
     assert study_corpus(study, out).content_hash == first.content_hash
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, '{"a":' * 100_000, "null", "[1]"])
+def test_damaged_paths_of_this_machine_are_named_with_the_remedy(text: str, tmp_path) -> None:
+    study, out = local_study(documents(tmp_path / "text")), tmp_path / "out"
+    open_directory(study, out)
+    (out / "local.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"local\.json is damaged: .*run the command .* in a new directory \(--out\)"):
+        study_of(out)
+
+
+CELL = "cells/cross-entropy/seed-0"
+
+
+@pytest.mark.parametrize("name", ["study.yaml", ".study.lock", "cells", "cells/cross-entropy", CELL, f"{CELL}/lock"])
+def test_what_is_in_the_way_is_named_with_the_remedy(name: str, tmp_path) -> None:
+    """A directory where a file is needed, and a file where a directory is."""
+    study = small_study(seeds=[0], until="decided", margin=0.1)
+    if name != "study.yaml":
+        open_directory(study, tmp_path)
+    place = tmp_path / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if name.endswith(("yaml", "lock")):
+        place.mkdir()
+    else:
+        place.touch()
+
+    def start() -> None:
+        open_directory(study.model_copy(update={"margin": 0.2}), tmp_path)
+        make_below(tmp_path, tmp_path / CELL)
+        with claim(tmp_path / CELL):
+            pass
+
+    with pytest.raises(ValueError, match=f"{name}.*([Rr]emove it and run the same command again|choose another)"):
+        start()
 
 
 def test_a_wrong_first_command_does_not_keep_the_directory(tmp_path) -> None:

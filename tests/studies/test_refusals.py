@@ -66,6 +66,6 @@ def test_no_name_becomes_a_command_of_a_script(text: str, script: str, tmp_path:
         lines = slurm_script(load_study("demo"), ["demo", "--text", text], out)
     else:
         lines = torchtitan(load_study("table2", "paper-qwen3", corpus={"source": text, "tokenizer": text}), out)
-    quiet = "hf() { :; }; torchrun() { :; }; python() { :; }; decondense() { :; }\n"
+    quiet = "hf() { :; }; torchrun() { :; }; python() { :; }; decondense() { :; }; exec() { :; }\n"
     subprocess.run(["bash", "-c", quiet + "\n".join(lines)], cwd=tmp_path, check=False, capture_output=True)
     assert not (tmp_path / "ran").exists()

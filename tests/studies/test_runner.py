@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from decondense.config import ConfigError, StudyConfig
-from decondense.records import Row, append_rows, read_rows
+from decondense.records import Row, append_rows, read_rows, write_rows
 from decondense.stopping import Stopped, stop_on_signals
 from decondense.studies import CellState, StudyFailed, run_study
 from decondense.studies.runner import (
@@ -27,6 +28,7 @@ from decondense.studies.runner import (
     states,
     study_corpus,
 )
+from decondense.training.checkpoints import mark
 from studies.conftest import SMALL, Interrupted, small_study, stable_rows, stop_after
 
 
@@ -173,6 +175,109 @@ def test_damage_falls_back_and_is_told(tmp_path, uninterrupted, interrupted, wha
     assert stable_rows(rows) == stable_rows(uninterrupted[1])
     (end,) = [row for row in rows if row["arm"] == "dispersion" and row.get("status") == "finished"]
     assert end["timing"]["resumed_from_steps"] == resumed_from
+
+
+def without_kind(kind: str) -> Callable[[list[Row]], list[Row]]:
+    return lambda rows: [row for row in rows if row["kind"] != kind]
+
+
+def another_loss(rows: list[Row]) -> list[Row]:
+    return [{**row, "loss": row["loss"] + 1.0} if row["kind"] == "step" and row["step"] == 4 else row for row in rows]
+
+
+FINISHED: dict[str, Callable[[list[Row]], list[Row]]] = {
+    **{f"no {kind}": without_kind(kind) for kind in ("step", "profile", "eval", "eval_item")},
+    "another loss": another_loss,
+}
+
+
+@pytest.mark.parametrize("what", FINISHED)
+def test_a_finished_cell_whose_rows_changed_is_trained_again(tmp_path, uninterrupted, what: str) -> None:
+    out = tmp_path / "study"
+    shutil.copytree(uninterrupted[0], out)
+    path = cell_folder(out, "dispersion", 0) / "rows.jsonl"
+    write_rows(path, FINISHED[what](read_rows(path)))
+    changed = path.read_bytes()
+    assert [state.status for state in states(small_study(), out)] == ["finished", "waiting"]
+    with pytest.warns(UserWarning, match=r"dispersion seed 0: rows\.jsonl: its rows have changed .*rows\.damaged"):
+        rows = run_study(small_study(), out, workers=0)
+    assert stable_rows(rows) == stable_rows(uninterrupted[1])
+    assert path.with_suffix(".damaged").read_bytes() == changed
+    assert str(tmp_path) not in path.read_text(), "rows name no folder of this machine"
+
+
+@pytest.mark.slow
+def test_workers_train_a_changed_cell_again_too(tmp_path, uninterrupted) -> None:
+    out = tmp_path / "study"
+    shutil.copytree(uninterrupted[0], out)
+    path = cell_folder(out, "dispersion", 0) / "rows.jsonl"
+    write_rows(path, another_loss(read_rows(path)))
+    with pytest.warns(UserWarning, match="its rows have changed"):
+        rows = run_study(small_study(), out, workers=2)
+    assert stable_rows(rows) == stable_rows(uninterrupted[1])
+    assert "its rows have changed" in "".join(log.read_text() for log in (out / "logs").iterdir())
+
+
+def test_rows_that_an_earlier_release_wrote_are_a_result(tmp_path, uninterrupted) -> None:
+    out = tmp_path / "study"
+    shutil.copytree(uninterrupted[0], out)
+    for path in out.glob("cells/*/*/rows.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row.pop("rows_hash", None)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = run_study(small_study(), out, workers=0)
+    assert [{**row, "rows_hash": None} if row["kind"] == "run" else row for row in uninterrupted[1]] == rows
+
+
+def test_an_untrained_cell_whose_rows_changed_is_evaluated_again(tmp_path) -> None:
+    study, out = small_study(arms=[{"name": "start", "untrained": True}], baseline="start"), tmp_path / "study"
+    rows = run_study(study, out, workers=0)
+    path = cell_folder(out, "start", 0) / "rows.jsonl"
+    write_rows(path, without_kind("profile")(read_rows(path)))
+    with pytest.warns(UserWarning, match="its rows have changed"):
+        assert stable_rows(run_study(study, out, workers=0)) == stable_rows(rows)
+
+
+def test_an_unexpected_error_of_one_task_is_told_and_the_others_are_run(tmp_path, uninterrupted, capsys) -> None:
+    """Here an optimizer's state that is whole as a file and none for the Trainer."""
+    from decondense.training.hf import run_cell
+
+    study, out = small_study(), tmp_path / "study"
+    shutil.copytree(uninterrupted[0], out)
+    shutil.rmtree(out / "cells")
+    folder = cell_folder(out, "cross-entropy", 0)
+    with pytest.raises(Interrupted):
+        run_cell(study, study.arm("cross-entropy"), 0, opened_corpus(out), folder, watch=stop_after(7))
+    torch.save({}, folder / "checkpoint-8" / "optimizer.pt")
+    mark(folder / "checkpoint-8", 8, folder / "rows.jsonl")
+    with pytest.raises(StudyFailed, match="cross-entropy seed 0: unexpected KeyError"):
+        run_study(study, out, workers=0)
+    assert [state.status for state in states(study, out)] == ["running", "finished"]
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "param_groups" in said
+
+
+def test_an_error_of_whoever_watches_is_no_error_of_the_task(tmp_path, uninterrupted) -> None:
+    class Watching:
+        def __init__(self) -> None:
+            self.raised = False
+
+        def corpus(self, what: str, done: int, total: int) -> None: ...
+
+        def cells(self, states: list[CellState]) -> None:
+            if any(state.step >= 2 for state in states) and not self.raised:
+                self.raised = True
+                raise Interrupted
+
+    out = tmp_path / "study"
+    shutil.copytree(uninterrupted[0], out)
+    shutil.rmtree(out / "cells")
+    with pytest.raises(Interrupted):
+        run_study(
+            small_study(train={**small_study().train.model_dump(), "steps": 8}), out, workers=0, watcher=Watching()
+        )
 
 
 def test_the_warning_signal_saves_at_the_next_logged_step(tmp_path, uninterrupted) -> None:

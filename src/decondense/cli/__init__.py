@@ -84,7 +84,8 @@ def _run(words: list[str]) -> int:
             error.show()
             return int(error.exit_code)
         # tokenizers and safetensors, which are not Python, raise what the system refuses as types of their own
-        if not debug and (number := re.search(r"\(os error (\d+)\)", str(error))):
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number and not debug and not isinstance(error, ValueError):  # our own errors name the file
             error = OSError(int(number[1]), os.strerror(int(number[1])))
         if debug or not isinstance(error, (ValueError, OSError, RuntimeError)):
             raise
@@ -123,6 +124,9 @@ def _say(error: Exception) -> str:
                 (errno.EEXIST, errno.ENOTDIR),
                 " A file is where a directory is needed: choose another directory with --out.",
             ),
+            errno.EISDIR: " A directory is where a file is needed: remove it, or choose another one with --out.",
+            errno.ENOTEMPTY: " A directory with files is in the way: remove it, or choose another one with --out.",
+            errno.ENAMETOOLONG: " Choose a shorter name.",
             errno.EACCES: " Choose a directory you may write to (--out, DECONDENSE_CACHE).",
             errno.EROFS: " Choose a directory you may write to (--out, DECONDENSE_CACHE).",
         }.get(error.errno, "")

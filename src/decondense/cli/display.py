@@ -193,6 +193,9 @@ class EvaluationDisplay:
     def __call__(self, task: str, what: str, done: int, total: int | None) -> None:
         """``done`` of ``total`` requests of ``task`` (``""``: of loading the model) are complete."""
         name = task or "loading the harness and the model"
+        if what == "damaged":
+            self._display.finish((task, what), task, "its file of results is damaged or unreadable: scored again")
+            return
         if what in ("done", "kept", "failed"):
             words = {"done": f"{done:,} items", "kept": "kept from before", "failed": "failed"}[what]
             self._display.finish(name, name, words)

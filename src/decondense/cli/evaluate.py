@@ -38,7 +38,7 @@ def evaluate_command(
         typer.Option("--limit", help="Score the first N items of each task only; every table then says so."),
     ] = None,
     data_dir: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--data-dir",
             help="Directory with local benchmark files: one folder per task with SPLIT.jsonl or SPLIT.parquet.",
@@ -100,7 +100,7 @@ def evaluate_command(
         from decondense.cli.printed import emit
 
         scores = [row for row in found.rows() if row["kind"] == "eval"]
-        emit("evaluate", model=found.model, results=str(folder), scores=scores, notes=list(found.table().notes))
+        emit("evaluate", model=model, results=str(folder), scores=scores, notes=list(found.table().notes))
 
 
 def _name(model: str) -> str:

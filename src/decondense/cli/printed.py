@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 import typer
@@ -74,7 +75,9 @@ def emit(command: str, **values: Any) -> None:
     head = {"schema_version": SCHEMA_VERSION, "command": command.split()[0]}
     asked = {key for key in KEYS[command] if "[" not in key and key != "..."}
     assert "..." in KEYS[command] or set(values) == asked, (sorted(values), sorted(asked))
-    typer.echo(json.dumps(_finite({**head, **values}), ensure_ascii=False, allow_nan=False, indent=1))
+    text = json.dumps(_finite({**head, **values}), ensure_ascii=False, allow_nan=False, indent=1)
+    # json escapes the control characters below space, but a terminal obeys these too
+    typer.echo(re.sub("[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 def _finite(value: Any) -> Any:

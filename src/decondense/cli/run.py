@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,10 +305,13 @@ def _write_slurm(chosen: StudyConfig, words: list[str], folder: Path, path: Path
             f"--slurm: the study {chosen.name!r} (scale {chosen.scale}) runs under torchtitan; --dry-run prints its "
             "commands."
         )
-    if path.exists():
-        raise ConfigError(f"--slurm {path}: the file exists; choose another name or remove it.")
-    path.write_text("\n".join(slurm_script(chosen, words, folder)) + "\n", encoding="utf-8")
-    path.chmod(path.stat().st_mode | 0o111)
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o777), "w", encoding="utf-8") as file:
+            file.write("\n".join(slurm_script(chosen, words, folder)) + "\n")
+    except FileExistsError as error:
+        raise ConfigError(
+            f"--slurm {path}: a file or a link exists there; choose another name or remove it."
+        ) from error
     typer.echo(f"wrote {path}: sbatch {shlex.quote(str(path))}", err=True)
 
 

@@ -8,6 +8,7 @@ order. Code that comes with a data set is never run.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -264,15 +265,18 @@ def _explained(source: HubSource, error: Exception, more: dict[str, str]) -> str
 
     if "trust_remote_code" in str(error):  # asking for its subsets would ask whether its code may run
         return f"the data set {source.label} cannot be loaded: it contains custom code, which is not run here."
+    # only releases that can run a script beside the data have this option
+    known = inspect.signature(datasets.load_dataset_builder).parameters
+    never: dict[str, Any] = {"trust_remote_code": False} if "trust_remote_code" in known else {}
     try:
-        subsets = datasets.get_dataset_config_names(source.name, **more)
+        subsets = datasets.get_dataset_config_names(source.name, **never, **more)
         if source.subset is None and len(subsets) > 1 and "default" not in subsets and "onfig" in str(error):
             named = ", ".join(f"{source.name}:{subset}" for subset in subsets)
             return f"{source.name} has several subsets. Name one (corpus.subset in a study): {named}."
         if source.subset is not None and source.subset not in subsets:
             hint = suggest(source.subset, subsets)
             return f"{source.name} has no subset {source.subset!r}.{hint} It has: {', '.join(subsets)}."
-        splits = datasets.get_dataset_split_names(source.name, source.subset, **more)
+        splits = datasets.get_dataset_split_names(source.name, source.subset, **never, **more)
         if re.split(r"[\[+(]", source.split)[0] not in splits:
             hint = suggest(source.split, splits)
             return f"{source.label} has no split {source.split!r}.{hint} It has: {', '.join(map(str, splits))}."

@@ -36,6 +36,7 @@ from decondense.corpora.embedded import Document, Progress, cache_directory
 from decondense.corpora.sources import END, Dropped, Source, documents_of, find_source
 from decondense.hashing import hash_file
 from decondense.locks import lock
+from decondense.records import RecordError, read_json
 from decondense.seeding import derive
 from decondense.tokenizers import read_tokenizer, vocabulary_of
 
@@ -52,6 +53,8 @@ time."""
 _STALE = 60.0
 """Seconds after which a staging folder without a lock is removed: its process was killed."""
 _RECIPE = 2  # raise when the code below would prepare other tokens from the same documents
+_FILES = [f"{split}{end}" for split in ("train", "held_out") for end in (".npy", "_starts.npy", "_names.json")]
+"""Files of a prepared corpus besides those of its tokenizer."""
 
 IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
@@ -227,21 +230,31 @@ def _prepared_last(folder: Path, request: str) -> PackedCorpus | None:
     """The newest corpus that was prepared for a request, of any revision."""
     prepared = []
     for path in folder.glob("[!.]*/manifest.json"):
-        with suppress(OSError, ValueError, AttributeError):
-            if json.loads(path.read_text()).get("request") == request:
+        with suppress(OSError, RecordError):
+            if read_json(path).get("request") == request:
                 prepared.append((path.stat().st_mtime_ns, path.parent))
     return next((corpus for _, path in sorted(prepared, reverse=True) if (corpus := load(path)) is not None), None)
 
 
 def load(path: Path) -> PackedCorpus | None:
-    """A prepared corpus; None if there is none or its files do not match its manifest."""
+    """A prepared corpus; None if there is none, or its files or its manifest are not what was written."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        if any(hash_file(path / name) != expected for name, expected in manifest["files"].items()):
-            return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # also JSON of another shape
+        manifest = read_json(path / "manifest.json")
+        files = manifest["files"]
+        whole = (
+            {*_FILES, "tokenizer/tokenizer.json"} <= files.keys()
+            and manifest["content_hash"] == _content_hash(files)
+            and "revision" in manifest
+            and type(manifest["vocabulary"]) is int
+            and all(hash_file(path / name) == expected for name, expected in files.items())
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # also JSON of another shape
         return None
-    return PackedCorpus(path, manifest)
+    return PackedCorpus(path, manifest) if whole else None
+
+
+def _content_hash(files: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _load_tokenizer(name: str) -> Any:
@@ -295,15 +308,13 @@ def _build(
         if not counts["train_documents"] or not counts["held_out_documents"]:
             raise _too_few(config, counts["train_documents"], counts["held_out_documents"])
         (folder / "text.jsonl").unlink(missing_ok=True)
-        for name in ("train", "held_out"):
-            files += [f"{name}.npy", f"{name}_starts.npy", f"{name}_names.json"]
-        hashes = {name: hash_file(folder / name) for name in files}
+        hashes = {name: hash_file(folder / name) for name in [*files, *_FILES]}
         manifest = {
             "config": config.model_dump(mode="json"),
             "source": source.name,
             "revision": source.revision,
             "request": request,
-            "content_hash": hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16],
+            "content_hash": _content_hash(hashes),
             "vocabulary": vocabulary_of(ready),
             "documents": counts["train_documents"] + counts["held_out_documents"],
             **counts,

@@ -35,9 +35,10 @@ from decondense.evaluate.local import LocalTask, find_tasks
 from decondense.evaluate.results import Evaluation, TaskResult
 from decondense.gguf_files import is_gguf, only_gguf
 from decondense.lifeline import Lifeline
-from decondense.locks import lock
+from decondense.locks import lock, open_lock
 from decondense.outputs import check_output
-from decondense.records import RecordError, Row, atomic_write, read_rows, write_rows
+from decondense.privacy import has_credentials, without_credentials, without_folder
+from decondense.records import RecordError, Row, atomic_write, read_json, read_rows, write_rows
 
 _D = EvaluateConfig()
 _POLL_SECONDS = 0.1
@@ -45,8 +46,8 @@ _LOCK_SECONDS = 10.0
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Progress = Callable[[str, str, int, "int | None"], None]
-"""Called with the task, what happens to it (``loading``, ``kept``, ``running``, ``done``, ``failed``), requests
-answered and their total (None: the harness does not say)."""
+"""Called with the task, what happens to it (``loading``, ``kept``, ``damaged``: its file, ``running``, ``done``,
+``failed``), requests answered and their total (None: the harness does not say)."""
 
 
 class EvaluationStopped(RuntimeError):
@@ -100,11 +101,12 @@ def evaluate(
         raise EvaluationError(f"limit {limit} leaves nothing to score; give a positive number, or no limit.")
     if dtype not in DTYPES:
         raise EvaluationError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    _refuse_credentials(model=model, tokenizer=tokenizer, data_dir=data_dir)
     source = check_model(str(model))
     shots_of, local, notes = _plan(tasks, shots, data_dir)
     settings = {
         "model": _fingerprint(source),
-        "tokenizer": None if tokenizer is None else str(tokenizer),
+        "tokenizer": None if tokenizer is None else _tokenizer_fingerprint(str(tokenizer)),
         "dtype": dtype,
         "max_length": max_length,
     }
@@ -118,19 +120,19 @@ def evaluate(
         }
         for name, number in shots_of.items()
     }
-    label = str(model).rstrip("/")
+    label = without_folder(str(model)).rstrip("/")
     report = progress or (lambda task, what, done, total: None)
     with contextlib.ExitStack() as stack:
         folder = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         held = stack.enter_context(_claimed(folder))
         _open_directory(folder, label, settings)
-        todo = [name for name, key in keys.items() if finished(folder, name, key) is None]
+        todo = [name for name, key in keys.items() if finished(folder, name, key, report) is None]
         for name in keys:
             if name not in todo:
                 report(name, "kept", 1, 1)
         request = {
             "model": source,
-            "settings": settings,
+            "settings": {**settings, "tokenizer": None if tokenizer is None else str(tokenizer)},
             "batch_size": batch_size,
             "device": device,
             "trust_remote_code": trust_remote_code,
@@ -272,29 +274,54 @@ def check_model(source: str) -> str:
     return source
 
 
-def finished(folder: Path, task: str, key: Mapping[str, Any]) -> TaskResult | None:
-    """The stored result of a task that was measured with the settings ``key``; None: there is none."""
-    try:
-        data = json.loads((folder / "tasks" / f"{task}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+def finished(folder: Path, task: str, key: Mapping[str, Any], report: Progress | None = None) -> TaskResult | None:
+    """The stored result of a task that was measured with the settings ``key``; None: there is none.
+
+    A damaged file counts as none, and ``report`` is told.
+    """
+    path = folder / "tasks" / f"{task}.json"
+    if not path.exists():
         return None
-    return TaskResult.from_json(data) if data.get("key") == dict(key) else None
+    try:
+        data = read_json(path)
+        return TaskResult.from_json(data) if data["key"] == dict(key) else None
+    except (ValueError, KeyError):
+        if report is not None:
+            report(task, "damaged", 0, None)
+        return None
 
 
-_MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
+_TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".jinja", ".py")
+_MODEL_SUFFIXES = (*_TOKENIZER_SUFFIXES, ".safetensors", ".bin")
 _UNRELATED = re.compile(r"training_args\.bin|optimizer.*|scheduler.*|rng_state.*|trainer_state\.json")
 
 
-def _fingerprint(source: str) -> str:
+def _refuse_credentials(**options: str | Path | None) -> None:
+    for name, value in options.items():
+        if value is not None and has_credentials(str(value)):
+            raise EvaluationError(
+                f"{name} {without_credentials(str(value))!r} is given with a user, password, query or token, which "
+                "would be written into the results. Give it without them, and set credentials in the environment "
+                "(HF_TOKEN, ~/.netrc)."
+            )
+
+
+def _tokenizer_fingerprint(source: str) -> str:
+    """The hash of a tokenizer's files, or its hub id."""
+    path = Path(source).expanduser()
+    return _fingerprint(str(path), _TOKENIZER_SUFFIXES) if path.exists() else without_folder(source)
+
+
+def _fingerprint(source: str, suffixes: tuple[str, ...] = _MODEL_SUFFIXES) -> str:
     """Identifies a model: the hash of its files, or its hub id."""
     path = Path(source)
     if not path.exists():
         return source
     digest = hashlib.blake2b(digest_size=8)
     if (adapter := adapter_of(path)) is not None:
-        digest.update(_fingerprint(adapter.base).encode())
+        digest.update(_fingerprint(adapter.base, suffixes).encode())
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        of_the_model = file == path or file.suffix in _MODEL_SUFFIXES
+        of_the_model = file == path or file.suffix in suffixes
         if file.is_file() and of_the_model and not _UNRELATED.fullmatch(file.name):
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
             with file.open("rb") as handle:
@@ -323,7 +350,7 @@ def _claimed(folder: Path) -> Iterator[int]:
         raise EvaluationError(f"{folder} is a file; give a directory with --out.")
     check_output(folder, "tasks", "evaluate.log", ".lock", ".events.jsonl")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as handle:
+    with open_lock(folder / ".lock") as handle:
         # the worker of a killed command ends by itself, but not at once
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:
@@ -343,16 +370,19 @@ def _open_directory(folder: Path, label: str, settings: Mapping[str, Any]) -> No
     path = folder / "evaluation.json"
     if path.exists():
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["settings"] == dict(settings):
-                return
-        except (ValueError, KeyError, TypeError) as error:
-            raise EvaluationError(f"{path} cannot be read ({error}); choose another directory with --out.") from error
-        # without a scored task (a model that does not load) there are no results to keep apart
-        if any((folder / "tasks").glob("*.json")):
+            stored = read_json(path)
+            before, kept = stored.get("model"), stored.get("settings")
+            if not isinstance(before, str) or not isinstance(kept, dict):
+                raise RecordError(f"{path} is damaged: it does not name a model and its settings.")
+        except RecordError as error:
             raise EvaluationError(
-                f"{folder} holds the results of {stored['model']} ({_listed(stored['settings'])}; requested: {label}, "
-                f"{_listed(settings)}). Choose another directory with --out."
+                f"{error} It says whose results {folder} holds: choose another directory with --out."
+            ) from error
+        # without a scored task (a model that does not load) there are no results to keep apart
+        if kept != dict(settings) and any((folder / "tasks").glob("*.json")):
+            raise EvaluationError(
+                f"{folder} holds the results of {before} ({_listed(kept)}; requested: {label}, {_listed(settings)}). "
+                "Choose another directory with --out."
             )
     elif foreign := sorted(item.name for item in folder.iterdir() if not item.name.startswith(".")):
         raise EvaluationError(

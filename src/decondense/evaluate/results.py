@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from decondense.evaluate.catalogue import TEN
 from decondense.formatting import score as score_text
@@ -46,7 +48,7 @@ class TaskResult:
     """Qualifications of the scores, which every table shows."""
     per_item: dict[str, dict[str, tuple[float, float]]] = field(repr=False)
     """Metric -> item (hash of its content) -> (value, weight); the weighted mean is the score."""
-    parts: dict[str, dict[str, float]] = field(repr=False)
+    parts: dict[str, dict[str, Any]] = field(repr=False)
     """Scores of the parts of a group (MMLU's subjects)."""
     timing: dict[str, Any] = field(repr=False)
     provenance: dict[str, Any] = field(repr=False)
@@ -62,16 +64,9 @@ class TaskResult:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TaskResult:
-        """Read a task's file."""
-        values = {item.name: data[item.name] for item in fields(cls) if item.name in data}
-        values["scores"] = tuple(Score(**score) for score in data["scores"])
-        values["notes"] = tuple(data["notes"])
-        values["per_item"] = {
-            metric: {item: (float(value), float(weight)) for item, (value, weight) in items.items()}
-            for metric, items in data["per_item"].items()
-        }
-        values["gold"] = {item: (bits, margin) for item, (bits, margin) in data.get("gold", {}).items()}
-        return cls(**values)
+        """Read a task's file; a ``ValueError`` says what is missing or of another type."""
+        found: TaskResult = TypeAdapter(cls).validate_python(data)
+        return found
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,10 @@ class StateFiles:
             self.manifest = Manifest.parse(data, where=str(path))
         except ValueError as error:
             raise MeasureError(f"{str(error).rstrip('.')}. A complete one: {_EXAMPLE}") from error
-        named(self.manifest.layers, len(self.manifest.layers), self.manifest.final_norm)
+        try:
+            named(self.manifest.layers, len(self.manifest.layers), self.manifest.final_norm)
+        except ValueError as error:
+            raise MeasureError(f"{path}: layers: {error}") from error
         self._files = self._listed()
         per_layer = self.manifest.layout == "layers"
         self._arrays = [_array(file) for file in self._files] if per_layer else []

@@ -12,8 +12,10 @@ changed. Files in which every run row holds its own configuration can be read as
 from __future__ import annotations
 
 from decondense.provenance import COMMAND, command_line, provenance
+from decondense.records.json_files import read_json
 from decondense.records.merging import content_hash, merged
 from decondense.records.reading import ItemRows, RowReader, iter_pieces, iter_rows, read_rows
+from decondense.records.runs import is_whole, read_run, rows_hash
 from decondense.records.schema import (
     SCHEMA_VERSION,
     RecordError,
@@ -38,12 +40,16 @@ __all__ = [
     "check_row",
     "command_line",
     "content_hash",
+    "is_whole",
     "iter_pieces",
     "iter_rows",
     "make_row",
     "merged",
     "provenance",
+    "read_json",
     "read_rows",
+    "read_run",
+    "rows_hash",
     "stable",
     "terminal_row",
     "write_rows",

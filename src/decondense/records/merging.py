@@ -13,11 +13,11 @@ _Run = tuple[str, str, int]
 
 def content_hash(rows: Sequence[Row]) -> str:
     """SHA-256 of what two executions of one run have in common: without clock readings and machine (:func:`stable`),
-    interruptions, and the study's configuration, whose fingerprint is in every row."""
+    interruptions, the study's configuration, whose fingerprint is in every row, and the hash of these rows."""
     found = hashlib.sha256()
     for row in rows:
         if row.get("status") != "resumed":
-            kept = {key: value for key, value in stable(row).items() if key != "config"}
+            kept = {key: value for key, value in stable(row).items() if key not in ("config", "rows_hash")}
             found.update(json.dumps(kept, sort_keys=True, allow_nan=False).encode() + b"\n")
     return found.hexdigest()
 

@@ -70,6 +70,8 @@ class RunRow(_CellRow):
     """Fraction of the run's steps over which that learning rate rises; None in rows of earlier releases."""
     max_grad_norm: float | None = Field(default=None, validation_alias=_MAX_GRAD_NORM)
     """Norm to which the run's gradient is clipped."""
+    rows_hash: str | None = None
+    """Of a terminal row: hash of the run's other rows (``records.rows_hash``); None in rows of earlier releases."""
     error: str | None = None
     timing: dict[str, Any] = {}
     provenance: dict[str, Any] = {}

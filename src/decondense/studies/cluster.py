@@ -25,7 +25,18 @@ from typing import Any
 from decondense import __version__
 from decondense.config import ConfigError, StudyConfig
 from decondense.lifeline import Lifeline
-from decondense.records import COMMAND, Row, atomic_path, atomic_write, command_line, merged, read_rows, write_rows
+from decondense.records import (
+    COMMAND,
+    RecordError,
+    Row,
+    atomic_path,
+    atomic_write,
+    command_line,
+    merged,
+    read_rows,
+    read_run,
+    write_rows,
+)
 from decondense.studies.directory import CORPUS, make_below, open_directory, task_end
 from decondense.studies.plan import Task
 from decondense.studies.process import start_worker
@@ -116,7 +127,11 @@ def keep(task: Task, out: Path, answer: Answer) -> None:
         path = Path(folder) / f"{answer.machine}.jsonl"
         path.write_bytes(answer.rows)
         came = read_rows(path)
-    known: list[Row] = read_rows(task.rows) if there else []
+    try:
+        known: list[Row] = read_run(task.rows) if there else []
+    except RecordError:  # damaged here: the machine ran it again
+        task.rows.replace(task.rows.with_suffix(".damaged"))
+        known = []
     rows = merged({str(task.folder): known, answer.machine: came})
     if rows != known:
         make_below(out, task.folder)

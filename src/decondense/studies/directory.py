@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 from decondense.config import SETTINGS, ArmConfig, ConfigError, StudyConfig, parse_yaml
 from decondense.corpora.embedded import cache_directory
 from decondense.corpora.packed import PackedCorpus, load, prepare
-from decondense.locks import lock
+from decondense.locks import lock, open_lock
 from decondense.outputs import check_output
 from decondense.privacy import publishable, strings
 from decondense.records import (
@@ -32,8 +32,10 @@ from decondense.records import (
     RowReader,
     atomic_path,
     atomic_write,
+    is_whole,
     make_row,
-    read_rows,
+    read_json,
+    read_run,
     terminal_row,
 )
 from decondense.studies.catalogue import refuse_credentials
@@ -92,7 +94,10 @@ def study_of(out: Path) -> StudyConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}).") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{path}: cannot be read ({reason}). Restore it, or choose another directory with --out."
+        ) from error
     data = parse_yaml(text, str(path))
     for place, folder in _local(out).items():
         data = _put(data, place.split("/"), folder)
@@ -104,11 +109,10 @@ def _local(out: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        folders = json.loads(path.read_text(encoding="utf-8"))
-        return {str(place): str(folder) for place, folder in folders.items()}
-    except (OSError, ValueError, AttributeError) as error:
+        return {place: str(folder) for place, folder in read_json(path).items()}
+    except RecordError as error:
         raise ConfigError(
-            f"{path}: damaged ({error}). It holds the paths on this machine of the folders that {STUDY} names: run the "
+            f"{error} It holds the paths on this machine of the folders that {STUDY} names: run the "
             "command with those folders again in a new directory (--out)."
         ) from error
 
@@ -172,7 +176,7 @@ def _updated(there: StudyConfig, study: StudyConfig, out: Path, *, margin: bool)
 
 def change_study(out: Path, change: Callable[[StudyConfig], StudyConfig]) -> StudyConfig:
     """Change fields of the study's file that are not part of its identity, under a lock, and return the study."""
-    with (out / ".study.lock").open("a") as handle:
+    with open_lock(out / ".study.lock") as handle:
         lock(handle, handle.name, wait=True)
         there = study_of(out)
         changed = change(there)
@@ -237,15 +241,15 @@ def study_corpus(study: StudyConfig, out: Path, watcher: Watcher | None = None) 
 def _known_corpus(out: Path) -> Mapping[str, Any]:
     path = out / CORPUS
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(manifest["content_hash"], str):
-            raise ValueError("content_hash is not a string")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        manifest = read_json(path)
+        if not isinstance(manifest.get("content_hash"), str):
+            raise RecordError(f"{path} is damaged: its content_hash is not a text.")
+    except RecordError as error:
         raise ConfigError(
-            f"{path}: damaged ({type(error).__name__}: {error}). Remove it and run the same command again: each run "
-            "checks by hash that it resumes on the text that it was started on."
+            f"{error} Remove it and run the same command again: each run checks by hash that it resumes on the text "
+            "that it was started on."
         ) from error
-    return dict(manifest)
+    return manifest
 
 
 def opened_corpus(out: Path) -> PackedCorpus:
@@ -274,10 +278,10 @@ def task_end(folder: Path) -> Row | None:
 
 
 def _rows_of(folder: Path) -> list[Row] | None:
-    """A task's rows; None when there are none or when they cannot be read (the task is then started again)."""
+    """A task's rows; None when there are none or when they are damaged (the task is then started again)."""
     path = folder / "rows.jsonl"
     try:
-        return read_rows(path) if path.exists() else None
+        return read_run(path) if path.exists() else None
     except RecordError:
         return None
 
@@ -443,7 +447,8 @@ class Progress:
             self._states[folder] = _waiting(self._tasks[folder])
         if rows:
             self._states[folder] = _later(self._states[folder], rows)
-        return self._states[folder]
+        state, task = self._states[folder], self._tasks[folder]
+        return _waiting(task) if state.ended and not is_whole(task.rows) else state
 
     def states(self) -> list[CellState]:
         """One state per task, in their order."""
@@ -480,7 +485,7 @@ def reset_failed(listed: Iterable[Task]) -> list[Task]:
         end = task_end(task.folder)
         if end is None or end["status"] != "failed":
             continue
-        with contextlib.suppress(BlockingIOError), (task.folder / "lock").open("a") as handle:
+        with contextlib.suppress(BlockingIOError), open_lock(task.folder / "lock") as handle:
             lock(handle, handle.name)
             task.rows.unlink(missing_ok=True)
             forgotten.append(task)
@@ -492,9 +497,14 @@ def make_below(out: Path, folder: Path) -> None:
 
     Raises:
         FileNotFoundError: ``out`` does not exist.
+        ConfigError: a file is in the way.
     """
     place = out
     for part in folder.relative_to(out).parts:
         place = place / part
         with contextlib.suppress(FileExistsError):
             os.mkdir(place)
+        if place.is_file():
+            raise ConfigError(
+                f"{place} is a file, but a directory is needed there. Remove it and run the same command again."
+            )

@@ -129,11 +129,13 @@ def slurm_script(study: StudyConfig, words: list[str], out: Path) -> list[str]:
         "#SBATCH --ntasks=1",
         *resources,
         "#SBATCH --time=24:00:00  # your limit; submit again to resume",
+        # B: to the batch shell, which `exec` makes the command: without it, Slurm warns only the steps of srun
+        "#SBATCH --signal=B:USR1@120  # a checkpoint is saved before the limit",
         f"#SBATCH --output=decondense-{study.name}-%A_%a.log",
         "# Each task of the array takes the next free run, so fewer tasks also work.",
         "# Runs are claimed with flock: the file system of --out must support flock",
         "# on all nodes.",
-        *command(["decondense", "study", *words, "--out", str(out), "--workers", "1"]),
+        *command(["exec", "decondense", "study", *words, "--out", str(out), "--workers", "1"]),
     ]
 
 

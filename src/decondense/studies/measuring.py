@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from decondense.config import ArmConfig, StudyConfig
 from decondense.config.measure import first_passage
-from decondense.records import Row, make_row, provenance, read_rows, terminal_row, write_rows
+from decondense.records import (
+    RecordError,
+    Row,
+    make_row,
+    provenance,
+    read_run,
+    rows_hash,
+    terminal_row,
+    write_rows,
+)
 
 if TYPE_CHECKING:
     from decondense.measuring import Profile
@@ -62,7 +72,7 @@ def measure_cell(
             raise
 
     with claim(folder):
-        before = terminal_row(read_rows(path)) if path.exists() else None
+        before = terminal_row(_rows_of(path))
         if before is not None and not (retry_failed and before["status"] == "failed"):
             return before
         watch()
@@ -83,17 +93,31 @@ def measure_cell(
             )
             write_rows(path, [ended])
             return ended
+        measured = [make_row("profile", **identity, step=0, tokens=0, **profile.to_row())]
         ended = make_row(
             "run",
             **common,
             status="finished",
             parameters=parameters,
             tokens=0,
+            rows_hash=rows_hash(measured),
             provenance=provenance(device=device_name()),
         )
-        write_rows(path, [make_row("profile", **identity, step=0, tokens=0, **profile.to_row()), ended])
+        write_rows(path, [*measured, ended])
         profile.save(folder / "profile", sums="averaged" in settings.histograms)
         return ended
+
+
+def _rows_of(path: Path) -> list[Row]:
+    """The rows of an arm. A damaged file is set aside and named: the arm is then measured again."""
+    if not path.exists():
+        return []
+    try:
+        return read_run(path)
+    except RecordError as error:
+        path.replace(path.with_suffix(".damaged"))
+        print(f"{error} The file is kept as {path.stem}.damaged and the model is measured again.", file=sys.stderr)
+        return []
 
 
 def _measured(

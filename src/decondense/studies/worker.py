@@ -160,7 +160,8 @@ def work(out: Path, told: Callable[[], None] | None = None, *, only: str | None 
         only: the folder below ``out`` of the one task to run; its text is prepared where this machine lacks it.
 
     Raises:
-        StudyFailed: ``out`` was removed while its study ran.
+        StudyFailed: ``out`` was removed while its study ran, or a task ended with an error that nobody expected, whose
+            traceback is printed.
         Stopped: SIGUSR1 asked for the end, and a checkpoint was saved.
         ConfigError: a task cannot be run on this machine.
         OSError: rows or checkpoints cannot be written.
@@ -168,12 +169,17 @@ def work(out: Path, told: Callable[[], None] | None = None, *, only: str | None 
     from decondense.training.hf import CellBusy
 
     held = HeldFolder(out)
+    of_told: list[Exception] = []
 
     def watch() -> None:
         if not held.is_there():
             raise StudyFailed(f"{out} was removed while its study was running; nothing more is written there.")
         if told is not None:
-            told()
+            try:
+                told()
+            except Exception as error:
+                of_told.append(error)
+                raise
 
     while not (out / CORPUS).exists() and study_of(out).measure is None:  # the runner is still preparing the text
         watch()
@@ -207,10 +213,15 @@ def work(out: Path, told: Callable[[], None] | None = None, *, only: str | None 
                 waiting.append(task)
             except StudyFailed:
                 raise
-            except (ValueError, OSError, RuntimeError) as error:
-                if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            except Exception as error:
+                if error in of_told or (isinstance(error, OSError) and error.errno in _NO_ROOM):
                     raise
-                errors.append(error)
+                if isinstance(error, (ValueError, OSError, RuntimeError)):
+                    errors.append(error)
+                else:
+                    traceback.print_exc()
+                    reason = f"{task.name} seed {task.seed}: unexpected {type(error).__name__}: {error}"
+                    errors.append(StudyFailed(f"{reason}. The lines above say where; the other tasks were run."))
                 stuck.add(task.folder)
         # a task that another process holds ends there, or is left behind by it when it dies: look again later
         if len(waiting) == len(left):

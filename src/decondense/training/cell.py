@@ -15,7 +15,7 @@ from decondense.config import SETTINGS, ArmConfig, StudyConfig
 from decondense.corpora.packed import PackedCorpus
 from decondense.evaluate import held_out_loss
 from decondense.measuring import NotFiniteError, Profile, measure
-from decondense.records import Row, append_rows, make_row
+from decondense.records import Row, append_rows, make_row, read_rows, rows_hash
 from decondense.training.trainer import is_main_process
 
 
@@ -77,6 +77,14 @@ class Cell:
         self.check_there()
         if is_main_process():
             append_rows(self.rows_path, rows)
+
+    def end(self, row: Row) -> Row:
+        """Append the scores of benchmarks and the terminal row, with the hash of the run's other rows."""
+        if is_main_process():
+            written = read_rows(self.rows_path) if self.rows_path.exists() else []
+            row = {**row, "rows_hash": rows_hash([*written, *self.benchmarks])}
+        self.write(*self.benchmarks, row)
+        return row
 
     def evaluate(self, model: PreTrainedModel, step: int) -> None:
         """Condensation on held-out passages and held-out loss; the last step's is kept document by document.

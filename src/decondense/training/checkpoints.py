@@ -13,13 +13,16 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from decondense.hashing import hash_file
-from decondense.records import atomic_write
+from decondense.records import RecordError, atomic_write, read_json
 
 COMPLETE = "COMPLETE"
 """Name of the file that makes a checkpoint one that a run may resume from."""
+
+_WEIGHTS, _SHARDS = (".safetensors", ".distcp"), "pytorch_model"
+"""Ends of the names of weights, and the beginning of the names under which FSDP saves them."""
 
 
 class Checkpoint(NamedTuple):
@@ -48,7 +51,7 @@ def newest(folder: Path, rows: Path) -> tuple[Checkpoint | None, list[str]]:
         (
             (int(path.name.rsplit("-", 1)[1]), path)
             for path in folder.glob("checkpoint-*")
-            if path.name.rsplit("-", 1)[1].isdigit()
+            if path.name.rsplit("-", 1)[1].isdecimal()
         ),
         reverse=True,
     )
@@ -67,27 +70,27 @@ def fault(folder: Path, step: int, rows: Path) -> str | None:
     path = folder / COMPLETE
     if not path.is_file():
         return f"it was not finished (no file {COMPLETE})"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        return f"its {COMPLETE} cannot be read ({error})"
-    if not text.strip():
+    if not path.stat().st_size:
         return f"its {COMPLETE} has no inventory (an earlier release wrote it)"
     try:
-        inventory: dict[str, Any] = json.loads(text)
+        inventory = read_json(path)
         files = {str(entry["name"]): (int(entry["size"]), str(entry["sha256"])) for entry in inventory["files"]}
         marked, kept = int(inventory["step"]), (int(inventory["rows"]["count"]), str(inventory["rows"]["sha256"]))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except RecordError as error:
+        return f"its {str(error).removeprefix(f'{folder}/').rstrip('.')}"
+    except (ValueError, KeyError, TypeError, OverflowError) as error:  # int() of the infinity in 1e999 overflows
         return f"its {COMPLETE} is damaged ({type(error).__name__}: {error})"
     if marked != step:
         return f"its {COMPLETE} belongs to step {marked}"
-    for name, (size, _) in files.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    if not any(name.endswith(_WEIGHTS) or name.startswith(_SHARDS) for name in files):
+        return f"its {COMPLETE} is damaged (it lists no weights)"
     try:
+        for name, (size, _) in files.items():
+            file = folder / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes instead of {size}"
         for name, (_, digest) in files.items():
             if _hash(folder / name) != digest:
                 return f"{name} has changed since it was written"
@@ -105,7 +108,7 @@ def discard(folder: Path, *, keep: Path | None = None) -> None:
     """Remove the checkpoints below ``folder`` but for ``keep`` and older ones."""
     for path in folder.glob("checkpoint-*"):
         number = path.name.rsplit("-", 1)[1]
-        if keep is None or not number.isdigit() or int(number) > int(keep.name.rsplit("-", 1)[1]):
+        if keep is None or not number.isdecimal() or int(number) > int(keep.name.rsplit("-", 1)[1]):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from decondense.locks import lock
+from decondense.locks import lock, open_lock
 
 
 class CellBusy(RuntimeError):
@@ -15,9 +15,14 @@ class CellBusy(RuntimeError):
 
 @contextlib.contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Own the cell while the block runs. The lock is the operating system's: it goes when the process does."""
+    """Own the cell while the block runs. The lock is the operating system's: it goes when the process does.
+
+    Raises:
+        CellBusy: another process owns it.
+        ValueError: a directory is where its lock should be.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as handle:
+    with open_lock(folder / "lock") as handle:
         try:
             lock(handle, handle.name)
         except BlockingIOError as error:

@@ -29,7 +29,7 @@ from decondense.config import ArmConfig, ConfigError, StudyConfig
 from decondense.corpora.packed import PackedCorpus
 from decondense.evaluate import benchmark_rows
 from decondense.models import build_model
-from decondense.records import RecordError, Row, make_row, provenance, read_rows, terminal_row, write_rows
+from decondense.records import RecordError, Row, make_row, provenance, read_rows, read_run, terminal_row, write_rows
 from decondense.seeding import hash_parameters, seed_everything
 from decondense.stopping import stop_if_requested
 from decondense.tokenizers import vocabulary_of
@@ -118,7 +118,7 @@ def run_cell(
                 timing={"ignored_checkpoints": cell.ignored} if cell.ignored else {},
                 provenance=provenance(device=device_name()),
             )
-        cell.write(*cell.benchmarks, row)
+        row = cell.end(row)
         _discard_checkpoints(folder)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # what comes next reads these rows on every rank
@@ -224,7 +224,9 @@ def _as_it_is(cell: Cell, model: PreTrainedModel, tokenizer: Any, init_hash: str
         "steps": 0,
         "tokens": 0,
     }
-    cell.write(make_row("run", **described, status="started", provenance=provenance(device=device_name())))
+    timing = _tell_ignored(cell)
+    started = make_row("run", **described, status="started", timing=timing, provenance=provenance(device=device_name()))
+    cell.write(started)
     if torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
     cell.evaluate(model, 0)
@@ -236,6 +238,7 @@ def _as_it_is(cell: Cell, model: PreTrainedModel, tokenizer: Any, init_hash: str
         **described,
         status="finished",
         final_hash=init_hash,
+        timing=timing,
         provenance=provenance(device=device_name(), threads=torch.get_num_threads(), world_size=world_size()),
     )
 
@@ -274,11 +277,12 @@ def _existing_rows(cell: Cell) -> list[Row]:
     if not cell.rows_path.exists():
         return []
     try:
-        return read_rows(cell.rows_path)
+        return read_run(cell.rows_path)
     except RecordError as error:
         if is_main_process():
             cell.rows_path.replace(cell.rows_path.with_suffix(".damaged"))
-        cell.ignored.append(f"{error} The file is kept as {cell.rows_path.stem}.damaged and the run starts again.")
+        reason = str(error).replace(str(cell.rows_path), cell.rows_path.name)  # rows name no folder of this machine
+        cell.ignored.append(f"{reason} The file is kept as {cell.rows_path.stem}.damaged and the run starts again.")
         return []
 
 
@@ -293,9 +297,7 @@ def _prepare_rows(cell: Cell, rows: list[Row], described: dict[str, Any]) -> Pat
     started = [row for row in rows if row["kind"] == "run" and row["status"] == "started"]
     instead = "the run starts again" if newest is None or not started else f"the run resumes from step {newest.step}"
     cell.ignored += [f"{reason}; {instead}." for reason in ignored]
-    for reason in cell.ignored if is_main_process() else ():
-        print(f"{cell.folder}: {reason}", file=sys.stderr)
-    timing: dict[str, Any] = {"ignored_checkpoints": cell.ignored} if cell.ignored else {}
+    timing = _tell_ignored(cell)
     if newest is None or not started:
         _discard_checkpoints(cell.folder)
         if is_main_process():
@@ -318,6 +320,13 @@ def _prepare_rows(cell: Cell, rows: list[Row], described: dict[str, Any]) -> Pat
         checkpoints.discard(cell.folder, keep=path)  # those that cannot be used would be in the way of new ones
         write_rows(cell.rows_path, [*kept, marker])
     return path
+
+
+def _tell_ignored(cell: Cell) -> dict[str, Any]:
+    """Print what could not be used, and return it for the timing of the run's rows."""
+    for reason in cell.ignored if is_main_process() else ():
+        print(f"{cell.folder}: {reason}", file=sys.stderr)
+    return {"ignored_checkpoints": cell.ignored} if cell.ignored else {}
 
 
 def _peak_cuda() -> dict[str, int]:

@@ -12,11 +12,28 @@ import datasets
 import lm_eval
 import lm_eval.tasks
 from lm_eval.api.group import Group
+from lm_eval.api.task import ConfigurableTask
 
 from decondense.config import suggest
 from decondense.evaluate.catalogue import TASKS, EvaluationError, spread
 from decondense.evaluate.fields import check_rows
 from decondense.evaluate.local import local_rows
+
+_download = ConfigurableTask.download
+
+
+def _download_without_code(task: Any, dataset_kwargs: dict[str, Any] | None = None, **more: Any) -> None:
+    """The harness's download for every task; some of its definitions allow their data set to run a script."""
+    options = dict(dataset_kwargs or {})
+    if "trust_remote_code" in options or not callable(task.config.custom_dataset):
+        options["trust_remote_code"] = False
+    task.config.dataset_kwargs = options
+    _download(task, options, **more)
+
+
+ConfigurableTask.download = _download_without_code
+# for tasks that load their data in their own way; only older releases of datasets know the name
+datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False
 
 Loader = Callable[..., Mapping[str, Any]]
 """What the harness calls for a data set: split -> rows."""
