@@ -22,7 +22,8 @@ from decondense.losses import fused  # noqa: E402
 COMMITTED = ROOT / "benchmarks" / "results" / "kernels-static.jsonl"
 
 
-@pytest.mark.parametrize(("target", "dtype"), [("sm_90", "bfloat16"), ("gfx942", "float32")])
+@pytest.mark.parametrize("target", list(static.TARGETS))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_call_compiles_and_fits(target: str, dtype: str) -> None:
     compiled = static.compile_case(target, static.Case(dtype, "angular"))
     assert [one.kernel for one in compiled] == list(fused.LAUNCHES)
