@@ -19,7 +19,7 @@ import pytest
 
 from decondense.cli import main
 from decondense.config import ConfigError
-from decondense.records import RecordError, read_rows, write_rows
+from decondense.records import RecordError, read_rows, rows_hash, write_rows
 from decondense.studies import run_study
 from decondense.studies.cluster import MARK, Cluster, _order, carry_out, keep
 from decondense.studies.runner import open_directory, study_corpus, tasks
@@ -70,7 +70,12 @@ def test_a_machine_that_does_not_share_the_directory(tmp_path: Path) -> None:
     keep(task, out, answer)
     assert read_rows(task.rows) == rows
 
-    write_rows(task.rows, [{**row, "loss": 9.0} if row["kind"] == "step" else row for row in rows])
+    changed = [{**row, "loss": 9.0} if row["kind"] == "step" else row for row in rows]
+    write_rows(task.rows, changed)  # damaged: it is set aside
+    keep(task, out, answer)
+    assert read_rows(task.rows) == rows
+    assert read_rows(task.rows.with_suffix(".damaged")) == changed
+    write_rows(task.rows, [*changed[:-1], {**changed[-1], "rows_hash": rows_hash(changed)}])  # another result
     with pytest.raises(RecordError, match=f"{task.arm} seed {task.seed} ended in two places"):
         keep(task, out, answer)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from decondense.losses.online import log_sums
 from decondense.losses.pair_forms import loss_from_sums, needs_maximum
 from decondense.losses.pair_mask import PairMask
 
+# found once, not by a function with a cache, of which torch.compile warns
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 def choose(s: LossConfig, z: Tensor) -> str:
     """The implementation that a call gets: ``reference``, ``chunked`` or ``fused``."""
@@ -25,7 +28,7 @@ def choose(s: LossConfig, z: Tensor) -> str:
     if s.impl == "auto":
         if not s.info.tiled:
             return "reference"
-        able = covered and z.device.type == "cuda" and _triton_installed()
+        able = covered and z.device.type == "cuda" and _TRITON_INSTALLED
         return "fused" if able and kernels_agree(str(z.device), z.dtype) else "chunked"
     if s.impl != "fused":
         return s.impl
@@ -33,18 +36,13 @@ def choose(s: LossConfig, z: Tensor) -> str:
         raise ValueError(
             f"impl='fused' covers bfloat16, float16 and float32, got {z.dtype}. Use impl='auto' or 'chunked'."
         )
-    if not _triton_installed():
+    if not _TRITON_INSTALLED:
         raise ValueError("impl='fused' needs triton, which is not installed: pip install 'decondense[kernels]'.")
     from decondense.losses import fused
 
     if not fused.available(z.device):
         raise ValueError(f"impl='fused' needs a CUDA tensor, got one on {z.device}; use impl='auto' or 'chunked'.")
     return "fused"
-
-
-@lru_cache(maxsize=1)
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
