@@ -78,15 +78,14 @@ def held(family: str, target: float, steps: int) -> np.ndarray:
 def test_the_target_is_reached_and_held_without_oscillation(family, target):
     """A cosine that would be .99 comes within 5 % of its target and stays.
 
-    The criterion: over the last 160 of 400 steps the mean cosine is within 5 % of the target, averaged over three
-    streams of data, and within 8 % in each; each 40 of these steps are within 15 %; and the cosine, which comes from
-    above, has at no time been further below the target than that. (Found: 2 %, 3 %, 9 %, 9 %.) A GPT-2 is no case of
-    this: once kept from condensing it stays below its target by itself, as a test below shows.
+    The criterion, in each of three streams of data: over the last 160 of 400 steps the mean cosine is within 5 % of the
+    target, and in each 40 of them within 10 %; and the cosine, which comes from above, has in no 40 steps been more
+    than 15 % below the target. A GPT-2 is no case of this: once kept from condensing it stays below its target by
+    itself, as a test below shows.
     """
     found = held(family, target, 400)
-    assert found[:, -4:].mean() == pytest.approx(1, abs=0.05)
-    assert found[:, -4:].mean(axis=1) == pytest.approx(1, abs=0.08)
-    assert found[:, -4:] == pytest.approx(np.ones((STREAMS, 4)), abs=0.15)
+    assert found[:, -4:].mean(axis=1) == pytest.approx(1, abs=0.05)
+    assert found[:, -4:] == pytest.approx(np.ones((STREAMS, 4)), abs=0.1)
     assert found.min() > 0.85
 
 

@@ -25,6 +25,8 @@ RATE = 0.5
 
 
 def model() -> torch.nn.Module:
+    # under the ZeRO 3 of a Trainer or a plugin that is still alive, it is built in pieces, with other random weights
+    unset_hf_deepspeed_config()
     return tiny("gpt2", dtype=torch.float32)
 
 
@@ -94,11 +96,9 @@ def accelerated(stage: int, weight: float | None, rank: int, **options: bool):
     # a Trainer's: stopped amid an epoch by its number of steps, it leaves its last batch as the end of the data, at
     # which every micro-batch is a step
     GradientState._reset_state()
-    unset_hf_deepspeed_config()
     settings = settings_of(stage, **options)
     accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings))
     assert str(accelerator.distributed_type).endswith("DEEPSPEED")
-    unset_hf_deepspeed_config()  # the plugin's: stage 3 would build the model in pieces, with other random weights
     made = model()
     run, optimizer = accelerator.prepare(made, torch.optim.SGD(made.parameters(), lr=RATE))
     handle = None if weight is None else attach(run, weight)
@@ -121,7 +121,6 @@ def together(
     """Two ranks under ``deepspeed.initialize``; ``folder``: saved after the first step, continued by another engine."""
 
     def start():
-        unset_hf_deepspeed_config()  # a Trainer's, if one is still alive: stage 3 would build the model in pieces
         made = model()
         handle = attach(made, weight) if first and weight is not None else None
         engine = engine_of(made, stage, **options)
@@ -162,8 +161,6 @@ def trained(folder: Path, stage: int | None, weight: float | None, *, resume: bo
     saving = {"save_strategy": "steps", "save_steps": 1} if resume else {}
 
     def make(steps: int):
-        # while a Trainer with stage 3 is alive, transformers builds every model in pieces, with other random weights
-        unset_hf_deepspeed_config()
         trainer = make_trainer(
             folder,
             model(),
