@@ -350,11 +350,9 @@ def sweep(
 
     ``run(kernel, grid, *arguments, **constants)`` starts a kernel; with one that only compiles, z may be on ``meta``.
     """
-    if z_RND.is_cuda:
-        # Triton starts kernels on the current device, which need not be that of a layer of a model on several
-        with torch.cuda.device(z_RND.device):
-            return _sweep(z_RND, valid_RN, label_RN, form, want_gradient, run)
-    return _sweep(z_RND, valid_RN, label_RN, form, want_gradient, run)
+    # Triton starts kernels on the current device, which need not be that of a layer of a model on several
+    with torch.cuda.device_of(z_RND):  # type: ignore[no-untyped-call]
+        return _sweep(z_RND, valid_RN, label_RN, form, want_gradient, run)
 
 
 def _sweep(

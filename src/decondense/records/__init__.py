@@ -15,7 +15,7 @@ from decondense.provenance import COMMAND, command_line, provenance
 from decondense.records.json_files import read_json
 from decondense.records.merging import content_hash, merged
 from decondense.records.reading import ItemRows, RowReader, iter_pieces, iter_rows, read_rows
-from decondense.records.runs import is_whole, read_run, rows_hash
+from decondense.records.runs import is_whole, read_run, rows_hash, set_aside
 from decondense.records.schema import (
     SCHEMA_VERSION,
     RecordError,
@@ -50,6 +50,7 @@ __all__ = [
     "read_rows",
     "read_run",
     "rows_hash",
+    "set_aside",
     "stable",
     "terminal_row",
     "write_rows",

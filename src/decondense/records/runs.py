@@ -52,6 +52,13 @@ def read_run(path: str | Path) -> list[Row]:
     return rows
 
 
+def set_aside(path: Path) -> str:
+    """Move a damaged file of rows out of the way, for the run to start again; what became of it, as a sentence."""
+    kept = path.with_suffix(".damaged")
+    path.replace(kept)
+    return f"The file is kept as {kept.name}"
+
+
 def is_whole(path: str | Path) -> bool:
     """Whether :func:`read_run` accepts a file; a file is read again only when it has changed."""
     path = Path(path)

@@ -13,6 +13,7 @@ import contextlib
 import os
 import platform
 import signal
+import sys
 import tempfile
 import threading
 import uuid
@@ -35,6 +36,7 @@ from decondense.records import (
     merged,
     read_rows,
     read_run,
+    set_aside,
     write_rows,
 )
 from decondense.studies.directory import CORPUS, make_below, open_directory, task_end
@@ -129,8 +131,8 @@ def keep(task: Task, out: Path, answer: Answer) -> None:
         came = read_rows(path)
     try:
         known: list[Row] = read_run(task.rows) if there else []
-    except RecordError:  # damaged here: the machine ran it again
-        task.rows.replace(task.rows.with_suffix(".damaged"))
+    except RecordError as error:
+        print(f"{error} {set_aside(task.rows)}, and {answer.machine} has run it again.", file=sys.stderr)
         known = []
     rows = merged({str(task.folder): known, answer.machine: came})
     if rows != known:

@@ -16,6 +16,7 @@ from decondense.records import (
     provenance,
     read_run,
     rows_hash,
+    set_aside,
     terminal_row,
     write_rows,
 )
@@ -115,8 +116,7 @@ def _rows_of(path: Path) -> list[Row]:
     try:
         return read_run(path)
     except RecordError as error:
-        path.replace(path.with_suffix(".damaged"))
-        print(f"{error} The file is kept as {path.stem}.damaged and the model is measured again.", file=sys.stderr)
+        print(f"{error} {set_aside(path)} and the model is measured again.", file=sys.stderr)
         return []
 
 

@@ -29,7 +29,17 @@ from decondense.config import ArmConfig, ConfigError, StudyConfig
 from decondense.corpora.packed import PackedCorpus
 from decondense.evaluate import benchmark_rows
 from decondense.models import build_model
-from decondense.records import RecordError, Row, make_row, provenance, read_rows, read_run, terminal_row, write_rows
+from decondense.records import (
+    RecordError,
+    Row,
+    make_row,
+    provenance,
+    read_rows,
+    read_run,
+    set_aside,
+    terminal_row,
+    write_rows,
+)
 from decondense.seeding import hash_parameters, seed_everything
 from decondense.stopping import stop_if_requested
 from decondense.tokenizers import vocabulary_of
@@ -279,10 +289,9 @@ def _existing_rows(cell: Cell) -> list[Row]:
     try:
         return read_run(cell.rows_path)
     except RecordError as error:
-        if is_main_process():
-            cell.rows_path.replace(cell.rows_path.with_suffix(".damaged"))
-        reason = str(error).replace(str(cell.rows_path), cell.rows_path.name)  # rows name no folder of this machine
-        cell.ignored.append(f"{reason} The file is kept as {cell.rows_path.stem}.damaged and the run starts again.")
+        if is_main_process():  # which alone tells what it ignored
+            reason = str(error).replace(str(cell.rows_path), cell.rows_path.name)  # rows name no folder of this machine
+            cell.ignored.append(f"{reason} {set_aside(cell.rows_path)} and the run starts again.")
         return []
 
 
